@@ -1,0 +1,39 @@
+# Every target prepares what it needs on a fresh Debian or Ubuntu; all but `lint` need root.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint
+
+demo: $(READY)
+	@$(call need,ip,iproute2)
+	@$(BIN)/python -m tests.demo
+
+test: lint
+	@$(call need,ip,iproute2)
+	@$(call need,xz,xz-utils)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	@$(call need,ip,iproute2)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# A new pyproject.toml may name new dependencies, so it makes the environment stale.
+$(READY): pyproject.toml
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "'$(PYTHON) -m venv' does not work here: installing the package python3-venv with apt-get"; \
+		apt-get update -q && apt-get install -y -q python3-venv && $(PYTHON) -m venv --clear $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+# need COMMAND,PACKAGE: the command, or the Debian package it comes in.
+need = command -v $(1) >/dev/null || PATH=$$PATH:/usr/sbin:/sbin command -v $(1) >/dev/null || { \
+	echo "the command $(1) is missing: installing the package $(2) with apt-get"; \
+	apt-get update -q && apt-get install -y -q $(2); }
