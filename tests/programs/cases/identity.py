@@ -1,0 +1,235 @@
+"""What the process is to the kernel and to others: names, credentials, limits, directories, scheduling."""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from tests.programs.cases import Case, Snapshot, Unsupported, libc, proc_status, required, syscall, unlike
+
+SYS_PERSONALITY, SYS_CAPGET, SYS_CAPSET = 135, 125, 126
+PR_SET_DUMPABLE, PR_GET_DUMPABLE = 4, 3
+PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
+PR_GET_SECUREBITS, PR_SET_SECUREBITS = 27, 28
+PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 38, 39
+ADDR_NO_RANDOMIZE, STICKY_TIMEOUTS = 0x0040000, 0x4000000
+CAP_SYS_PACCT, CAP_SYS_MODULE, CAP_WAKE_ALARM = 20, 16, 35
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+SECBIT_NO_SETUID_FIXUP = 1 << 2
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """prctl(2); raises OSError."""
+    padded = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    result: int = libc.prctl(option, *padded)
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}, {arguments}): {os.strerror(number)}")
+    return result
+
+
+class ProcessIds(Snapshot):
+    """PID, process group and session."""
+
+    def take(self) -> dict[str, object]:
+        """As system calls say them."""
+        return {"pid": os.getpid(), "pgid": os.getpgid(0), "sid": os.getsid(0), "main tid": threading.get_native_id()}
+
+
+class CommandLine(Snapshot):
+    """The command line and the environment as /proc shows them."""
+
+    def take(self) -> dict[str, object]:
+        """Both files."""
+        with open("/proc/self/cmdline", "rb") as cmdline, open("/proc/self/environ", "rb") as environ:
+            return {"cmdline": cmdline.read(), "environ": environ.read()}
+
+
+class Comm(Snapshot):
+    """The name of the main thread."""
+
+    def arrange(self) -> None:
+        """Another than that of the program."""
+        with open("/proc/self/comm", "w") as comm:
+            comm.write("moving states")
+
+    def take(self) -> dict[str, object]:
+        """The name."""
+        with open("/proc/self/comm") as comm:
+            return {"comm": comm.read()}
+
+
+class Executable(Snapshot):
+    """/proc/self/exe."""
+
+    def take(self) -> dict[str, object]:
+        """The link, and the file behind it."""
+        status = os.stat("/proc/self/exe")
+        return {"exe": os.readlink("/proc/self/exe"), "file": (status.st_dev, status.st_ino)}
+
+
+class Directories(Snapshot):
+    """The working directory, the root and the umask."""
+
+    def arrange(self) -> None:
+        """Others than the defaults."""
+        where = self.directory / "working directory"
+        where.mkdir()
+        os.chdir(where)
+        os.umask(0o137)
+
+    def take(self) -> dict[str, object]:
+        """As /proc says it."""
+        links = {link: os.readlink(f"/proc/self/{link}") for link in ("cwd", "root")}
+        return {**links, **proc_status("Umask"), "getcwd": os.getcwd()}
+
+
+class Limits(Snapshot):
+    """All sixteen resource limits."""
+
+    def arrange(self) -> None:
+        """Lower some, soft and hard."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1500))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))
+        resource.setrlimit(resource.RLIMIT_CPU, (100_000, 200_000))
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (1000, 2000))
+
+    def take(self) -> dict[str, object]:
+        """Every limit."""
+        return {str(number): resource.prlimit(0, number) for number in range(16)}
+
+
+class Niceness(Snapshot):
+    """Nice value, policy and affinity of the main thread."""
+
+    def arrange(self) -> None:
+        """A little nicer than the default."""
+        os.setpriority(os.PRIO_PROCESS, 0, 3)
+
+    def take(self) -> dict[str, object]:
+        """As the kernel says it."""
+        return {
+            "nice": os.getpriority(os.PRIO_PROCESS, 0),
+            "policy": os.sched_getscheduler(0),
+            "affinity": os.sched_getaffinity(0),
+        }
+
+
+class Credentials(Snapshot):
+    """User and group IDs, each of the four different; supplementary groups; capability sets and securebits.
+
+    Set up before there are threads: to the kernel, credentials belong to a thread.
+    """
+
+    def arrange(self) -> None:
+        """Effective root, so that the other cases can go on; all else unusual."""
+        prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)
+        prctl(PR_CAPBSET_DROP, CAP_SYS_MODULE)
+        os.setgroups([7, 4242, 100_000])
+        os.setresgid(1001, 1002, 1003)
+        os.setresuid(1001, 0, 1003)
+        self.drop_capabilities()
+
+    def drop_capabilities(self) -> None:
+        """One capability leaves all sets, one the effective set only, one becomes inheritable."""
+        header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
+        data = (ctypes.c_uint32 * 6)()
+        addresses = (ctypes.addressof(header), ctypes.addressof(data))
+        required(syscall(SYS_CAPGET, *addresses), "capget")
+        # Three words (effective, permitted, inheritable) for capabilities 0 to 31, then three for 32 and up.
+        gone, idle = 1 << CAP_SYS_MODULE, 1 << CAP_SYS_PACCT
+        data[0] &= ~(gone | idle) & 0xFFFFFFFF
+        data[1] &= ~gone & 0xFFFFFFFF
+        data[5] |= 1 << (CAP_WAKE_ALARM - 32) & data[4]
+        required(syscall(SYS_CAPSET, *addresses), "capset")
+
+    def take(self) -> dict[str, Any]:
+        """From /proc and prctl."""
+        fields = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+        return {**proc_status(*fields), "securebits": prctl(PR_GET_SECUREBITS)}
+
+
+class Dumpable(Snapshot):
+    """Not dumpable, which keeps other users out of /proc/PID and out of ptrace."""
+
+    def arrange(self) -> None:
+        """Other than the default."""
+        prctl(PR_SET_DUMPABLE, 0)
+
+    def take(self) -> dict[str, object]:
+        """As prctl says it."""
+        return {"dumpable": prctl(PR_GET_DUMPABLE)}
+
+
+class NoNewPrivileges(Snapshot):
+    """no_new_privs, set in all threads since it is set before there are any."""
+
+    def arrange(self) -> None:
+        """Set it."""
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+    def take(self) -> dict[str, object]:
+        """As prctl says it."""
+        return {"no_new_privs": prctl(PR_GET_NO_NEW_PRIVS)}
+
+
+class Personality(Snapshot):
+    """The execution domain: two flags that change nothing for a program that runs already."""
+
+    def arrange(self) -> None:
+        """Set them."""
+        required(syscall(SYS_PERSONALITY, ADDR_NO_RANDOMIZE | STICKY_TIMEOUTS), "personality")
+
+    def take(self) -> dict[str, object]:
+        """The flags."""
+        return {"personality": syscall(SYS_PERSONALITY, 0xFFFFFFFF)}
+
+
+class Clocks(Case):
+    """The monotonic clock goes forward, through the vdso and through the system call, at the same pace."""
+
+    SYS_CLOCK_GETTIME = 228
+
+    def setup(self) -> None:
+        """Read it."""
+        self.before = time.monotonic_ns()
+
+    def verify(self) -> str | None:
+        """Read it both ways."""
+        where = (ctypes.c_long * 2)()
+        through_vdso = time.monotonic_ns()
+        required(syscall(self.SYS_CLOCK_GETTIME, time.CLOCK_MONOTONIC, ctypes.addressof(where)), "clock_gettime")
+        through_call = where[0] * 1_000_000_000 + where[1]
+        if not self.before <= through_vdso <= through_call <= through_vdso + 1_000_000_000:
+            return f"{self.before}, {through_vdso} (vdso) and {through_call} (call) are out of order"
+        return None
+
+
+class Subprocess(Case):
+    """fork(2), exec and wait work."""
+
+    def setup(self) -> None:
+        """Nothing."""
+
+    def verify(self) -> str | None:
+        """Run a program."""
+        child = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", "raise SystemExit(7)"], {})
+        _, status = os.waitpid(child, 0)
+        return unlike("exit status of a child", 7, os.waitstatus_to_exitcode(status))
+
+
+class ParentDeathSignal(Snapshot):
+    """The signal for the death of the parent: none."""
+
+    PR_GET_PDEATHSIG = 2
+
+    def take(self) -> dict[str, object]:
+        """As prctl says it."""
+        where = ctypes.c_int()
+        if libc.prctl(self.PR_GET_PDEATHSIG, ctypes.byref(where), 0, 0, 0):
+            raise Unsupported("PR_GET_PDEATHSIG")
+        return {"signal": where.value, "SIGCHLD pending": signal.SIGCHLD in signal.sigpending()}

@@ -1,0 +1,151 @@
+"""Makes process state of every kind, waits to be moved, then verifies all of it by itself.
+
+Run as ``python -m tests.programs.states --directory D``. It writes ``D/ready`` when all is set up, waits for ``D/go``
+(a CLOCK_MONOTONIC time in seconds at which the last move was over, or nothing), then writes ``D/report.json``: for
+each case null, or what is wrong, or "unsupported: …". Ends with 1 if anything is wrong.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tests.programs.cases import (
+    Case,
+    Unsupported,
+    blocked,
+    descriptors,
+    identity,
+    memory,
+    registers,
+    signals,
+    threads,
+)
+
+UNSUPPORTED = "unsupported: "
+
+#: In the order of setup. What belongs to a thread by inheritance comes before there are any; what lists the whole
+#: process, after all else.
+CASES: tuple[type[Case], ...] = (
+    identity.Credentials,
+    identity.Dumpable,
+    identity.NoNewPrivileges,
+    identity.Personality,
+    identity.Limits,
+    identity.Niceness,
+    identity.Directories,
+    identity.ProcessIds,
+    identity.CommandLine,
+    identity.Comm,
+    identity.Executable,
+    identity.ParentDeathSignal,
+    identity.Clocks,
+    blocked.Nanosleep,
+    blocked.AbsoluteSleep,
+    blocked.FutexWait,
+    blocked.FutexTimeout,
+    blocked.FutexDeadline,
+    blocked.PollTimeout,
+    blocked.PollForever,
+    blocked.PipeRead,
+    blocked.PipeWrite,
+    registers.SpinningRegisters,
+    registers.FloatComputation,
+    registers.RoundingMode,
+    threads.Threads,
+    threads.NewThreads,
+    threads.TidAddress,
+    threads.RobustList,
+    threads.RestartableSequences,
+    threads.Scheduling,
+    threads.RealTimeScheduling,
+    threads.ThreadCapabilities,
+    signals.HandlerRuns,
+    signals.ThreadMasks,
+    signals.PendingSignals,
+    signals.PendingThreadSignals,
+    signals.AlternateStack,
+    signals.IntervalTimers,
+    signals.TimerFires,
+    memory.Protections,
+    memory.AnonymousMemory,
+    memory.Advice,
+    memory.PrivateFile,
+    memory.SharedFile,
+    memory.AddressSpace,
+    memory.ProgramBreak,
+    memory.MainStack,
+    descriptors.RegularFile,
+    descriptors.AppendFile,
+    descriptors.PathDescriptor,
+    descriptors.CloseOnExec,
+    descriptors.Directory,
+    descriptors.CharacterDevices,
+    descriptors.StandardStreams,
+    descriptors.SharedDescription,
+    descriptors.Pipe,
+    descriptors.NonblockingPipe,
+    descriptors.BrokenPipe,
+    signals.SignalActions,
+    memory.FileMappings,
+    descriptors.DescriptorTable,
+    identity.Subprocess,
+)
+
+
+def set_up(case: Case) -> str | None:
+    """Set a case up; what hinders it, if anything."""
+    try:
+        case.setup()
+    except Unsupported as reason:
+        return f"{UNSUPPORTED}{reason}"
+    except Exception:
+        return f"setup failed: {traceback.format_exc()}"
+    return None
+
+
+def verify(case: Case) -> str | None:
+    """Verify a case; an exception is a problem."""
+    try:
+        return case.verify()
+    except Exception:
+        return traceback.format_exc()
+
+
+def main() -> int:
+    """Set up, wait, verify, report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
+    options = parser.parse_args()
+    Case.directory = options.directory
+    Case.hold = options.hold
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALWAYS_BLOCKED)
+    cases = [kind() for kind in CASES]
+    report = {case.name(): set_up(case) for case in cases}
+    (options.directory / "ready").touch()
+
+    go = options.directory / "go"
+    while not go.exists():
+        time.sleep(0.01)
+    moved_at = go.read_text()
+    Case.moved_at = float(moved_at) if moved_at else None
+
+    # What lists the whole process goes first: other cases change it on purpose.
+    whole = (memory.FileMappings, descriptors.DescriptorTable, signals.SignalActions, identity.ParentDeathSignal)
+    for case in sorted(cases, key=lambda case: not isinstance(case, whole)):
+        if report[case.name()] is None:
+            report[case.name()] = verify(case)
+    unfinished = options.directory / "report.json.new"
+    unfinished.write_text(json.dumps(report, indent=1))
+    os.replace(unfinished, options.directory / "report.json")
+    return int(any(problem and not problem.startswith(UNSUPPORTED) for problem in report.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
