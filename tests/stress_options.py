@@ -1,0 +1,19 @@
+"""The options of the layout stress; `conftest.py` lists this plugin, since options must be known before tests are."""
+
+import pytest
+
+DEFAULT_SECONDS = 12.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--stress-seconds`` and ``--stress-seed``."""
+    group = parser.getgroup("layout stress")
+    group.addoption(
+        "--stress-seconds", type=float, default=DEFAULT_SECONDS, help="of each run, after the move (default: 12)"
+    )
+    group.addoption(
+        "--stress-seed",
+        type=int,
+        action="append",
+        help="run this seed instead of the suite's own; may be repeated",
+    )
