@@ -1,0 +1,70 @@
+"""Collect the state of a frozen process: one batch of calls for each thread, the rest from ``/proc``."""
+
+from postcopy.dump_side import (
+    attributes,
+    descriptors,
+    filesystem,
+    limits,
+    lineage,
+    memory,
+    signals,
+    threads,
+    timers,
+)
+from postcopy.dump_side.freeze import Frozen
+from postcopy.errors import DumpError, ProblemsError
+from postcopy.kernel.executor import Answers
+from postcopy.page_ranges import PageRanges
+from postcopy.state import FileIdentity, Process
+
+
+def collect(frozen: Frozen, space: int) -> tuple[Process, PageRanges, list[FileIdentity]]:
+    """The state of the process, its lazy pages, and the files it needs.
+
+    Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
+    """
+    pid = frozen.pid
+    layout = memory.layout(pid)
+    problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
+    table, needed = descriptors.collect(pid, problems)
+    places = filesystem.collect(pid, problems)
+    if problems:
+        raise ProblemsError(problems, f"process {pid} cannot be moved any more")
+    vdso = frozen.memory.read(layout.vdso.start, len(layout.vdso))
+    pages = memory.scan(pid, layout, (place for thread in frozen.threads for place in threads.boot_set(thread)))
+    with frozen.executors(layout.vdso) as executors:
+        asked = [(executor, executor.batch()) for executor in executors]
+        leaders = asked[0][1]
+        about_memory = memory.Question.ask(leaders)
+        about_signals = signals.Question.ask(leaders)
+        about_timers = timers.Question.ask(leaders)
+        about_attributes = attributes.Question.ask(leaders)
+        about_threads = [threads.Question.ask(batch) for _, batch in asked]
+        for executor, batch in asked:
+            executor.start(batch)
+        answers = [_checked(pid, executor.finish()) for executor, _ in asked]
+    leader = answers[0]
+    state = Process(
+        pid=int(frozen.threads[0].status["NSpid"].split()[-1]),
+        space=space,
+        threads=[
+            question.answered(answer, pid, thread, frozen.memory)
+            for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
+        ],
+        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), frozen.memory, vdso),
+        signals=about_signals.answered(leader, pid),
+        timers=about_timers.answered(leader),
+        limits=limits.collect(pid),
+        filesystem=places,
+        attributes=about_attributes.answered(leader, pid),
+        lineage=lineage.collect(pid),
+        descriptors=table,
+        stopped_by=frozen.stopped_by,
+    )
+    return state, pages.lazy, [*memory.identities(layout), *needed]
+
+
+def _checked(pid: int, answers: Answers) -> Answers:
+    for made, purpose, number in answers.refusals():
+        raise DumpError(f"process {pid}: {purpose}: {made} was refused with errno {number}")
+    return answers

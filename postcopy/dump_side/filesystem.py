@@ -1,0 +1,20 @@
+"""Root, working directory and umask."""
+
+import os
+
+from postcopy.kernel import procfs
+from postcopy.state import Filesystem
+
+
+def collect(pid: int, problems: list[str]) -> Filesystem:
+    """As ``/proc`` shows them; what cannot be found again is added to ``problems``."""
+    root, cwd = procfs.link(pid, "root"), procfs.link(pid, "cwd")
+    for name, path in (("root", root), ("cwd", cwd)):
+        try:
+            named, held = os.stat(path), os.stat(f"/proc/{pid}/{name}")
+        except OSError:
+            problems.append(f"its {name} directory {path} cannot be found under this name any more")
+            continue
+        if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino) and path != "/":
+            problems.append(f"its {name} directory {path} is another directory now")
+    return Filesystem(root, cwd, int(procfs.status(pid)["Umask"], 8))

@@ -1,0 +1,232 @@
+"""Freeze a process: stop every thread under ptrace(2), and give it back untouched.
+
+A frozen process is given back by `Frozen.thaw`, by the death of its tracer, or not at all after `stop_durably`.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from postcopy.errors import DumpError
+from postcopy.kernel import procfs, ptrace
+from postcopy.kernel.calls import Call, call
+from postcopy.kernel.executor import (
+    CODE_SIZE,
+    Executor,
+    lone_syscall,
+    lone_syscall_stub,
+    signal_bit,
+    stop_signal,
+)
+from postcopy.kernel.page import PAGE_SIZE, page_up
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.kernel.ptrace import Registers
+from postcopy.kernel.vdso import slack
+
+_OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
+_STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_LEADER_ROOM = 256 * 1024
+_THREAD_ROOM = PAGE_SIZE
+_PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
+_ALL = 0xFFFF_FFFF_FFFF_FFFF
+
+
+@dataclass
+class FrozenThread:
+    """A stopped thread: what it was about to go on with."""
+
+    tid: int
+    registers: Registers
+    signal_mask: int
+    rseq: ptrace.RseqConfiguration
+    group_stop: int
+    status: dict[str, str]
+
+
+class Frozen:
+    """A process whose every thread is stopped under our ptrace; threads[0] is the leader."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.memory = ProcessMemory(pid)
+        self.threads: list[FrozenThread] = []
+        self.durable = False
+
+    @property
+    def stopped_by(self) -> int:
+        """The signal of a job-control stop that the process was in before; 0 where it ran."""
+        return self.threads[0].group_stop
+
+    def freeze(self) -> None:
+        """Stop every thread; raises DumpError when a thread cannot be had. On an error everything runs on."""
+        stopped: dict[int, int] = {}
+        try:
+            while fresh := [tid for tid in procfs.tids(self.pid) if tid not in stopped]:
+                seized = [tid for tid in fresh if _seize(tid)]
+                for tid in seized:
+                    group_stop = _wait_for_stop(tid)
+                    if group_stop is not None:
+                        stopped[tid] = group_stop
+            self.threads = [
+                _look(self.pid, tid, stopped[tid], self.memory) for tid in sorted(stopped, key=self._leader_first)
+            ]
+        except BaseException:
+            for tid in stopped:
+                with contextlib.suppress(OSError):
+                    ptrace.detach(tid, stopped[tid])
+            raise
+        if not self.threads or self.threads[0].tid != self.pid:
+            self.thaw()
+            raise DumpError(f"process {self.pid} ended while it was being frozen")
+
+    def _leader_first(self, tid: int) -> tuple[bool, int]:
+        return tid != self.pid, tid
+
+    def thaw(self) -> None:
+        """Let the process run on as if nothing had happened."""
+        for thread in self.threads:
+            with contextlib.suppress(OSError):
+                ptrace.detach(thread.tid, thread.group_stop)
+        if self.durable and not self.stopped_by:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
+        self.threads = []
+
+    def let_go(self) -> None:
+        """Stop tracing a durably stopped process; it stays stopped."""
+        for thread in self.threads:
+            with contextlib.suppress(OSError):
+                ptrace.detach(thread.tid, 0)
+        self.threads = []
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.memory.close()
+        os.close(self.pidfd)
+
+    def stop_durably(self) -> None:
+        """Put the process into a group-stop under the tracer: from now on not even our death wakes it.
+
+        No instruction of the program runs: the leader goes from its trap straight into the stop, and only then,
+        with the stop pending for all of them, are the other threads let into it (ptrace(2), "Group-stop").
+        """
+        if self.stopped_by:
+            return
+        self.durable = True
+        leader, *others = self.threads
+        os.kill(self.pid, signal.SIGSTOP)
+        # Blocked, no other signal can come first; a thread left alone takes its mask back with the stop.
+        ptrace.set_signal_mask(leader.tid, _ALL)
+        ptrace.cont(leader.tid)
+        self._expect(leader.tid, lambda stop: stop.signal == signal.SIGSTOP and not stop.event)
+        ptrace.set_signal_mask(leader.tid, leader.signal_mask)
+        ptrace.cont(leader.tid, signal.SIGSTOP)
+        for thread in others:
+            ptrace.cont(thread.tid)
+        for thread in self.threads:
+            self._expect(thread.tid, lambda stop: stop.event == ptrace.PTRACE_EVENT_STOP and stop.signal in _STOPPING)
+
+    def _expect(self, tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
+        stop = ptrace.wait(tid)
+        if not wanted(stop):
+            raise DumpError(f"thread {tid} met {stop} while process {self.pid} was being stopped")
+
+    @contextlib.contextmanager
+    def executors(self, vdso: range) -> Iterator[list[Executor]]:
+        """An executor for each thread, in the order of ``threads``; afterwards every thread stands as before.
+
+        ``vdso`` is the range of addresses of the vdso. The stub's first and last call, which get and give back
+        its memory, are made from the vdso's unused tail, so that a thread left alone at any moment heals.
+        """
+        tail = slack(self.memory.read(vdso.start, len(vdso)))
+        stub = vdso.start + tail.start
+        if len(tail) < CODE_SIZE:
+            raise DumpError(f"the vdso of process {self.pid} has no room for the executor")
+        covered = self.memory.read(stub, CODE_SIZE)
+        size = page_up(_LEADER_ROOM + _THREAD_ROOM * (len(self.threads) - 1))
+        leader = self.threads[0]
+        self.memory.write(stub, lone_syscall_stub(leader.signal_mask, leader.registers))
+        ptrace.set_registers(leader.tid, leader.registers.changed(rip=stub + 2, orig_rax=_ALL))
+        arena = self._lone(stub, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0))
+        try:
+            executors = []
+            base = arena
+            for thread in self.threads:
+                own = thread.status
+                stop = stop_signal(int(own["SigCgt"], 16), int(own["SigPnd"], 16) | int(own["ShdPnd"], 16))
+                inner = int(own["NStgid"].split()[-1]), int(own["NSpid"].split()[-1])
+                room = _LEADER_ROOM if thread is leader else _THREAD_ROOM
+                executor = Executor(self.pid, thread.tid, self.memory, base, room, stop, inner)
+                executor.install(thread.signal_mask, thread.registers)
+                executors.append(executor)
+                base += room
+                # First the registers, then the mask: a thread left alone in between heals and takes its mask back.
+                ptrace.set_registers(thread.tid, executor.healing(thread.registers))
+                ptrace.set_signal_mask(thread.tid, _ALL & ~signal_bit(stop))
+            yield executors
+        finally:
+            for thread in self.threads[1:]:
+                ptrace.set_signal_mask(thread.tid, thread.signal_mask)
+                ptrace.set_registers(thread.tid, thread.registers)
+            self._lone(stub, call("munmap", arena, size))
+            # From here get_signal() must be the next thing it does: only there are interrupted calls restarted.
+            ptrace.interrupt(leader.tid)
+            ptrace.set_signal_mask(leader.tid, leader.signal_mask)
+            ptrace.set_registers(leader.tid, leader.registers)
+            ptrace.cont(leader.tid)
+            _wait_for_stop(leader.tid)
+            self.memory.write(stub, covered)
+
+    def _lone(self, stub: int, made: Call) -> int:
+        result = lone_syscall(self.pid, stub, made)
+        if -4096 < result < 0:
+            raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
+        return result
+
+
+def _seize(tid: int) -> bool:
+    try:
+        ptrace.seize(tid, _OPTIONS)
+        ptrace.interrupt(tid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            return False
+        raise DumpError(f"thread {tid} cannot be traced: {error.strerror}") from None
+    return True
+
+
+def _wait_for_stop(tid: int) -> int | None:
+    """Until the thread is in PTRACE_EVENT_STOP: the signal of its group-stop, 0, or None where it ended."""
+    while True:
+        stop = ptrace.wait(tid)
+        if stop.ended is not None:
+            return None
+        if stop.event == ptrace.PTRACE_EVENT_STOP:
+            return stop.signal if stop.signal in _STOPPING else 0
+        # A signal was first: let it be delivered; the stop that was asked for comes right after.
+        ptrace.cont(tid, stop.signal if not stop.event else 0)
+
+
+def _look(pid: int, tid: int, group_stop: int, memory: ProcessMemory) -> FrozenThread:
+    registers = ptrace.get_registers(tid)
+    rseq = ptrace.rseq_configuration(tid)
+    if rseq.pointer:
+        registers = _out_of_critical_section(registers, rseq, memory)
+    status = procfs.status(pid, tid)
+    return FrozenThread(tid, registers, ptrace.get_signal_mask(tid), rseq, group_stop, status)
+
+
+def _out_of_critical_section(registers: Registers, rseq: ptrace.RseqConfiguration, memory: ProcessMemory) -> Registers:
+    """Registers at the abort handler where the thread is in a restartable sequence, as a preemption would leave them."""
+    (section,) = struct.unpack("<Q", memory.read(rseq.pointer + 8, 8))
+    if not section:
+        return registers
+    _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read(section, 32))
+    if start <= registers["rip"] < start + length:
+        return registers.changed(rip=abort, orig_rax=_ALL)
+    return registers

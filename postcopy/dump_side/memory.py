@@ -1,0 +1,227 @@
+"""Memory: the layout of a process, which of its pages exist, and what of them travels with the state."""
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from postcopy.kernel import procfs
+from postcopy.kernel.calls import call
+from postcopy.kernel.elf import build_id
+from postcopy.kernel.executor import Answers, Batch
+from postcopy.kernel.page import PAGE_SIZE, page_down
+from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.kernel.procfs import MapsLine
+from postcopy.page_ranges import PageRanges
+from postcopy.state import FileIdentity, MappedFile, Memory, PageData, Vma
+
+_KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
+_CARRIED_FLAGS = frozenset(["gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"])
+_REFUSED_FLAGS = {
+    "ht": "huge pages (hugetlb) cannot be moved yet",
+    "um": "memory of a userfaultfd of its own cannot be moved",
+    "uw": "memory of a userfaultfd of its own cannot be moved",
+    "ui": "memory of a userfaultfd of its own cannot be moved",
+    "ss": "shadow stacks cannot be moved yet",
+    "sl": "sealed mappings (mseal) cannot be moved yet",
+    "pf": "device memory cannot be moved",
+    "io": "device memory cannot be moved",
+}
+_SPECIAL_NAMES = {
+    "/dev/zero (deleted)": "shared anonymous memory cannot be moved yet",
+    "/SYSV": "System V shared memory cannot be moved yet",
+    "/memfd:": "memfd memory cannot be moved yet",
+    "anon_inode:": "memory of a kernel object cannot be moved",
+    "/[aio]": "asynchronous I/O contexts cannot be moved yet",
+    "socket:": "memory of a socket cannot be moved",
+}
+
+
+@dataclass
+class Layout:
+    """The vmas of a process as they will be rebuilt, the files they map, and what cannot be moved."""
+
+    vmas: list[Vma] = field(default_factory=list)
+    files: list[MappedFile] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def vdso(self) -> range:
+        """The addresses of the vdso; empty where there is none."""
+        return next((range(v.start, v.end) for v in self.vmas if v.backing == "vdso"), range(0))
+
+    def lazy_vmas(self) -> Iterable[Vma]:
+        """The vmas whose pages may come later: missing-mode userfaultfd covers private anonymous memory."""
+        return (vma for vma in self.vmas if vma.backing in ("anonymous", "stack"))
+
+    def eager_vmas(self) -> Iterable[Vma]:
+        """Private mappings of files: pages copied on write travel with the state."""
+        return (vma for vma in self.vmas if vma.backing == "file" and not vma.shared)
+
+
+def layout(pid: int) -> Layout:
+    """The layout of a process, stopped or not."""
+    found = Layout()
+    numbers: dict[MappedFile, int] = {}
+    for line in procfs.for_each_vma(pid, flags=True):
+        if line.name == "[vsyscall]":
+            continue
+        backing = _backing(pid, line)
+        if isinstance(backing, _Problem):
+            found.problems.append(f"memory at {line.start:#x} ({line.name or 'anonymous'}): {backing.text}")
+            continue
+        number = -1
+        if backing == "file":
+            mapped = MappedFile(line.name, writable=line.shared and "mw" in line.flags)
+            number = numbers.setdefault(mapped, len(numbers))
+        found.vmas.append(
+            Vma(
+                start=line.start,
+                end=line.end,
+                prot=line.prot,
+                shared=line.shared,
+                backing=backing,
+                file=number,
+                offset=line.offset if backing == "file" else 0,
+                flags=sorted(line.flags & _CARRIED_FLAGS),
+                name=line.name,
+            )
+        )
+    found.files = list(numbers)
+    if not found.vdso:
+        found.problems.append("it has no vdso, which the executor needs")
+    return found
+
+
+@dataclass(frozen=True)
+class _Problem:
+    text: str
+
+
+def _backing(pid: int, line: MapsLine) -> str | _Problem:
+    if line.name in _KERNEL_MAPPINGS:
+        return _KERNEL_MAPPINGS[line.name]
+    for flag in sorted(line.flags & _REFUSED_FLAGS.keys()):
+        return _Problem(_REFUSED_FLAGS[flag])
+    if line.protection_key:
+        return _Problem("memory protection keys cannot be moved yet")
+    for prefix, text in _SPECIAL_NAMES.items():
+        if line.name.startswith(prefix):
+            return _Problem(text)
+    if not line.inode:
+        if line.shared:
+            return _Problem("shared memory of an unknown kind")
+        return "stack" if "gd" in line.flags else "anonymous"
+    return _file_backing(pid, line)
+
+
+def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
+    if line.name.endswith(" (deleted)"):
+        return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
+    try:
+        mapped = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+        named = os.stat(line.name)
+    except OSError:
+        return _Problem("the file cannot be found under this name any more")
+    if not stat.S_ISREG(mapped.st_mode):
+        return _Problem("mappings of devices cannot be moved")
+    if (mapped.st_dev, mapped.st_ino) != (named.st_dev, named.st_ino):
+        return _Problem("another file has this name now")
+    return "file"
+
+
+def identities(found: Layout) -> list[FileIdentity]:
+    """The mapped files, as the destination must have them."""
+    return [FileIdentity(f.path, os.stat(f.path).st_size, build_id(f.path), changing=f.writable) for f in found.files]
+
+
+# -- what exists, once the process is frozen ---------------------------------------------------------------------------
+
+
+@dataclass
+class Pages:
+    """Which pages exist: those left behind, those sent along (ranges of addresses), and guard markers."""
+
+    lazy: PageRanges
+    eager: PageRanges
+    guards: PageRanges
+
+
+def scan(pid: int, found: Layout, boot_set: Iterable[int]) -> Pages:
+    """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along."""
+    pagemap = Pagemap(pid)
+    lazy: list[tuple[int, int]] = []
+    eager: list[tuple[int, int]] = []
+    guards: list[tuple[int, int]] = []
+    try:
+        for vma in found.lazy_vmas():
+            for region in pagemap.for_each_region(vma.start, vma.end):
+                if region.categories & PAGE_IS_GUARD:
+                    guards.append((region.start, region.end))
+                elif not region.categories & PAGE_IS_PFNZERO:
+                    lazy.append((region.start, region.end))
+        for vma in found.eager_vmas():
+            for region in pagemap.for_each_region(vma.start, vma.end):
+                if region.categories & PAGE_IS_GUARD:
+                    guards.append((region.start, region.end))
+                elif not region.categories & PAGE_IS_FILE:
+                    eager.append((region.start, region.end))
+    finally:
+        pagemap.close()
+    existing = PageRanges.from_pairs(lazy)
+    boot = PageRanges.from_pairs(
+        sorted((page, page + PAGE_SIZE) for page in {page_down(a) for a in boot_set} if existing.contains(page))
+    )
+    return Pages(
+        lazy=existing.subtract(boot),
+        eager=PageRanges.from_pairs(sorted([*eager, *((r.start, r.end) for r in boot)])),
+        guards=PageRanges.from_pairs(guards),
+    )
+
+
+def contents(memory: ProcessMemory, ranges: PageRanges) -> list[PageData]:
+    """The bytes of the pages that travel with the state."""
+    return [PageData(r.start, memory.read(r.start, r.end - r.start)) for r in ranges]
+
+
+@dataclass
+class Question:
+    """What the task itself must say of its mm: the exact end of the heap."""
+
+    brk: int
+
+    @classmethod
+    def ask(cls, batch: Batch) -> "Question":
+        """Add the calls to a batch of the leader's."""
+        return cls(brk=batch.add(call("brk", 0)))
+
+    def answered(self, answers: Answers) -> int:
+        """The program break (bytes)."""
+        return answers.value(self.brk)
+
+
+def collect(pid: int, found: Layout, pages: Pages, brk: int, memory: ProcessMemory, vdso: bytes) -> Memory:
+    """Everything of a frozen process's memory but its lazy pages."""
+    stat_fields = [0, *(int(word) if word.lstrip("-").isdigit() else 0 for word in procfs.stat(pid)[1:])]
+    return Memory(
+        vmas=found.vmas,
+        files=found.files,
+        exe=procfs.link(pid, "exe"),
+        start_code=stat_fields[26],
+        end_code=stat_fields[27],
+        start_stack=stat_fields[28],
+        start_data=stat_fields[45],
+        end_data=stat_fields[46],
+        start_brk=stat_fields[47],
+        arg_start=stat_fields[48],
+        arg_end=stat_fields[49],
+        env_start=stat_fields[50],
+        env_end=stat_fields[51],
+        brk=brk,
+        auxv=procfs.read(pid, "auxv"),
+        vdso=vdso,
+        pages=contents(memory, pages.eager),
+        lazy=pages.lazy.pack(),
+        guards=pages.guards.pack(),
+    )

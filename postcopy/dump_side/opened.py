@@ -1,0 +1,70 @@
+"""One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
+
+import os
+import stat
+from dataclasses import dataclass, field
+
+from postcopy.kernel import procfs
+from postcopy.state import Description, FileIdentity, Pipe
+
+# The status flags that open(2) takes again; the access mode is among them.
+O_PATH = 0o10000000
+_O_LARGEFILE = 0o100000
+_FASYNC = 0o20000
+
+
+class Refused(Exception):
+    """This descriptor cannot be moved; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags without close-on-exec."""
+
+    pid: int
+    fd: int
+    link: str
+    stat: os.stat_result
+    flags: int
+    close_on_exec: bool
+    position: int
+
+    @classmethod
+    def look(cls, pid: int, fd: int) -> "Opened":
+        """Read all of it. Raises Refused for what no kind could carry."""
+        info = procfs.fdinfo(pid, fd)
+        flags = int(info["flags"], 8)
+        found = cls(
+            pid=pid,
+            fd=fd,
+            link=procfs.link(pid, f"fd/{fd}"),
+            stat=os.stat(f"/proc/{pid}/fd/{fd}"),
+            flags=flags & ~(os.O_CLOEXEC | _O_LARGEFILE),
+            close_on_exec=bool(flags & os.O_CLOEXEC),
+            position=int(info["pos"]),
+        )
+        if "lock" in info:
+            raise Refused(f"{found.link}: file locks and leases cannot be moved yet")
+        if flags & _FASYNC:
+            raise Refused(f"{found.link}: signal-driven I/O (O_ASYNC) cannot be moved yet")
+        return found
+
+    @property
+    def mode(self) -> int:
+        """The type of the file behind it (S_IFMT)."""
+        return stat.S_IFMT(self.stat.st_mode)
+
+    def may_share_with(self, other: "Opened") -> bool:
+        """Whether the two look alike enough to ask the kernel if they are one open file description."""
+        return (self.link, self.flags, self.position) == (other.link, other.flags, other.position)
+
+
+@dataclass
+class Table:
+    """What is found while a table is collected. ``pipe_numbers``: pipes by inode."""
+
+    pid: int
+    descriptions: list[Description] = field(default_factory=list)
+    pipes: list[Pipe] = field(default_factory=list)
+    pipe_numbers: dict[int, int] = field(default_factory=dict)
+    needed: list[FileIdentity] = field(default_factory=list)

@@ -1,0 +1,16 @@
+"""How a thread is scheduled: policy and priority, affinity, I/O priority, timer slack."""
+
+import os
+
+from postcopy.kernel import sched_attr
+from postcopy.state import Scheduling
+
+
+def collect(tid: int, timer_slack: int) -> Scheduling:
+    """From outside of the thread; ``timer_slack`` (ns) as the thread itself told it."""
+    return Scheduling(
+        attributes=sched_attr.getattr(tid),
+        affinity=sorted(os.sched_getaffinity(tid)),
+        io_priority=sched_attr.io_priority(tid),
+        timer_slack=timer_slack,
+    )

@@ -1,0 +1,256 @@
+"""The two processes that give pages out: the demand server and the bulk streamer, and the board between them."""
+
+import gc
+import logging
+import mmap
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from struct import Struct
+
+from postcopy.dump_side.page_source import PageSource
+from postcopy.errors import ConnectionLost, PostcopyError, ProtocolError
+from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
+from postcopy.kernel.sched import scheduling
+from postcopy.page_ranges import PageRanges
+from postcopy.wire import pages as wire
+
+log = logging.getLogger(__name__)
+
+# Measured over loopback: 32 and 64 pages a chunk move most bytes a second, and a fault waits for less than half a chunk.
+CHUNK_PAGES = 64
+
+# What waits in the socket delays the chunk that a fault has promoted, and on a slow link the demand answers too.
+_BULK_SEND_BUFFER = 1 << 20
+
+# tc-pfifo_fast(8): packets of the interactive band overtake those of the bulk band.
+_PRIORITY_BULK = 2
+_PRIORITY_INTERACTIVE = 6
+
+
+class Board:
+    """What the demand server, the streamer and their parent tell each other, in memory that a fork shares.
+
+    Make it before the forks. Every field has one writer; a reader may see a hint half written, and then promotes
+    a chunk that nobody asked for, which is harmless.
+    """
+
+    _FLAGS = Struct("=BB")
+    _HINT = Struct("=QQQ")
+    _NUMBER = Struct("=Q")
+    _HINT_AT = 64
+    _REQUESTS_AT = 128
+    _DEMAND_BYTES_AT = 136
+    _BULK_BYTES_AT = 192
+
+    def __init__(self) -> None:
+        """A board with the background halted."""
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._changed = os.eventfd(0, os.EFD_CLOEXEC)
+
+    @property
+    def background(self) -> bool:
+        """Whether the bulk stream may run."""
+        return self._memory[0] == 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody wants pages any more."""
+        return self._memory[1] == 1
+
+    def set_background(self, running: bool) -> None:
+        """Start or halt the bulk stream."""
+        self._memory[0] = int(running)
+        os.eventfd_write(self._changed, 1)
+
+    def finish(self) -> None:
+        """End the bulk stream, running or halted."""
+        self._memory[1] = 1
+        os.eventfd_write(self._changed, 1)
+
+    def wait(self) -> None:
+        """Block until `set_background` or `finish` has been called since the last wait."""
+        os.eventfd_read(self._changed)
+
+    def set_hint(self, space: int, address: int) -> None:
+        """The latest demand; also counts it."""
+        count = self._NUMBER.unpack_from(self._memory, self._REQUESTS_AT)[0] + 1
+        self._HINT.pack_into(self._memory, self._HINT_AT, space, address, count)
+        self._NUMBER.pack_into(self._memory, self._REQUESTS_AT, count)
+
+    def hint(self) -> tuple[int, int, int]:
+        """(space, address, how many demands there have been)."""
+        return self._HINT.unpack_from(self._memory, self._HINT_AT)
+
+    def add_demand_bytes(self, count: int) -> None:
+        """For the demand server."""
+        self._NUMBER.pack_into(self._memory, self._DEMAND_BYTES_AT, self.demand_bytes + count)
+
+    def add_bulk_bytes(self, count: int) -> None:
+        """For the streamer."""
+        self._NUMBER.pack_into(self._memory, self._BULK_BYTES_AT, self.bulk_bytes + count)
+
+    @property
+    def demand_requests(self) -> int:
+        """How many requests the demand server has answered or is answering."""
+        number: int = self._NUMBER.unpack_from(self._memory, self._REQUESTS_AT)[0]
+        return number
+
+    @property
+    def demand_bytes(self) -> int:
+        """Bytes of pages sent on the demand channel."""
+        number: int = self._NUMBER.unpack_from(self._memory, self._DEMAND_BYTES_AT)[0]
+        return number
+
+    @property
+    def bulk_bytes(self) -> int:
+        """Bytes of pages sent on the bulk channel."""
+        number: int = self._NUMBER.unpack_from(self._memory, self._BULK_BYTES_AT)[0]
+        return number
+
+
+def serve_demand(sock: socket.socket, sources: Mapping[int, PageSource], board: Board) -> None:
+    """Answer requests until the destination says FINISH; the body of a process of its own.
+
+    Raises ConnectionLost, ProtocolError, DumpError; the destination has then been told, if it can still be reached.
+    """
+    gc.disable()
+    scheduling(nice=-20)
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _PRIORITY_INTERACTIVE)
+    try:
+        _answer_requests(sock, sources, board)
+    except OSError as error:
+        raise ConnectionLost(f"demand channel: {error.strerror}") from error
+    except PostcopyError as error:
+        log.error("demand channel: %s", error)
+        with suppress(OSError):
+            sock.sendall(wire.failed(str(error)))
+        raise
+
+
+def _answer_requests(sock: socket.socket, sources: Mapping[int, PageSource], board: Board) -> None:
+    answer = memoryview(bytearray(wire.HEADER_SIZE + wire.MOST_DEMAND_PAGES * PAGE_SIZE))
+    # A slice of a memoryview takes an allocation; the sizes repeat, so they are made once.
+    payloads = [answer[wire.HEADER_SIZE : wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
+    frames = [answer[: wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
+    received = b""
+    while True:
+        more = sock.recv(1 << 14)
+        if not more:
+            raise ConnectionLost("the destination has closed the demand channel before every page had arrived")
+        received = received + more if received else more
+        at = 0
+        while len(received) - at >= wire.HEADER_SIZE:
+            kind, space, address, pages, _ = wire.parse_demand(received, at)
+            at += wire.HEADER_SIZE
+            if kind == wire.REQUEST:
+                board.set_hint(space, address)
+                source = sources.get(space)
+                if source is None:
+                    raise ProtocolError(f"there is no address space {space}")
+                source.read_into(address, payloads[pages])
+                wire.pages_header_into(answer, 0, space, address, pages)
+                sock.sendall(frames[pages])
+                board.add_demand_bytes(pages << PAGE_SHIFT)
+            elif kind == wire.BACKGROUND:
+                board.set_background(pages == 1)
+            else:
+                board.finish()
+                return
+        received = received[at:]
+
+
+def stream_bulk(
+    sock: socket.socket, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource], board: Board
+) -> None:
+    """Send every page of the plan once while the background is on, then END; the body of a process of its own.
+
+    Ends early, without END, when the board says that the destination has every page. Raises ConnectionLost, DumpError.
+    """
+    gc.disable()
+    scheduling(policy=os.SCHED_BATCH)
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BULK_SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _PRIORITY_BULK)
+    try:
+        _stream_chunks(sock, _Chunks(plan), sources, board)
+    except OSError as error:
+        if not board.finished:
+            raise ConnectionLost(f"bulk channel: {error.strerror}") from error
+    except PostcopyError as error:
+        log.error("bulk channel: %s", error)
+        with suppress(OSError):
+            sock.sendall(wire.failed(str(error)))
+        raise
+
+
+def _stream_chunks(
+    sock: socket.socket, chunks: "_Chunks", sources: Mapping[int, PageSource], board: Board
+) -> None:
+    frames = memoryview(bytearray(CHUNK_PAGES * (wire.HEADER_SIZE + PAGE_SIZE)))
+    demands_seen = 0
+    while True:
+        while not board.background and not board.finished:
+            board.wait()
+        if board.finished:
+            return
+        space, address, demands = board.hint()
+        if demands != demands_seen:
+            demands_seen = demands
+            chunks.promote(space, address)
+        chunk = chunks.take()
+        if chunk is None:
+            sock.sendall(wire.end())
+            return
+        space, ranges, first = chunk
+        source = sources[space]
+        at = 0
+        sent_pages = 0
+        for each in ranges.stretches(first, CHUNK_PAGES):
+            pages = each.pages
+            wire.pages_header_into(frames, at, space, each.start, pages)
+            at += wire.HEADER_SIZE
+            source.read_into(each.start, frames[at : at + (pages << PAGE_SHIFT)])
+            at += pages << PAGE_SHIFT
+            sent_pages += pages
+        sock.sendall(frames[:at])
+        board.add_bulk_bytes(sent_pages << PAGE_SHIFT)
+
+
+class _Chunks:
+    """Which chunks have been sent: one byte for each. A chunk is `CHUNK_PAGES` ordinals of one address space."""
+
+    def __init__(self, plan: Mapping[int, PageRanges]) -> None:
+        self._plan = {space: ranges for space, ranges in plan.items() if ranges.total_pages}
+        self._sent = {
+            space: bytearray(-(-ranges.total_pages // CHUNK_PAGES)) for space, ranges in self._plan.items()
+        }
+        self._space = next(iter(self._plan), 0)
+        self._next = 0
+
+    def promote(self, space: int, address: int) -> None:
+        """Go on with the chunk that has this page, if it is still to be sent, and with those after it."""
+        ranges = self._plan.get(space)
+        ordinal = -1 if ranges is None else ranges.ordinal(address)
+        if ordinal < 0:
+            return
+        chunk = ordinal // CHUNK_PAGES
+        if not self._sent[space][chunk]:
+            self._space, self._next = space, chunk
+
+    def take(self) -> tuple[int, PageRanges, int] | None:
+        """The chunk to send next as (space, its ranges, first ordinal); None when all have been sent."""
+        while self._plan:
+            sent = self._sent[self._space]
+            chunk = sent.find(0, self._next)
+            if chunk < 0:
+                chunk = sent.find(0)
+            if chunk >= 0:
+                sent[chunk] = 1
+                self._next = chunk + 1
+                return self._space, self._plan[self._space], chunk * CHUNK_PAGES
+            del self._plan[self._space]
+            self._space, self._next = next(iter(self._plan), 0), 0
+        return None

@@ -1,0 +1,117 @@
+"""The survey: everything that can be found out about a process without touching it.
+
+Gathers every reason why the process cannot be moved, and what the destination must have (the manifest).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from postcopy.dump_side import descriptors, filesystem, lineage, memory, timers
+from postcopy.errors import CannotRun, DumpError, ProblemsError
+from postcopy.kernel import cpu, procfs
+from postcopy.kernel.elf import build_id
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.state import FileIdentity, Manifest
+
+_CAPABILITIES = {21: "CAP_SYS_ADMIN", 19: "CAP_SYS_PTRACE"}
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
+_SECCOMP = {"1": "strict", "2": "filter"}
+
+
+def check_target(pid: int) -> None:
+    """That there is a process to move. Raises DumpError with the reason if not."""
+    if not procfs.exists(pid):
+        raise DumpError(f"there is no process {pid}", "look for its PID with ps or pgrep")
+    fields, status = procfs.stat(pid), procfs.status(pid)
+    name = fields[2]
+    if int(fields[9]) & _KERNEL_THREAD:
+        raise DumpError(f"{pid} ({name}) is a kernel thread; only user processes can be moved")
+    if int(status["Tgid"]) != pid:
+        raise DumpError(f"{pid} is a thread of process {status['Tgid']}", f"name the process: -t {status['Tgid']}")
+    if fields[3] in "ZX" and len(procfs.tids(pid)) == 1:
+        raise DumpError(f"process {pid} ({name}) is a zombie: it has ended, only its parent has not waited for it")
+    if pid in _own_line():
+        raise DumpError(f"process {pid} ({name}) is this postcopy itself or one of its parents")
+    if int(status["TracerPid"]):
+        raise DumpError(
+            f"process {pid} ({name}) is traced by process {status['TracerPid']} (a debugger or strace)",
+            "detach it there and try again",
+        )
+
+
+def check_privileges() -> None:
+    """That we may trace and read other processes. Raises CannotRun naming the missing capability."""
+    effective = int(procfs.status(os.getpid())["CapEff"], 16)
+    missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
+    if missing:
+        raise CannotRun(f"{' and '.join(missing)} missing: this needs root", "run it as root, or with sudo")
+
+
+def survey(pid: int) -> Manifest:
+    """What the destination must have. Raises ProblemsError with everything that cannot be moved."""
+    check_privileges()
+    check_target(pid)
+    layout = memory.layout(pid)
+    problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
+    table, needed = descriptors.collect(pid, problems)
+    filesystem.collect(pid, problems)
+    exe = _exe(pid, problems)
+    if problems:
+        name = procfs.stat(pid)[2]
+        raise ProblemsError(problems, f"process {pid} ({name}) cannot be moved")
+    reader = ProcessMemory(pid)
+    try:
+        vdso = reader.read(layout.vdso.start, len(layout.vdso))
+    finally:
+        reader.close()
+    return Manifest(
+        pid=int(procfs.status(pid)["NSpid"].split()[-1]),
+        tids=[int(procfs.status(pid, tid)["NSpid"].split()[-1]) for tid in procfs.tids(pid)],
+        name=procfs.stat(pid)[2],
+        files=[*memory.identities(layout), *needed, *exe],
+        vdso=vdso,
+        xsave_size=cpu.xsave_size(),
+        memory_bytes=int(procfs.status(pid)["VmRSS"].split()[0]) * 1024,
+        highest_fd=max((slot.fd for slot in table.slots), default=0),
+    )
+
+
+def _own_line() -> Iterator[int]:
+    """This process and its parents, up to the first outside of our PID namespace."""
+    pid = os.getpid()
+    while pid > 1:
+        yield pid
+        pid = int(procfs.stat(pid)[4])
+
+
+def _exe(pid: int, problems: list[str]) -> list[FileIdentity]:
+    path = procfs.link(pid, "exe")
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), os.stat(f"/proc/{pid}/exe")):
+            return [FileIdentity(path, os.stat(path).st_size, build_id(path), changing=False)]
+    problems.append(f"its program {path} cannot be found under this name any more")
+    return []
+
+
+def _of_process(pid: int) -> Iterator[str]:
+    """What stands in ``status`` and in the thread list."""
+    status = procfs.status(pid)
+    if procfs.stat(pid)[3] in "ZX":
+        yield "its main thread has ended while others go on, which cannot be moved yet"
+    if mode := _SECCOMP.get(status.get("Seccomp", "0")):
+        yield f"it is confined by seccomp ({mode} mode), which cannot be moved yet"
+    if "shstk" in status.get("x86_Thread_features", ""):
+        yield "it uses shadow stacks, which cannot be moved yet"
+    if _is_32_bit(pid):
+        yield "it is a 32-bit program; only 64-bit programs can be moved"
+    shared = {"user": "user", "time": "time"}
+    for name, text in shared.items():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"):
+                yield f"it lives in another {text} namespace, which cannot be moved yet"
+
+
+def _is_32_bit(pid: int) -> bool:
+    with open(f"/proc/{pid}/exe", "rb") as stream:
+        return stream.read(5) == b"\x7fELF\x01"

@@ -1,0 +1,116 @@
+"""Threads: registers and everything the kernel keeps for one thread."""
+
+import struct
+from dataclasses import dataclass
+
+from postcopy.dump_side import scheduling
+from postcopy.dump_side.freeze import FrozenThread
+from postcopy.kernel import procfs, ptrace
+from postcopy.kernel.calls import NUMBERS, call
+from postcopy.kernel.executor import ERESTART_RESTARTBLOCK, Answers, Batch, interrupted
+from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.prctl import (
+    PR_GET_PDEATHSIG,
+    PR_GET_SECUREBITS,
+    PR_GET_TID_ADDRESS,
+    PR_GET_TIMERSLACK,
+)
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.state import Credentials, Rseq, Thread
+
+_STACK_T_SIZE = 24
+_TIMESPEC_SIZE = 16
+_TIMER_ABSTIME = 1
+
+
+@dataclass
+class Question:
+    """Where the answers of one thread will lie."""
+
+    alternate_stack: int
+    tid_address: int
+    death_signal: int
+    securebits: int
+    timer_slack: int
+
+    @classmethod
+    def ask(cls, batch: Batch) -> "Question":
+        """Add the calls to a batch of the thread's."""
+        stack, address, death = batch.room(_STACK_T_SIZE), batch.room(8), batch.room(4)
+        batch.add(call("sigaltstack", 0, stack), "reading the alternate signal stack")
+        batch.add(call("prctl", PR_GET_TID_ADDRESS, address), "reading the tid address")
+        batch.add(call("prctl", PR_GET_PDEATHSIG, death), "reading the parent-death signal")
+        return cls(
+            alternate_stack=stack,
+            tid_address=address,
+            death_signal=death,
+            securebits=batch.add(call("prctl", PR_GET_SECUREBITS), "reading the secure bits"),
+            timer_slack=batch.add(call("prctl", PR_GET_TIMERSLACK), "reading the timer slack"),
+        )
+
+    def answered(self, answers: Answers, pid: int, frozen: FrozenThread, memory: ProcessMemory) -> Thread:
+        """Everything of the frozen thread."""
+        head, size = _robust_list(frozen.tid)
+        return Thread(
+            tid=int(frozen.status["NSpid"].split()[-1]),
+            name=procfs.read(pid, f"task/{frozen.tid}/comm").rstrip(b"\n"),
+            registers=frozen.registers.pack(),
+            xstate=ptrace.get_xstate(frozen.tid),
+            signal_mask=frozen.signal_mask,
+            pending=ptrace.pending_signals(frozen.tid, shared=False),
+            alternate_stack=answers.read(self.alternate_stack, _STACK_T_SIZE),
+            tid_address=int.from_bytes(answers.read(self.tid_address, 8), "little"),
+            robust_list=head,
+            robust_list_size=size,
+            rseq=Rseq(frozen.rseq.pointer, frozen.rseq.size, frozen.rseq.signature),
+            sleep_left=_sleep_left(frozen, memory),
+            parent_death_signal=int.from_bytes(answers.read(self.death_signal, 4), "little"),
+            credentials=Credentials.from_status(frozen.status, answers.value(self.securebits)),
+            scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
+        )
+
+
+def boot_set(frozen: FrozenThread) -> list[int]:
+    """Addresses that the thread, or the kernel on its behalf, touches at once when it goes on."""
+    stack, tls = frozen.registers["rsp"], frozen.registers["fs_base"]
+    places = [stack - 128, stack, stack + PAGE_SIZE, tls]
+    if frozen.rseq.pointer:
+        places += [frozen.rseq.pointer, frozen.rseq.pointer + frozen.rseq.size]
+    if remaining := _remaining_place(frozen):
+        places += [remaining, remaining + _TIMESPEC_SIZE - 1]
+    return places
+
+
+def _robust_list(tid: int) -> tuple[int, int]:
+    head, size = bytearray(8), bytearray(8)
+    what = f"reading the robust list of task {tid}"
+    syscall(what, NUMBERS["get_robust_list"], tid, address_of(head), address_of(size))
+    return int.from_bytes(head, "little"), int.from_bytes(size, "little")
+
+
+def _sleep_left(frozen: FrozenThread, memory: ProcessMemory) -> bytes:
+    """What is left of an interrupted relative sleep, where the program gave the kernel a place to write it.
+
+    nanosleep(2): "writes the remaining time" before the call is restarted; other calls with a relative timeout do
+    not tell, and begin again with all of it.
+    """
+    place = _remaining_place(frozen)
+    if not place:
+        return b""
+    left = memory.read(place, _TIMESPEC_SIZE)
+    seconds, nanoseconds = struct.unpack("<qq", left)
+    return left if seconds >= 0 and 0 <= nanoseconds < 1_000_000_000 else b""
+
+
+def _remaining_place(frozen: FrozenThread) -> int:
+    """Where an interrupted relative sleep writes what is left of it; 0 where there is none, or no such place."""
+    registers = frozen.registers
+    if interrupted(registers) != ERESTART_RESTARTBLOCK:
+        return 0
+    number = registers["orig_rax"]
+    if number == NUMBERS["nanosleep"]:
+        return registers["rsi"]
+    if number == NUMBERS["clock_nanosleep"] and not registers["rsi"] & _TIMER_ABSTIME:
+        return registers["r10"]
+    return 0

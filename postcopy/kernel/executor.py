@@ -1,0 +1,288 @@
+"""The executor: a stub that makes a list of system calls inside a stopped thread, one ptrace round trip for all.
+
+A *record* is eight 64-bit words: the call's number, its six arguments, and a word that is not zero while the call is
+to be made and holds its result afterwards. The last record of a list sends the thread a signal that stops it under
+its tracer; the word after it is zero. A thread that goes on from there, because its tracer has died, *heals*: it
+takes back its signal mask and all its registers and jumps to where it was. The code never changes a flag and never
+uses the stack, so nothing else needs to be taken back.
+
+The code, with rip-relative places for what healing needs::
+
+    call:   mov   rcx, [rbx+56]          heal:   mov   eax, 14            # rt_sigprocmask
+            jrcxz heal                           mov   edi, 2             # SIG_SETMASK
+            mov   rax, [rbx]                     lea   rsi, [rip+mask]
+            mov   rdi, [rbx+8]                   mov   edx, 0
+            mov   rsi, [rbx+16]                  mov   r10d, 8
+            mov   rdx, [rbx+24]                  syscall
+            mov   r10, [rbx+32]                  mov   rax, [rip+...]     # rbx rcx rdx rsi rdi r8 r9 r10 r11
+            mov   r8,  [rbx+40]                  jmp   [rip+...]
+            mov   r9,  [rbx+48]
+            syscall
+            mov   [rbx+56], rax
+            lea   rbx, [rbx+64]
+            jmp   call
+"""
+
+import os
+import signal
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from postcopy.kernel import ptrace
+from postcopy.kernel.calls import Call, call
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.kernel.ptrace import Registers
+
+_CALLS = bytes.fromhex(
+    "488b4b38 e327 488b03 488b7b08 488b7310 488b5318 4c8b5320 4c8b4328 4c8b4b30 0f05 48894338 488d5b40 ebd3"
+)
+_AFTER_SYSCALL = 0x23
+_HEALED = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "rip")
+_LOADS = ("488b05", "488b1d", "488b0d", "488b15", "488b35", "488b3d", "4c8b05", "4c8b0d", "4c8b15", "4c8b1d", "ff25")
+_PLACES = 168  # where the mask and the registers lie, behind the code
+CODE_SIZE = 288
+RECORD_SIZE = 64
+
+# The kernel's own codes for a call that a signal interrupted (include/linux/errno.h); a program never sees them.
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+_SYSCALL_INSTRUCTION = b"\x0f\x05"
+_NR_RESTART_SYSCALL = 219
+
+_STOP_SIGNALS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
+_ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def signal_bit(number: int) -> int:
+    """The bit of signal ``number`` in a signal set."""
+    return 1 << (number - 1)
+
+
+def stop_signal(caught: int, pending: int) -> int:
+    """The signal that ends a list: ignored by default, best not caught (then nobody notices it), never pending."""
+    free = [s for s in _STOP_SIGNALS if not pending & signal_bit(s)]
+    return next((s for s in free if not caught & signal_bit(s)), free[0])
+
+
+def interrupted(registers: Registers) -> int:
+    """Which restart code the call that a stopped thread was in ended with; 0 where it was in none."""
+    if registers["orig_rax"] >> 63:
+        return 0
+    code = -registers["rax"] & 0xFFFF_FFFF_FFFF_FFFF
+    return code if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK) else 0
+
+
+def _restarted(registers: Registers) -> Registers:
+    """What the kernel would make of the registers at the next return to user mode without a signal to handle."""
+    code = interrupted(registers)
+    if not code:
+        return registers
+    number = _NR_RESTART_SYSCALL if code == ERESTART_RESTARTBLOCK else registers["orig_rax"]
+    return registers.changed(rax=number, rip=registers["rip"] - len(_SYSCALL_INSTRUCTION))
+
+
+def _heal_code(offset: int, mask: int, registers: Registers) -> bytes:
+    """The healing code to stand at ``offset`` of a stub, with its places, up to CODE_SIZE."""
+
+    def place(number: int, after: int) -> bytes:
+        return struct.pack("<i", _PLACES + 8 * number - after)
+
+    code = bytes.fromhex("b80e000000 bf02000000 488d35")
+    code += place(0, offset + len(code) + 4)
+    code += bytes.fromhex("ba00000000 41ba08000000 0f05")
+    for number, load in enumerate(_LOADS, start=1):
+        code += bytes.fromhex(load)
+        code += place(number, offset + len(code) + 4)
+    healed = _restarted(registers)
+    places = struct.pack("<12Q", mask, *(healed[name] for name in _HEALED))
+    return code.ljust(_PLACES - offset, b"\xcc") + places
+
+
+class Batch:
+    """A list of system calls to be, with the bytes their arguments point to and the room for what they give back.
+
+    Lies in the target's memory at ``base``: records from the bottom, bytes from the top of ``capacity``.
+    """
+
+    def __init__(self, base: int, capacity: int) -> None:
+        self.base = base
+        self.capacity = capacity
+        self.calls: list[Call] = []
+        self.purposes: list[str] = []
+        self._pieces: list[bytes] = []
+        self._top = capacity
+
+    def add(self, made: Call, purpose: str = "") -> int:
+        """Append a call; the number by which its result is found. With a ``purpose`` a refusal is an error."""
+        self.calls.append(made)
+        self.purposes.append(purpose)
+        return len(self.calls) - 1
+
+    def place(self, content: bytes) -> int:
+        """Lay ``content`` into the target's memory; its address (16-byte aligned)."""
+        padded = content.ljust((len(content) + 15) & ~15, b"\0")
+        self._top -= len(padded)
+        self._pieces.append(padded)
+        return self.base + self._top
+
+    def room(self, length: int) -> int:
+        """The address of ``length`` zero bytes, for a call to fill."""
+        return self.place(bytes(length))
+
+    def text(self, content: str | bytes) -> int:
+        """The address of a NUL-terminated string."""
+        encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+        return self.place(encoded + b"\0")
+
+    @property
+    def free(self) -> int:
+        """Bytes still free (the record that ends the list is accounted for)."""
+        return self._top - RECORD_SIZE * (len(self.calls) + 2)
+
+    def image(self, last: Call) -> tuple[bytes, bytes]:
+        """The records with ``last`` to end them, and the bytes of the top."""
+        if self.free < 0:
+            raise ValueError(f"{len(self.calls)} calls and their data do not fit into {self.capacity} bytes")
+        records = b"".join(
+            struct.pack("<8Q", c.number, *(c.arguments + (0,) * (6 - len(c.arguments))), 1) for c in (*self.calls, last)
+        )
+        return records + bytes(RECORD_SIZE), b"".join(reversed(self._pieces))
+
+
+@dataclass
+class Answers:
+    """What a batch gave back: the results, and the memory its calls filled."""
+
+    batch: Batch
+    results: list[int]
+    top: bytes
+
+    def read(self, address: int, length: int) -> bytes:
+        """``length`` bytes of the room at ``address``."""
+        start = address - self.batch.base - self.batch.capacity + len(self.top)
+        return self.top[start : start + length]
+
+    def value(self, number: int) -> int:
+        """The result of call ``number``: not negative, or the negated errno."""
+        return self.results[number]
+
+    def refusals(self) -> Iterable[tuple[Call, str, int]]:
+        """Each call with a purpose that the kernel refused: the call, its purpose, the errno."""
+        for made, purpose, result in zip(self.batch.calls, self.batch.purposes, self.results, strict=True):
+            if purpose and -4096 < result < 0:
+                yield made, purpose, -result
+
+
+class Executor:
+    """A stopped thread with its stub: ``base`` is executable memory of the target, of ``capacity`` bytes."""
+
+    def __init__(
+        self, pid: int, tid: int, memory: ProcessMemory, base: int, capacity: int, stop: int, inner: tuple[int, int]
+    ) -> None:
+        """``inner`` is the PID and TID as the thread itself sees them, ``stop`` the signal that ends a list."""
+        self.tid = tid
+        self._pid = pid
+        self._memory = memory
+        self._base = base
+        self._capacity = capacity
+        self._stop = stop
+        self._last = call("tgkill", *inner, stop)
+        self._running: Batch | None = None
+        self.born: list[int] = []  # tasks that the calls made, while PTRACE_O_TRACECLONE was on
+
+    def install(self, mask: int, registers: Registers) -> None:
+        """Write the stub, with what a thread without a tracer takes back."""
+        self._memory.write(self._base, _CALLS + _heal_code(len(_CALLS), mask, registers))
+
+    def healing(self, registers: Registers) -> Registers:
+        """Registers with which the thread, if left alone, goes back to where `install` found it."""
+        return registers.changed(rip=self._base + len(_CALLS), orig_rax=_ALL_SIGNALS)
+
+    @property
+    def syscall_at(self) -> int:
+        """The address of the stub's ``syscall`` instruction."""
+        return self._base + _AFTER_SYSCALL - len(_SYSCALL_INSTRUCTION)
+
+    def batch(self) -> Batch:
+        """A new, empty list."""
+        return Batch(self._base + CODE_SIZE, self._capacity - CODE_SIZE)
+
+    def start(self, batch: Batch) -> None:
+        """Let the thread make the calls; `finish` waits for it."""
+        records, top = batch.image(self._last)
+        self._memory.write(batch.base, records)
+        if top:
+            self._memory.write(batch.base + batch.capacity - len(top), top)
+        registers = ptrace.get_registers(self.tid)
+        # orig_rax -1: the kernel must not take a leftover in rax for an interrupted call and move rip.
+        ptrace.set_registers(self.tid, registers.changed(rip=self._base, rbx=batch.base, rax=0, orig_rax=_ALL_SIGNALS))
+        self._running = batch
+        ptrace.cont(self.tid)
+
+    def at_end(self, stop: ptrace.Stop) -> bool:
+        """Whether ``stop`` is the one that ends the running list."""
+        assert self._running is not None
+        registers = ptrace.get_registers(self.tid)
+        last = self._running.base + RECORD_SIZE * len(self._running.calls)
+        at_last = registers["rip"] == self._base + _AFTER_SYSCALL and registers["rbx"] == last
+        return stop.signal == self._stop and not stop.event and at_last
+
+    def finish(self, stop: ptrace.Stop | None = None) -> Answers:
+        """Wait for the end of the started list. Raises OSError ESRCH where the thread ended."""
+        batch = self._running
+        assert batch is not None
+        foreign = False
+        while True:
+            stop = stop or ptrace.wait(self.tid)
+            if stop.ended is not None:
+                raise ptrace.ended(stop, self.tid)
+            if stop.event == ptrace.PTRACE_EVENT_CLONE:
+                self.born.append(ptrace.event_message(self.tid))
+                ptrace.cont(self.tid)
+                stop = None
+                continue
+            if self.at_end(stop):
+                break
+            foreign = True
+            ptrace.cont(self.tid)
+            stop = None
+        if foreign:  # somebody else's signal of the same number must not be lost
+            os.kill(self._pid, self._stop)
+        self._running = None
+        count = len(batch.calls)
+        raw = self._memory.read(batch.base, RECORD_SIZE * count)
+        results = [struct.unpack_from("<q", raw, RECORD_SIZE * i + 56)[0] for i in range(count)]
+        top_length = batch.base + batch.capacity - (batch.base + batch._top)
+        top = self._memory.read(batch.base + batch._top, top_length) if top_length else b""
+        return Answers(batch, results, top)
+
+    def run(self, batch: Batch) -> Answers:
+        """`start` and `finish`."""
+        self.start(batch)
+        return self.finish()
+
+
+def lone_syscall_stub(mask: int, registers: Registers) -> bytes:
+    """A ``syscall`` instruction and the healing code: for a single call where no writable memory is at hand."""
+    return _SYSCALL_INSTRUCTION + _heal_code(len(_SYSCALL_INSTRUCTION), mask, registers)
+
+
+def lone_syscall(tid: int, at: int, made: Call) -> int:
+    """Make one call in a stopped thread by the ``syscall`` instruction at ``at``; leaves it in its syscall-exit-stop.
+
+    The result as the kernel gave it (a negative errno for a refusal). No signal is involved.
+    """
+    names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+    arguments = dict(zip(names, made.arguments, strict=False))
+    before = ptrace.get_registers(tid)
+    ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
+    for _ in ("entry", "exit"):
+        while True:
+            ptrace.cont_to_syscall(tid)
+            stop = ptrace.wait(tid)
+            if stop.ended is not None:
+                raise ptrace.ended(stop, tid)
+            if stop.is_syscall:
+                break
+    result = ptrace.get_registers(tid)["rax"]
+    return result - (1 << 64) if result >> 63 else result

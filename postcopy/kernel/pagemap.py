@@ -1,0 +1,108 @@
+"""``/proc/PID/pagemap``: which pages of a process exist, and of what kind (admin-guide/mm/pagemap).
+
+PAGEMAP_SCAN (Linux 6.7) where the kernel has it, the 64-bit entries elsewhere.
+"""
+
+import array
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from postcopy.kernel.libc import address_of, ffi, ioctl, refused
+from postcopy.kernel.page import PAGE_SIZE
+
+PAGE_IS_FILE = 1 << 2
+PAGE_IS_PRESENT = 1 << 3
+PAGE_IS_SWAPPED = 1 << 4
+PAGE_IS_PFNZERO = 1 << 5
+PAGE_IS_GUARD = 1 << 8
+
+_PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+_SCAN_ARGUMENT = struct.Struct("<12Q")
+_REGION = struct.Struct("<3Q")
+_REGIONS = 4096
+
+_PM_PRESENT, _PM_SWAPPED, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
+
+
+@dataclass(frozen=True, slots=True)
+class PageRegion:
+    """Adjacent pages of the same categories (PAGE_IS_ bits); addresses in bytes."""
+
+    start: int
+    end: int
+    categories: int
+
+
+class Pagemap:
+    """The pagemap of one process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        try:
+            self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise refused(f"opening /proc/{pid}/pagemap", error.errno) from None
+        self._scan_is_missing = False
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
+
+    def for_each_region(self, start: int, end: int) -> Iterator[PageRegion]:
+        """The existing pages from ``start`` to ``end``: present, swapped or guard markers."""
+        if not self._scan_is_missing:
+            try:
+                yield from self._scan(start, end)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                    raise
+                self._scan_is_missing = True
+        yield from self._entries(start, end)
+
+    def _scan(self, start: int, end: int) -> Iterator[PageRegion]:
+        wanted = PAGE_IS_FILE | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO | PAGE_IS_GUARD
+        anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_GUARD
+        regions = bytearray(_REGION.size * _REGIONS)
+        while start < end:
+            argument = bytearray(
+                # size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof mask, return mask
+                _SCAN_ARGUMENT.pack(96, 0, start, end, 0, address_of(regions), _REGIONS, 0, 0, 0, anyof, wanted)
+            )
+            what = f"PAGEMAP_SCAN of process {self._pid} from {start:#x}"
+            count = ioctl(what, self._fd, _PAGEMAP_SCAN, ffi.from_buffer(argument))
+            for number in range(count):
+                yield PageRegion(*_REGION.unpack_from(regions, number * _REGION.size))
+            start = _SCAN_ARGUMENT.unpack(argument)[4]
+
+    def _entries(self, start: int, end: int) -> Iterator[PageRegion]:
+        step = 65536
+        begin, previous = start, 0
+        for first in range(start // PAGE_SIZE, end // PAGE_SIZE, step):
+            count = min(step, end // PAGE_SIZE - first)
+            entries = array.array("Q", os.pread(self._fd, 8 * count, 8 * first))
+            if not any(entries):
+                if previous:
+                    yield PageRegion(begin, first * PAGE_SIZE, previous)
+                begin, previous = first * PAGE_SIZE, 0
+                continue
+            for number, entry in enumerate(entries, first):
+                categories = _categories(entry)
+                if categories != previous:
+                    if previous:
+                        yield PageRegion(begin, number * PAGE_SIZE, previous)
+                    begin, previous = number * PAGE_SIZE, categories
+        if previous:
+            yield PageRegion(begin, end, previous)
+
+
+def _categories(entry: int) -> int:
+    found = PAGE_IS_PRESENT if entry & _PM_PRESENT else 0
+    found |= PAGE_IS_SWAPPED if entry & _PM_SWAPPED else 0
+    found |= PAGE_IS_GUARD if entry & _PM_GUARD else 0
+    if found and entry & _PM_FILE:
+        found |= PAGE_IS_FILE
+    return found

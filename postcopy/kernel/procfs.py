@@ -1,0 +1,140 @@
+"""``/proc/PID``: what the kernel says of a process without stopping it (proc(5))."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from postcopy.kernel.libc import refused
+
+_MAPS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MapsLine:
+    """One vma as ``/proc/PID/smaps`` shows it; ``offset`` in bytes, ``flags`` the two-letter VmFlags."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    name: str
+    flags: frozenset[str] = field(default_factory=frozenset)
+    protection_key: int = 0
+
+    @property
+    def shared(self) -> bool:
+        """MAP_SHARED rather than MAP_PRIVATE."""
+        return self.permissions[3] == "s"
+
+    @property
+    def prot(self) -> int:
+        """PROT_READ | PROT_WRITE | PROT_EXEC as mmap(2) takes them."""
+        return sum(bit for bit, letter in zip((1, 2, 4), "rwx", strict=True) if letter in self.permissions)
+
+
+def read(pid: int, name: str) -> bytes:
+    """All of ``/proc/PID/name``. Raises OSError: ENOENT or ESRCH when the process is gone."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise refused(f"reading /proc/{pid}/{name}", error.errno) from None
+
+
+def link(pid: int, name: str) -> str:
+    """Where the link ``/proc/PID/name`` points."""
+    try:
+        return os.readlink(f"/proc/{pid}/{name}")
+    except OSError as error:
+        raise refused(f"reading the link /proc/{pid}/{name}", error.errno) from None
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process, a zombie too."""
+    return os.path.exists(f"/proc/{pid}/status")
+
+
+def status(pid: int, tid: int | None = None) -> dict[str, str]:
+    """The fields of ``status``, of the process or of one of its threads."""
+    name = "status" if tid is None else f"task/{tid}/status"
+    lines = read(pid, name).decode(errors="surrogateescape").splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def stat(pid: int) -> list[str]:
+    """The fields of ``stat``, numbered as in proc_pid_stat(5) (so [0] is empty); [2] is the name."""
+    text = read(pid, "stat").decode(errors="surrogateescape")
+    head, _, tail = text.rpartition(")")
+    number, _, name = head.partition(" (")
+    return ["", number, name, *tail.split()]
+
+
+def tids(pid: int) -> list[int]:
+    """The threads of a process, the leader first."""
+    try:
+        found = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    except OSError as error:
+        raise refused(f"listing /proc/{pid}/task", error.errno) from None
+    return sorted(found, key=lambda tid: tid != pid)
+
+
+def children(pid: int) -> list[int]:
+    """The child processes, of all threads."""
+    found: list[int] = []
+    for tid in tids(pid):
+        try:
+            found += [int(word) for word in read(pid, f"task/{tid}/children").split()]
+        except OSError:
+            continue  # the thread ended while we looked
+    return found
+
+
+def descriptors(pid: int) -> list[int]:
+    """The numbers of the open descriptors, in order."""
+    try:
+        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+    except OSError as error:
+        raise refused(f"listing /proc/{pid}/fd", error.errno) from None
+
+
+def fdinfo(pid: int, fd: int) -> dict[str, str]:
+    """The fields of ``fdinfo/FD``; of a field that repeats, the first."""
+    found: dict[str, str] = {}
+    for line in read(pid, f"fdinfo/{fd}").decode(errors="surrogateescape").splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key, value.strip())
+    return found
+
+
+def for_each_vma(pid: int, *, flags: bool) -> Iterator[MapsLine]:
+    """The vmas by address; with ``flags`` from smaps, which walks the page tables (milliseconds a GiB)."""
+    content = read(pid, "smaps" if flags else "maps")
+    matches = list(_MAPS.finditer(content)) if not flags else [m for m in re.finditer(_SMAPS, content)]
+    for match in matches:
+        start, end, permissions, offset, major, minor, inode, name = match.groups()[:8]
+        extra = match.groups()[8:]
+        yield MapsLine(
+            start=int(start, 16),
+            end=int(end, 16),
+            permissions=permissions.decode(),
+            offset=int(offset, 16),
+            device=(int(major, 16), int(minor, 16)),
+            inode=int(inode),
+            name=_unescaped(name),
+            flags=frozenset(extra[1].decode().split()) if flags else frozenset(),
+            protection_key=int(extra[0] or b"0") if flags else 0,
+        )
+
+
+_SMAPS = re.compile(
+    rb"^" + _MAPS.pattern + rb"\n(?:[A-Z][^\n]*\n)*?(?:ProtectionKey: *(\d+)\n)?VmFlags: ([^\n]*)$", re.MULTILINE
+)
+
+
+def _unescaped(name: bytes) -> str:
+    """A path of maps, in which the kernel writes only the newline as an octal escape."""
+    return _ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), name).decode(errors="surrogateescape")

@@ -1,0 +1,108 @@
+"""Bring a process into being: with the PID it had, an empty address space, and ourselves as parent and tracer."""
+
+import contextlib
+import os
+import signal
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.process_memory import ProcessMemory
+
+_AT_EMPTY_PATH = 0x1000
+_OPTIONS = (
+    ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACEEXEC | ptrace.PTRACE_O_EXITKILL
+)
+
+
+class Newborn:
+    """A stopped process with one thread that holds nothing but the tiny program, the vdso and a stack.
+
+    ``pid`` is how we see it, ``inner_pid`` how it sees itself. It dies with us until it is detached.
+    """
+
+    def __init__(self, pid: int, inner_pid: int) -> None:
+        self.pid = pid
+        self.inner_pid = inner_pid
+        self.pidfd = os.pidfd_open(pid)
+        self.memory = ProcessMemory(pid)
+
+    def kill(self) -> None:
+        """End it and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while ptrace.wait(self.pid).ended is None:
+                pass
+
+
+def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
+    """Make the process. Raises RestoreError: the PID is taken, or the kernel refuses.
+
+    ``mount_namespace``: a descriptor of the mount namespace to live in, None for our own.
+    """
+    go_read, go_write = os.pipe()
+    program = tiny_elf.as_memfd()
+    try:
+        try:
+            child = clone3.fork(signal.SIGCHLD, inner_pid)
+        except FileExistsError:
+            raise RestoreError(
+                f"PID {inner_pid} is taken on this host", "end that process, or restore with --new-pid-namespace"
+            ) from None
+        if not child:
+            _become_tiny(go_read, go_write, program, mount_namespace)
+        try:
+            ptrace.seize(child, _OPTIONS)
+            os.write(go_write, b"g")
+            _until_event(child, ptrace.PTRACE_EVENT_EXEC)
+            # get_signal() is the clean place to start from: the execve itself must return first.
+            ptrace.interrupt(child)
+            ptrace.cont(child)
+            _until_event(child, ptrace.PTRACE_EVENT_STOP)
+            return Newborn(child, inner_pid)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, ptrace.WALL)
+            raise
+    finally:
+        for fd in (go_read, go_write, program):
+            os.close(fd)
+
+
+def _until_event(tid: int, event: int) -> None:
+    while True:
+        stop = ptrace.wait(tid)
+        if stop.ended is not None:
+            raise RestoreError(f"the new process {tid} ended before it could be built")
+        if stop.event == event:
+            return
+        ptrace.cont(tid, stop.signal if not stop.event else 0)
+
+
+def _become_tiny(go_read: int, go_write: int, program: int, mount_namespace: int | None) -> None:
+    """In the child: wait until it is traced, then execute the tiny program."""
+    try:
+        os.close(go_write)
+        if not os.read(go_read, 1):
+            os._exit(1)
+        if mount_namespace is not None:
+            syscall("entering the mount namespace", NUMBERS["setns"], mount_namespace, clone3.CLONE_NEWNS)
+        empty, none = b"\0", bytes(8)
+        syscall(
+            "executing the tiny program",
+            NUMBERS["execveat"],
+            program,
+            address_of(empty),
+            address_of(none),
+            address_of(none),
+            _AT_EMPTY_PATH,
+        )
+    finally:
+        os._exit(1)
+
+
+def ranges_in_use(pid: int) -> list[range]:
+    """The address ranges that a new process occupies."""
+    return [range(line.start, line.end) for line in procfs.for_each_vma(pid, flags=False)]

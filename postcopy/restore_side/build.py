@@ -1,0 +1,267 @@
+"""Build a process, stopped, out of its state: one batch of calls for the memory, one for everything else, one a thread.
+
+The order is the kernel's: the new process is emptied, laid out and filled; then it opens its files and makes its
+threads; what takes privileges away comes last; userfaultfd is armed when nothing of ours touches its memory any more.
+"""
+
+import errno
+import os
+import resource
+from dataclasses import dataclass, field
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import pidfd, procfs, ptrace, tiny_elf, userfaultfd, vdso
+from postcopy.kernel.calls import call
+from postcopy.kernel.executor import (
+    Answers,
+    Executor,
+    lone_syscall,
+    signal_bit,
+    stop_signal,
+)
+from postcopy.kernel.page import PAGE_SIZE, page_up
+from postcopy.restore_side import (
+    attributes,
+    birth,
+    descriptors,
+    filesystem,
+    limits,
+    lineage,
+    memory,
+    scheduling,
+    signals,
+    threads,
+    timers,
+)
+from postcopy.restore_side.own import own_credentials
+from postcopy.state import Process
+
+_PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
+_ALL = 0xFFFF_FFFF_FFFF_FFFF
+_THREAD_ROOM = PAGE_SIZE
+_ESTIMATE = 1024 * 1024  # bytes for the leader's calls, beside what grows with the state
+_PER_VMA, _PER_SLOT, _PER_THREAD = 768, 1024, 512
+_UFFD_FEATURES = (
+    userfaultfd.UFFD_FEATURE_EVENT_FORK
+    | userfaultfd.UFFD_FEATURE_EVENT_REMAP
+    | userfaultfd.UFFD_FEATURE_EVENT_REMOVE
+    | userfaultfd.UFFD_FEATURE_EVENT_UNMAP
+)
+
+
+@dataclass
+class Built:
+    """A process that is ready to go on; it dies with us until `resume`. ``tids``: as we see them, leader first."""
+
+    newborn: birth.Newborn
+    state: Process
+    uffd: int
+    tids: list[int] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """The PID as we see it."""
+        return self.newborn.pid
+
+    def resume(self) -> None:
+        """Let it run: from here on it no longer depends on us."""
+        if self.state.stopped_by:
+            os.kill(self.pid, self.state.stopped_by)
+        for tid in self.tids:
+            ptrace.detach(tid)
+
+    def kill(self) -> None:
+        """End it before it has run."""
+        self.newborn.kill()
+        for fd in (self.uffd, self.newborn.pidfd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def build(state: Process, newborn: birth.Newborn, lazy: bool, parent_stays: bool) -> Built:
+    """Build ``state`` in ``newborn``. With ``lazy``, private anonymous memory is armed for missing pages.
+
+    Raises RestoreError with what was refused and why; the new process is then gone.
+    """
+    built = Built(newborn, state, -1, [newborn.pid])
+    try:
+        _Builder(built, parent_stays).run(lazy)
+    except OSError as error:
+        built.kill()
+        raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
+    except BaseException:
+        built.kill()
+        raise
+    return built
+
+
+class _Builder:
+    def __init__(self, built: Built, parent_stays: bool) -> None:
+        self._built = built
+        self._state = built.state
+        self._newborn = built.newborn
+        self._parent_stays = parent_stays
+        self._executors: list[Executor] = []
+        self._base = 0
+        self._leader_room = page_up(_estimate(self._state))
+        self._size = self._leader_room + _THREAD_ROOM * len(self._state.threads)
+        queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
+        pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
+        self._stop = stop_signal(0, pending)
+
+    def run(self, lazy: bool) -> None:
+        pid, state = self._newborn.pid, self._state
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        if descriptors.highest(state.descriptors) > (hard if hard >= 0 else _ALL):
+            raise RestoreError("the program's descriptor numbers are above this host's limit", "raise it: ulimit -Hn")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        self._install()
+        self._run_memory()
+        memory.write_pages(state.memory, self._newborn.memory)
+        self._run_leader(lazy)
+        self._run_threads()
+        for tid, thread in zip(self._built.tids, state.threads, strict=True):
+            scheduling.apply(thread.scheduling, tid)
+        attributes.write_files(state.attributes, pid)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        limits.rebuild(state.limits, pid)
+        self._fall_asleep()
+        self._remove()
+        for tid, thread in zip(self._built.tids, state.threads, strict=True):
+            threads.finish(tid, thread)
+        if lazy:
+            self._arm()
+
+    # -- the executor's memory ----------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        """Map the executor's memory, clear of the old layout and the new, and make the leader's executor."""
+        pid = self._newborn.pid
+        size = self._size + memory.STAGING_SIZE
+        self._base = memory.hole(size, [*birth.ranges_in_use(pid), *memory.in_use(self._state.memory)])
+        made = call("mmap", self._base, self._size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE, _ALL, 0)
+        result = lone_syscall(pid, tiny_elf.SYSCALL_AT, made)
+        if result != self._base:
+            raise RestoreError(f"mapping the executor: {errno.errorcode.get(-result, result)}")
+        self._executors.append(self._executor(0))
+
+    def _executor(self, number: int) -> Executor:
+        """The executor of thread ``number``, whose task is stopped."""
+        tid, thread = self._built.tids[number], self._state.threads[number]
+        base = self._base + (self._leader_room + _THREAD_ROOM * (number - 1) if number else 0)
+        room = _THREAD_ROOM if number else self._leader_room
+        inner = self._state.pid, thread.tid
+        executor = Executor(self._newborn.pid, tid, self._newborn.memory, base, room, self._stop, inner)
+        registers = ptrace.get_registers(tid)
+        executor.install(0, registers)
+        ptrace.set_signal_mask(tid, _ALL & ~signal_bit(self._stop))
+        return executor
+
+    def _remove(self) -> None:
+        """Unmap the executor's memory with the vdso's own ``syscall``, and stop the leader where calls are restarted."""
+        vma = next(v for v in self._state.memory.vmas if v.backing == "vdso")
+        at = vma.start + vdso.syscall_offset(self._state.memory.vdso)
+        pid = self._newborn.pid
+        result = lone_syscall(pid, at, call("munmap", self._base, self._size))
+        if result:
+            raise RestoreError(f"unmapping the executor: {errno.errorcode.get(-result, result)}")
+        ptrace.interrupt(pid)
+        ptrace.cont(pid)
+        stop = ptrace.wait(pid)
+        if stop.event != ptrace.PTRACE_EVENT_STOP:
+            raise RestoreError(f"process {pid} met {stop} while it was being built")
+
+    # -- the batches --------------------------------------------------------------------------------------------------
+
+    def _run_memory(self) -> None:
+        leader = self._executors[0]
+        batch = leader.batch()
+        present = list(procfs.for_each_vma(self._newborn.pid, flags=False))
+        keep = range(self._base, self._base + self._size)
+        high = descriptors.highest(self._state.descriptors) + len(self._state.memory.files) + 1
+        # The standard streams step aside, so that the numbers of what is opened are known beforehand.
+        for stream in range(3):
+            batch.add(call("dup3", stream, high + stream, 0o2000000))
+        batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
+        memory.rebuild(self._state.memory, batch, present, keep, keep.stop)
+        for stream in range(3):
+            batch.add(call("dup3", high + stream, stream, 0))
+        batch.add(call("close_range", 3, 0xFFFF_FFFF, 0), "closing what is open for a while")
+        self._checked(leader.run(batch))
+
+    def _run_leader(self, lazy: bool) -> None:
+        state, leader = self._state, self._executors[0]
+        batch = leader.batch()
+        lineage.rebuild(state.lineage, batch)
+        attributes.rebuild(state.attributes, batch)
+        threads.ask_for(state.threads[1:], batch)
+        number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd") if lazy else -1
+        answers = self._checked(leader.run(batch))
+        self._welcome(leader.born)
+        if lazy:
+            self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
+            userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
+        batch = leader.batch()
+        descriptors.rebuild(state.descriptors, batch)
+        filesystem.rebuild(state.filesystem, batch)
+        signals.rebuild(state.signals, state.pid, batch)
+        self._checked(leader.run(batch))
+
+    def _welcome(self, born: list[int]) -> None:
+        """Take in the threads that the leader made: each arrives in a stop of its own."""
+        expected = len(self._state.threads) - 1
+        if len(born) != expected:
+            raise RestoreError(f"{len(born)} of {expected} threads could be made")
+        for tid in born:
+            self._built.tids.append(tid)
+            while ptrace.wait(tid).event != ptrace.PTRACE_EVENT_STOP:
+                ptrace.cont(tid)
+        self._executors += [self._executor(number) for number in range(1, len(self._state.threads))]
+
+    def _run_threads(self) -> None:
+        current = own_credentials()
+        batches = []
+        for executor, thread in zip(self._executors, self._state.threads, strict=True):
+            batch = executor.batch()
+            threads.rebuild(thread, self._state.pid, current, self._parent_stays, batch)
+            if executor is self._executors[0]:
+                attributes.rebuild_last(self._state.attributes, batch)
+                timers.rebuild(self._state.timers, batch)
+            batches.append(batch)
+        for executor, batch in zip(self._executors, batches, strict=True):
+            executor.start(batch)
+        for executor in self._executors:
+            self._checked(executor.finish())
+
+    def _fall_asleep(self) -> None:
+        for executor, thread in zip(self._executors, self._state.threads, strict=True):
+            if thread.sleep_left:
+                batch = executor.batch()
+                place = batch.place(thread.sleep_left)
+                self._newborn.memory.write(place, thread.sleep_left)
+                threads.fall_asleep(executor.tid, thread, executor.syscall_at, place)
+
+    def _arm(self) -> None:
+        for area in memory.lazy_vmas(self._state.memory):
+            userfaultfd.register(self._built.uffd, area.start, len(area), userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
+
+    def _checked(self, answers: Answers) -> Answers:
+        for made, purpose, number in answers.refusals():
+            name = errno.errorcode.get(number, str(number))
+            raise RestoreError(f"process {self._state.pid}: {purpose}: {made.name} was refused with {name}")
+        return answers
+
+
+def _estimate(state: Process) -> int:
+    """Bytes that the leader's batches may need."""
+    paths = sum(len(f.path) for f in state.memory.files)
+    paths += sum(len(d.file.path) for d in state.descriptors.descriptions if d.file is not None)
+    return (
+        _ESTIMATE
+        + _PER_VMA * len(state.memory.vmas)
+        + _PER_SLOT * len(state.descriptors.slots)
+        + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
+        + 4 * paths
+        + sum(len(pipe.content) for pipe in state.descriptors.pipes)
+        + 64 * len(state.memory.guards)
+    )

@@ -1,0 +1,155 @@
+"""Memory: lay out an address space as it was, and write the pages that came with the state."""
+
+import os
+import struct
+from collections.abc import Iterable
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import procfs
+from postcopy.kernel.calls import call
+from postcopy.kernel.executor import Batch
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
+from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.page_ranges import PageRanges
+from postcopy.state import Memory, Vma
+
+_AT_FDCWD = -100
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+_MAP_GROWSDOWN, _MAP_NORESERVE = 0x100, 0x4000
+_MREMAP_MAYMOVE_FIXED = 3
+_MLOCK_ONFAULT = 1
+_MADV_GUARD_INSTALL = 102
+_ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+_LOWEST, _HIGHEST = 0x10000, 0x7FFF_FFFF_F000
+
+
+def hole(size: int, in_use: Iterable[range]) -> int:
+    """The address of ``size`` free bytes, below everything in ``in_use`` as far as possible."""
+    place = _LOWEST
+    for taken in sorted(in_use, key=lambda r: r.start):
+        if taken.start - place >= size:
+            return place
+        place = max(place, taken.stop)
+    if _HIGHEST - place >= size:
+        return place
+    raise RestoreError(f"no {size} bytes of address space are free beside what the program uses")
+
+
+def in_use(memory: Memory) -> list[range]:
+    """The address ranges of the state's vmas."""
+    return [range(vma.start, vma.end) for vma in memory.vmas]
+
+
+def rebuild(memory: Memory, batch: Batch, present: list[procfs.MapsLine], keep: range, staging: int) -> None:
+    """Add the calls that make the layout out of that of a new process.
+
+    ``present``: what the new process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the
+    vdso and its data on their way. Descriptors from 0 on are used for a while and closed again.
+    """
+    _move_kernel_mappings(memory, batch, present, staging)
+    for line in present:
+        if not line.name.startswith(("[vdso]", "[vvar", "[vsyscall]")) and line.start != keep.start:
+            batch.add(call("munmap", line.start, line.end - line.start), "clearing the new address space")
+    for number, mapped in enumerate(memory.files):
+        flags = (os.O_RDWR if mapped.writable else os.O_RDONLY) | os.O_CLOEXEC
+        _expect_fd(batch, number, mapped.path, flags)
+    exe = len(memory.files)
+    _expect_fd(batch, exe, memory.exe, os.O_RDONLY | os.O_CLOEXEC)
+    for vma in memory.vmas:
+        if vma.backing in ("anonymous", "stack", "file"):
+            _map(batch, vma)
+    _set_mm(memory, batch, exe)
+    batch.add(call("close_range", 0, exe, 0), "closing the mapped files")
+    for guard in PageRanges.unpack(memory.guards):
+        where = f"installing guard pages at {guard.start:#x}"
+        batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
+
+
+def write_pages(memory: Memory, target: ProcessMemory) -> None:
+    """Write the pages that travelled with the state."""
+    for piece in memory.pages:
+        target.write(piece.start, piece.content)
+
+
+def lazy_vmas(memory: Memory) -> list[range]:
+    """The address ranges to be covered by userfaultfd, adjacent ones joined."""
+    joined: list[range] = []
+    for vma in memory.vmas:
+        if vma.backing not in ("anonymous", "stack"):
+            continue
+        if joined and joined[-1].stop == vma.start:
+            joined[-1] = range(joined[-1].start, vma.end)
+        else:
+            joined.append(range(vma.start, vma.end))
+    return joined
+
+
+def _expect_fd(batch: Batch, number: int, path: str, flags: int) -> None:
+    """Open ``path``; the descriptor table is empty from ``number`` on, so that is the descriptor it gets."""
+    batch.add(call("openat", _AT_FDCWD, batch.text(path), flags), f"opening {path} (as descriptor {number})")
+
+
+def _move_kernel_mappings(memory: Memory, batch: Batch, present: list[procfs.MapsLine], staging: int) -> None:
+    """Move vvar and vdso to where they were, by way of ``staging``, since old and new places may overlap."""
+    ours = {line.name: line for line in present if line.name.startswith(("[vdso]", "[vvar"))}
+    wanted = [vma for vma in memory.vmas if vma.backing in ("vdso", "vvar")]
+    moves = []
+    for vma in wanted:
+        line = ours.pop(vma.name, None)
+        if line is None or line.end - line.start != vma.end - vma.start:
+            raise RestoreError(f"this kernel's {vma.name} differs from the source's", "use hosts with the same kernel")
+        size = vma.end - vma.start
+        moves.append((line.start, staging, vma.start, size, vma.name))
+        staging += size
+    for old, middle, _, size, name in moves:
+        batch.add(call("mremap", old, size, size, _MREMAP_MAYMOVE_FIXED, middle), f"moving {name}")
+    for _, middle, new, size, name in moves:
+        batch.add(call("mremap", middle, size, size, _MREMAP_MAYMOVE_FIXED, new), f"moving {name}")
+    for name, line in ours.items():
+        batch.add(call("munmap", line.start, line.end - line.start), f"removing {name}")
+
+
+def _map(batch: Batch, vma: Vma) -> None:
+    size = vma.end - vma.start
+    flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
+    flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
+    flags |= _MAP_ANONYMOUS if vma.backing != "file" else 0
+    flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
+    where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
+    batch.add(call("mmap", vma.start, size, vma.prot, flags, vma.file, vma.offset), f"mapping {where}")
+    for flag in vma.flags:
+        if flag in _ADVICE:
+            batch.add(call("madvise", vma.start, size, _ADVICE[flag]), f"advising ({flag}) on {where}")
+    if "lo" in vma.flags:
+        # Locked as it fills: a plain mlock would wait for every page of it now.
+        batch.add(call("mlock2", vma.start, size, _MLOCK_ONFAULT), f"locking {where}")
+    if vma.name.startswith("[anon:"):
+        # Without a purpose: kernels without CONFIG_ANON_VMA_NAME refuse, and only the name is lost.
+        name = batch.text(vma.name[len("[anon:") : -1])
+        batch.add(call("prctl", PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, size, name))
+
+
+def _set_mm(memory: Memory, batch: Batch, exe: int) -> None:
+    fields = struct.pack(
+        "<12QII",
+        memory.start_code,
+        memory.end_code,
+        memory.start_data,
+        memory.end_data,
+        memory.start_brk,
+        memory.brk,
+        memory.start_stack,
+        memory.arg_start,
+        memory.arg_end,
+        memory.env_start,
+        memory.env_end,
+        batch.place(memory.auxv),
+        len(memory.auxv),
+        exe,
+    )
+    made = call("prctl", PR_SET_MM, PR_SET_MM_MAP, batch.place(fields), len(fields), 0)
+    batch.add(made, f"setting the mm fields and the exe link to {memory.exe}")
+
+
+STAGING_SIZE = 64 * PAGE_SIZE

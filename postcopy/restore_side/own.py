@@ -1,0 +1,15 @@
+"""What ``restore`` itself has, and so what a new process begins with."""
+
+import os
+
+from postcopy.kernel import procfs
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import syscall
+from postcopy.kernel.prctl import PR_GET_SECUREBITS
+from postcopy.state import Credentials
+
+
+def own_credentials() -> Credentials:
+    """Our credentials, as those of a thread are collected."""
+    securebits = syscall("reading the secure bits", NUMBERS["prctl"], PR_GET_SECUREBITS)
+    return Credentials.from_status(procfs.status(os.getpid()), securebits)

@@ -1,0 +1,207 @@
+"""What the destination knows of each lazy page: absent, requested, present, removed. No I/O.
+
+A page keeps its number for life: its ordinal in the lazy ranges of the address space it comes from. The residency is a
+byte for each ordinal; where the page is now is kept apart, in segments, so that mremap(2) moves a few numbers and no
+bytes, and a page that is on its way is recognised wherever it has been moved to.
+"""
+
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from postcopy.kernel.page import PAGE_SHIFT
+from postcopy.page_ranges import PageRanges
+
+ABSENT, REQUESTED, PRESENT, REMOVED = range(4)
+
+_missing = re.compile(b"[\x00\x01]+").finditer
+_absent = re.compile(b"\x00+").match
+
+_MOST_VACATED = 64
+
+
+class Run(NamedTuple):
+    """Pages that are missing, with neighbouring ordinals and at neighbouring current addresses."""
+
+    address: int
+    ordinal: int
+    pages: int
+
+
+class AddressSpace:
+    """The lazy pages of one mm.
+
+    ``source`` is the address space that they come from, the same for every descendant by fork. Every page that is
+    absent or requested lies in exactly one segment; a page outside of all segments has been unmapped and is removed.
+    """
+
+    def __init__(self, source: int, lazy: PageRanges) -> None:
+        """All pages of ``lazy`` are absent, and at the address where they were at the source."""
+        self.source = source
+        self.lazy = lazy
+        self.states = bytearray(lazy.total_pages)
+        # How many pages are absent or requested.
+        self.absent_pages = lazy.total_pages
+        # Segments in the order of their current addresses, and again in the order of their ordinals.
+        self._starts = array("Q")
+        self._pages = array("Q")
+        self._ordinals = array("Q")
+        for each, ordinal in lazy.overlapping(0, 1 << 63):
+            self._starts.append(each.start)
+            self._pages.append(each.pages)
+            self._ordinals.append(ordinal)
+        self._by_ordinal = self._ordinals[:]
+        self._by_ordinal_pages = self._pages[:]
+        self._by_ordinal_start = self._starts[:]
+        # Ranges that mremap has emptied and whose unmap event is still to come, oldest first.
+        self._vacated: list[tuple[int, int]] = []
+
+    def fork(self) -> "AddressSpace":
+        """The address space of a child, with residency of its own."""
+        child = AddressSpace.__new__(AddressSpace)
+        child.source = self.source
+        child.lazy = self.lazy
+        child.states = self.states[:]
+        child.absent_pages = self.absent_pages
+        child._starts = self._starts[:]
+        child._pages = self._pages[:]
+        child._ordinals = self._ordinals[:]
+        child._by_ordinal = self._by_ordinal[:]
+        child._by_ordinal_pages = self._by_ordinal_pages[:]
+        child._by_ordinal_start = self._by_ordinal_start[:]
+        child._vacated = []
+        return child
+
+    def lookup(self, address: int) -> int:
+        """The ordinal of the page that is at ``address`` now, or -1 when no lazy page is."""
+        at = bisect_right(self._starts, address) - 1
+        if at < 0:
+            return -1
+        offset = (address - self._starts[at]) >> PAGE_SHIFT
+        return self._ordinals[at] + offset if offset < self._pages[at] else -1
+
+    def source_address(self, ordinal: int) -> int:
+        """Where the page was at the source."""
+        return self.lazy.address(ordinal)
+
+    def window(self, ordinal: int, most: int) -> int:
+        """How many pages, ``most`` at the most, can be asked for at once from the absent page ``ordinal`` on.
+
+        They are absent, follow each other at the source, and still do so here.
+        """
+        at = bisect_right(self._by_ordinal, ordinal) - 1
+        segment_end = self._by_ordinal[at] + self._by_ordinal_pages[at]
+        most = min(self.lazy.stretch(ordinal, most), segment_end - ordinal)
+        found = _absent(self.states, ordinal, ordinal + most)
+        return found.end() - ordinal if found else 0
+
+    def next_absent(self, ordinal: int = 0) -> int:
+        """The first absent page from ``ordinal`` on, or -1."""
+        return self.states.find(ABSENT, ordinal)
+
+    def mark(self, ordinal: int, pages: int, state: int) -> None:
+        """Set the residency of pages with neighbouring ordinals."""
+        states = self.states
+        if pages == 1:
+            before = states[ordinal]
+            states[ordinal] = state
+            self.absent_pages += (state <= REQUESTED) - (before <= REQUESTED)
+            return
+        end = ordinal + pages
+        missing = states.count(ABSENT, ordinal, end) + states.count(REQUESTED, ordinal, end)
+        states[ordinal:end] = bytes((state,)) * pages
+        self.absent_pages += (pages if state <= REQUESTED else 0) - missing
+
+    def missing_runs(self, address: int, pages: int) -> Iterator[Run]:
+        """Where the missing pages (absent or requested) of a range of the source are now, as maximal runs.
+
+        The range is given by its address at the source. Runs are found one by one: the residency may change between
+        two of them, the layout must not.
+        """
+        for part, first in self.lazy.overlapping(address, address + (pages << PAGE_SHIFT)):
+            yield from self._runs(first, part.pages)
+
+    def _runs(self, first: int, pages: int) -> Iterator[Run]:
+        for found in list(_missing(self.states, first, first + pages)):
+            ordinal, end = found.span()
+            at = bisect_right(self._by_ordinal, ordinal) - 1
+            while ordinal < end:
+                offset = ordinal - self._by_ordinal[at]
+                length = min(self._by_ordinal_pages[at] - offset, end - ordinal)
+                yield Run(self._by_ordinal_start[at] + (offset << PAGE_SHIFT), ordinal, length)
+                ordinal += length
+                at += 1
+
+    def remove(self, start: int, end: int) -> None:
+        """The pages that are at start-end now are dropped (MADV_DONTNEED): zero from now on."""
+        for _, ordinal, pages in self._overlapping(start, end):
+            self.mark(ordinal, pages, REMOVED)
+
+    def unmap(self, start: int, end: int) -> None:
+        """start-end is no longer mapped.
+
+        A plain mremap(2) sends two events, the move and the unmapping of the old range, and waits between them: by
+        then another thread may have moved other pages to the old range. So the second one is recognised and ignored.
+        """
+        if (start, end) in self._vacated:
+            self._vacated.remove((start, end))
+            return
+        for _, ordinal, pages in self._cut(start, end):
+            self.mark(ordinal, pages, REMOVED)
+
+    def remap(self, old: int, new: int, length: int) -> None:
+        """``length`` bytes have been moved from ``old`` to ``new``; what was at ``new`` is gone."""
+        moved = self._cut(old, old + length)
+        for _, ordinal, pages in self._cut(new, new + length):
+            self.mark(ordinal, pages, REMOVED)
+        for address, ordinal, pages in moved:
+            self._insert(address - old + new, ordinal, pages)
+        self._vacated.append((old, old + length))
+        del self._vacated[:-_MOST_VACATED]
+
+    def _overlapping(self, start: int, end: int) -> list[Run]:
+        at = max(bisect_right(self._starts, start) - 1, 0)
+        parts = []
+        while at < len(self._starts) and self._starts[at] < end:
+            address = self._starts[at]
+            low = max(address, start)
+            high = min(address + (self._pages[at] << PAGE_SHIFT), end)
+            if low < high:
+                ordinal = self._ordinals[at] + ((low - address) >> PAGE_SHIFT)
+                parts.append(Run(low, ordinal, (high - low) >> PAGE_SHIFT))
+            at += 1
+        return parts
+
+    def _cut(self, start: int, end: int) -> list[Run]:
+        """Take what lies within start-end out of the segments, splitting those at its borders."""
+        parts = self._overlapping(start, end)
+        for address, ordinal, pages in parts:
+            at = bisect_right(self._starts, address) - 1
+            whole = Run(self._starts[at], self._ordinals[at], self._pages[at])
+            self._delete(at)
+            before = ordinal - whole.ordinal
+            if before:
+                self._insert(whole.address, whole.ordinal, before)
+            after = whole.pages - before - pages
+            if after:
+                self._insert(address + (pages << PAGE_SHIFT), ordinal + pages, after)
+        return parts
+
+    def _delete(self, at: int) -> None:
+        by_ordinal = bisect_right(self._by_ordinal, self._ordinals[at]) - 1
+        for column in (self._starts, self._pages, self._ordinals):
+            del column[at]
+        for column in (self._by_ordinal, self._by_ordinal_pages, self._by_ordinal_start):
+            del column[by_ordinal]
+
+    def _insert(self, address: int, ordinal: int, pages: int) -> None:
+        at = bisect_right(self._starts, address)
+        self._starts.insert(at, address)
+        self._pages.insert(at, pages)
+        self._ordinals.insert(at, ordinal)
+        at = bisect_right(self._by_ordinal, ordinal)
+        self._by_ordinal.insert(at, ordinal)
+        self._by_ordinal_pages.insert(at, pages)
+        self._by_ordinal_start.insert(at, address)

@@ -1,0 +1,13 @@
+"""A terminal among the standard streams: ``restore`` lends its own stream in its place."""
+
+from typing import TYPE_CHECKING
+
+from postcopy.state import Slot, StandardStream
+
+if TYPE_CHECKING:
+    from postcopy.restore_side.descriptors import Plan
+
+
+def rebuild(plan: "Plan", slot: Slot, stream: StandardStream, streams: int) -> None:
+    """Add the calls that give ``slot`` the stream; ``streams`` is where the three of them are parked."""
+    plan.duplicate(streams + stream.fd, slot.fd, slot.close_on_exec, f"lending standard stream {stream.fd}")

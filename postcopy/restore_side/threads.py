@@ -1,0 +1,110 @@
+"""Threads: made by the leader's own clone3, each given what the kernel keeps for it, registers last."""
+
+import struct
+from collections.abc import Callable
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import clone3, ptrace
+from postcopy.kernel.calls import NUMBERS, call
+from postcopy.kernel.executor import (
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    Batch,
+    interrupted,
+)
+from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
+from postcopy.kernel.ptrace import Registers
+from postcopy.restore_side import credentials, scheduling
+from postcopy.state import Credentials, Thread
+
+_THREAD_FLAGS = (
+    clone3.CLONE_VM
+    | clone3.CLONE_FS
+    | clone3.CLONE_FILES
+    | clone3.CLONE_SIGHAND
+    | clone3.CLONE_THREAD
+    | clone3.CLONE_SYSVSEM
+)
+_SS_ONSTACK = 1
+_NO_CALL = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def ask_for(others: list[Thread], batch: Batch) -> None:
+    """Add the calls by which the leader makes the other threads, in order."""
+    for thread in others:
+        wanted = batch.place(struct.pack("<I", thread.tid))
+        arguments = batch.place(clone3.arguments(_THREAD_FLAGS, 0, wanted, 1))
+        batch.add(call("clone3", arguments, clone3.SIZE), f"making thread {thread.tid}")
+
+
+def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: bool, batch: Batch) -> None:
+    """Add the calls that the thread makes itself. ``parent_stays``: ``restore`` will not end before the program."""
+    batch.add(call("set_tid_address", state.tid_address), "setting the tid address")
+    if state.robust_list:
+        made = call("set_robust_list", state.robust_list, state.robust_list_size)
+        batch.add(made, "setting the robust futex list")
+    if state.rseq.pointer:
+        made = call("rseq", state.rseq.pointer, state.rseq.size, 0, state.rseq.signature)
+        batch.add(made, "registering the rseq area")
+    address, flags, size = struct.unpack("<QixxxxQ", state.alternate_stack)
+    if size:
+        stack = struct.pack("<QixxxxQ", address, flags & ~_SS_ONSTACK, size)
+        batch.add(call("sigaltstack", batch.place(stack), 0), "setting the alternate signal stack")
+    batch.add(call("prctl", PR_SET_NAME, batch.text(state.name)), "setting the thread's name")
+    for siginfo in state.pending:
+        number = int.from_bytes(siginfo[:4], "little")
+        made = call("rt_tgsigqueueinfo", inner_pid, state.tid, number, batch.place(siginfo))
+        batch.add(made, f"queueing pending signal {number}")
+    scheduling.rebuild(state.scheduling, batch)
+    credentials.rebuild(state.credentials, current, batch)
+    if state.parent_death_signal and parent_stays:
+        batch.add(call("prctl", PR_SET_PDEATHSIG, state.parent_death_signal), "setting the parent-death signal")
+
+
+def remaining_place(registers: Registers) -> int:
+    """Where an interrupted sleep writes what is left of it: the argument that the program gave."""
+    return registers["rsi"] if registers["orig_rax"] == NUMBERS["nanosleep"] else registers["r10"]
+
+
+def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> None:
+    """Let a thread begin to sleep for what was left of its interrupted sleep, and interrupt it.
+
+    The kernel keeps the end of an interrupted sleep where nobody can write it (the restart block of the task); it is
+    set by sleeping. The time has been written to ``timespec_at``.
+    """
+    place = remaining_place(Registers.unpack(state.registers))
+    registers = ptrace.get_registers(tid).changed(
+        rip=syscall_at, rax=NUMBERS["nanosleep"], rdi=timespec_at, rsi=place, orig_rax=_NO_CALL
+    )
+    ptrace.set_registers(tid, registers)
+    ptrace.cont_to_syscall(tid)
+    _expect(tid, lambda stop: stop.is_syscall)
+    ptrace.cont(tid)
+    ptrace.interrupt(tid)
+    _expect(tid, lambda stop: stop.event == ptrace.PTRACE_EVENT_STOP)
+
+
+def finish(tid: int, state: Thread) -> None:
+    """Give the thread its registers and signal mask: it is ready to go on where it was."""
+    registers = Registers.unpack(state.registers)
+    if interrupted(registers) == ERESTART_RESTARTBLOCK and not state.sleep_left:
+        # What the kernel had noted for the restart is gone: begin the call again, with all of its timeout.
+        registers = registers.changed(rax=-ERESTARTNOHAND & _NO_CALL)
+    try:
+        ptrace.set_xstate(tid, state.xstate)
+    except OSError as error:
+        raise RestoreError(
+            f"the floating point and vector state of thread {state.tid} does not fit this CPU: {error.strerror}"
+        ) from None
+    ptrace.set_registers(tid, registers)
+    ptrace.set_signal_mask(tid, state.signal_mask)
+
+
+def _expect(tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
+    while True:
+        stop = ptrace.wait(tid)
+        if stop.ended is not None:
+            raise RestoreError(f"thread {tid} ended while it was being built")
+        if wanted(stop):
+            return
+        ptrace.cont(tid)

@@ -1,0 +1,362 @@
+"""The state of a process tree: everything about it except its lazy pages. Plain frozen dataclasses, no I/O.
+
+One dataclass for each kind of resource; the module of the same name in ``dump_side`` collects it and the one in
+``restore_side`` rebuilds it. `encode` and `decode` carry any of them through msgpack; `decode` checks every type, so
+what comes from outside can at worst be an error.
+
+Structures that only the kernel reads again (register sets, siginfo, sigaction, timer values) stay the bytes that it
+gave. Addresses and lengths are bytes unless the name says pages.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import msgpack
+import msgspec
+
+from postcopy.errors import ProtocolError
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
+Fd = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
+Pid = Annotated[int, msgspec.Meta(gt=0, lt=1 << 22)]
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """A file that both hosts must have: absolute path, size in bytes, build id of an ELF object (else empty).
+
+    ``changing``: open for writing at the source, so its size means something only once the tree is frozen.
+    """
+
+    path: str
+    size: Unsigned
+    build_id: bytes
+    changing: bool
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One vma: [start, end), PROT_ bits, and what backs it.
+
+    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``vvar`` or ``vdso``; ``file`` indexes
+    ``Memory.files`` (-1: none), ``offset`` is the place in it; ``flags`` are the VmFlags that mmap and madvise set.
+    """
+
+    start: Address
+    end: Address
+    prot: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    shared: bool
+    backing: str
+    file: int
+    offset: Unsigned
+    flags: list[str]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class MappedFile:
+    """A file that vmas map; ``writable`` when the mapping must be able to write to it."""
+
+    path: str
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PageData:
+    """The content of adjacent pages that travels with the state."""
+
+    start: Address
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A process's memory: the layout, the mm fields (PR_SET_MM_MAP, prctl(2)), pages sent along and pages left lazy.
+
+    ``lazy``, ``guards``: packed PageRanges. ``auxv``: as ``/proc/PID/auxv``. ``vdso``: its bytes, for comparison.
+    """
+
+    vmas: list[Vma]
+    files: list[MappedFile]
+    exe: str
+    start_code: Unsigned
+    end_code: Unsigned
+    start_data: Unsigned
+    end_data: Unsigned
+    start_brk: Unsigned
+    brk: Unsigned
+    start_stack: Unsigned
+    arg_start: Unsigned
+    arg_end: Unsigned
+    env_start: Unsigned
+    env_end: Unsigned
+    auxv: bytes
+    vdso: bytes
+    pages: list[PageData]
+    lazy: bytes
+    guards: bytes
+
+
+# -- what a whole process has ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Signal actions (struct kernel_sigaction, 32 bytes, for signals 1 to 64) and the shared pending queue."""
+
+    actions: list[bytes]
+    pending: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each)."""
+
+    intervals: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Resource limits by RLIMIT_ number: soft and hard, RLIM_INFINITY as 2**64 - 1."""
+
+    limits: list[tuple[Unsigned, Unsigned]]
+
+
+@dataclass(frozen=True, slots=True)
+class Filesystem:
+    """Root, working directory (as the host sees them) and umask."""
+
+    root: str
+    cwd: str
+    umask: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Single values of a process: prctl(2) settings, personality(2), ``oom_score_adj``."""
+
+    dumpable: int
+    child_subreaper: bool
+    thp_disable: int
+    personality: Unsigned
+    oom_score_adj: int
+    coredump_filter: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Session and process group: its own (equal to the pid) or one from outside of the tree."""
+
+    session: Unsigned
+    process_group: Unsigned
+    foreground: bool
+
+
+# -- what each thread has --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """User and group ids (real, effective, saved, filesystem), groups, capability sets as bit masks."""
+
+    uids: tuple[Unsigned, Unsigned, Unsigned, Unsigned]
+    gids: tuple[Unsigned, Unsigned, Unsigned, Unsigned]
+    groups: list[Unsigned]
+    inheritable: Unsigned
+    permitted: Unsigned
+    effective: Unsigned
+    bounding: Unsigned
+    ambient: Unsigned
+    securebits: Unsigned
+    no_new_privs: bool
+
+    @classmethod
+    def from_status(cls, status: dict[str, str], securebits: int) -> "Credentials":
+        """From the fields of ``/proc/PID/task/TID/status``; the secure bits only the thread itself can tell."""
+        uids, gids = (tuple(int(word) for word in status[key].split()) for key in ("Uid", "Gid"))
+        return cls(
+            uids=(uids[0], uids[1], uids[2], uids[3]),
+            gids=(gids[0], gids[1], gids[2], gids[3]),
+            groups=[int(word) for word in status["Groups"].split()],
+            inheritable=int(status["CapInh"], 16),
+            permitted=int(status["CapPrm"], 16),
+            effective=int(status["CapEff"], 16),
+            bounding=int(status["CapBnd"], 16),
+            ambient=int(status["CapAmb"], 16),
+            securebits=securebits,
+            no_new_privs=status["NoNewPrivs"] == "1",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """struct sched_attr as sched_getattr(2) gave it, the affinity mask, the I/O priority, the timer slack (ns)."""
+
+    attributes: bytes
+    affinity: list[Unsigned]
+    io_priority: Unsigned
+    timer_slack: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Rseq:
+    """The rseq registration; ``pointer`` 0: none."""
+
+    pointer: Unsigned
+    size: Unsigned
+    signature: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread. ``registers``: struct user_regs_struct; ``sleep_left``: what is left (struct timespec) of an
+    interrupted relative sleep, empty where there is none."""
+
+    tid: Pid
+    name: bytes
+    registers: bytes
+    xstate: bytes
+    signal_mask: Unsigned
+    pending: list[bytes]
+    alternate_stack: bytes
+    tid_address: Unsigned
+    robust_list: Unsigned
+    robust_list_size: Unsigned
+    rseq: Rseq
+    sleep_left: bytes
+    parent_death_signal: Unsigned
+    credentials: Credentials
+    scheduling: Scheduling
+
+
+# -- descriptors: what is open (a description) and where (a slot) ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A regular file, directory, FIFO-free path or device that is opened again by its path.
+
+    ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device or path (O_PATH).
+    """
+
+    path: str
+    flags: Unsigned
+    position: Unsigned
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipeEnd:
+    """One end of a pipe with both ends in the tree; ``pipe`` indexes ``Process.pipes``."""
+
+    pipe: int
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class StandardStream:
+    """A terminal among the standard streams: the destination's ``restore`` lends its own."""
+
+    fd: Fd
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Pipe:
+    """What is in a pipe, and its capacity (bytes)."""
+
+    content: bytes
+    capacity: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One open file description: exactly one of the kinds."""
+
+    file: OpenFile | None = None
+    pipe: PipeEnd | None = None
+    stream: StandardStream | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One entry of a descriptor table: ``description`` indexes ``Process.descriptions``."""
+
+    fd: Fd
+    close_on_exec: bool
+    description: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """The descriptor table, what its entries refer to, and the pipes between them."""
+
+    slots: list[Slot]
+    descriptions: list[Description]
+    pipes: list[Pipe]
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process; ``space`` numbers its address space in the page protocol; threads[0] is the leader."""
+
+    pid: Pid
+    space: Unsigned
+    threads: list[Thread]
+    memory: Memory
+    signals: Signals
+    timers: Timers
+    limits: Limits
+    filesystem: Filesystem
+    attributes: Attributes
+    lineage: Lineage
+    descriptors: Descriptors
+    stopped_by: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A process tree, frozen: for now one process."""
+
+    processes: list[Process]
+    files: list[FileIdentity]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the survey found before anything is frozen: what the destination must have."""
+
+    tids: list[Pid]
+    pid: Pid
+    name: str
+    files: list[FileIdentity]
+    vdso: bytes
+    xsave_size: Unsigned
+    memory_bytes: Unsigned
+    highest_fd: Fd
+
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> bytes:
+    """Any of the dataclasses as msgpack."""
+    # Lone surrogates in paths are how os.fsdecode keeps bytes that are not UTF-8.
+    packed: bytes = msgpack.packb(msgspec.to_builtins(value, builtin_types=(bytes,)), unicode_errors="surrogateescape")
+    return packed
+
+
+def decode(kind: type[T], content: bytes | memoryview) -> T:
+    """Back from `encode`. Raises ProtocolError, whatever the bytes are."""
+    try:
+        plain = msgpack.unpackb(content, unicode_errors="surrogateescape", strict_map_key=False)
+        return msgspec.convert(plain, kind)
+    except (msgspec.ValidationError, msgpack.UnpackException, ValueError, RecursionError, MemoryError) as error:
+        raise ProtocolError(f"not a {kind.__name__}: {error}") from None

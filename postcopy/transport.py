@@ -1,0 +1,300 @@
+"""Sockets: listening and telling callers apart, connecting with patience, framed control messages."""
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError
+from postcopy.wire import control
+from postcopy.wire.control import Hello, Kind
+
+log = logging.getLogger("postcopy")
+T = TypeVar("T")
+
+GREETING_SECONDS = 5.0
+DEFAULT_PORT = 27027
+CHANNELS = ("control", "demand", "bulk")
+
+
+class Channel:
+    """A connected socket that carries control frames."""
+
+    def __init__(self, connection: socket.socket, peer: str) -> None:
+        self.socket = connection
+        self.peer = peer
+
+    def fileno(self) -> int:
+        """For poll and select."""
+        return self.socket.fileno()
+
+    def send(self, kind: Kind, body: object = control.Nothing()) -> None:
+        """Send one frame. Raises ConnectionLost."""
+        try:
+            self.socket.sendall(control.pack(kind, body))
+        except OSError as error:
+            raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
+
+    def receive(self, bodies: dict[Kind, type]) -> tuple[Kind, object]:
+        """The next frame, which must be of one of the kinds in ``bodies``.
+
+        Raises ConnectionLost, ProtocolError, or, for a FAILED frame that is not asked for, what the peer says.
+        """
+        kind, length = control.parse_header(self._exactly(control.HEADER.size))
+        content = self._exactly(length)
+        if kind == Kind.FAILED and kind not in bodies:
+            failed = control.parse_body(control.Failed, content)
+            raise PeerFailed(f"{self.peer} gave up: {failed.message}", failed.hint)
+        if kind not in bodies:
+            raise ProtocolError(f"{self.peer} sent {kind.name} where {' or '.join(k.name for k in bodies)} was due")
+        return kind, control.parse_body(bodies[kind], content)
+
+    def expect(self, kind: Kind, body: type[T]) -> T:
+        """The next frame's body, which must be of this kind."""
+        found = self.receive({kind: body})[1]
+        assert isinstance(found, body)
+        return found
+
+    def _exactly(self, length: int) -> bytearray:
+        content = bytearray(length)
+        view = memoryview(content)
+        while view:
+            try:
+                count = self.socket.recv_into(view)
+            except OSError as error:
+                raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
+            if not count:
+                raise ConnectionLost(f"{self.peer} closed the connection")
+            view = view[count:]
+        return content
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+
+class PeerFailed(PostcopyError):
+    """The other side gave up and said why."""
+
+    exit_code = 10
+
+
+@dataclass
+class Channels:
+    """The three connections of one migration, by name."""
+
+    control: Channel
+    demand: Channel
+    bulk: Channel
+
+    def close(self) -> None:
+        """Close all of them."""
+        for channel in (self.control, self.demand, self.bulk):
+            channel.close()
+
+
+@dataclass
+class _Caller:
+    """A connection that has not introduced itself yet."""
+
+    connection: socket.socket
+    peer: str
+    until: float
+    received: bytearray = field(default_factory=bytearray)
+
+
+class Listener:
+    """The listening port of a source: answers whoever speaks the protocol, and lets nobody else disturb it."""
+
+    def __init__(self, address: str, port: int) -> None:
+        """Listen. Raises CannotRun when the address cannot be had."""
+        try:
+            family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+            self._socket = socket.create_server((address, port), family=family, backlog=16)
+        except OSError as error:
+            hint = "choose another port with --port, or end what listens there" if error.errno == 98 else ""
+            raise CannotRun(f"cannot listen at {address}:{port}: {error.strerror or error}", hint) from None
+        self._socket.setblocking(False)
+        self._session = os.urandom(16)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ, None)
+
+    @property
+    def port(self) -> int:
+        """The port that is listened at."""
+        found: int = self._socket.getsockname()[1]
+        return found
+
+    def accept(self, refuse: Callable[[Hello], str | None]) -> tuple[Channels, Hello]:
+        """Wait for a destination with all its channels; ``refuse`` says why a peer's host will not do.
+
+        Who sends anything else, or nothing, is logged and dropped; the listener goes on.
+        """
+        found: dict[str, Channel] = {}
+        greeting: Hello | None = None
+        while len(found) < len(CHANNELS):
+            for caller in self._introduced():
+                hello = self._check(caller, refuse, found)
+                if hello is None:
+                    continue
+                if hello.channel == "control":
+                    # A destination that comes back after it broke off takes the place of what is left of it.
+                    greeting = hello
+                    for old in found.values():
+                        old.close()
+                    found.clear()
+                found[hello.channel] = Channel(caller.connection, caller.peer)
+            gone = [name for name, channel in found.items() if _closed(channel.socket)]
+            if gone:
+                log.warning("%s left before all its channels were there", found[gone[0]].peer)
+                for channel in found.values():
+                    channel.close()
+                found.clear()
+        assert greeting is not None
+        for channel in found.values():
+            _tune(channel.socket)
+        return Channels(**found), greeting
+
+    def close(self) -> None:
+        """Stop listening, and drop whoever has not introduced himself."""
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                key.data.connection.close()
+        self._selector.close()
+        self._socket.close()
+
+    def _introduced(self) -> list[_Caller]:
+        """Wait a moment; the callers whose greeting is complete by now."""
+        ready: list[_Caller] = []
+        for key, _ in self._selector.select(timeout=0.25):
+            if key.data is None:
+                self._take_call()
+                continue
+            caller: _Caller = key.data
+            try:
+                content = caller.connection.recv(control.GREETING_LIMIT)
+                if not content:
+                    raise ProtocolError("it closed the connection before it had said hello")
+                caller.received += content
+                if self._complete(caller):
+                    self._selector.unregister(caller.connection)
+                    ready.append(caller)
+            except (OSError, ProtocolError) as reason:
+                self._drop(caller, reason)
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None and key.data.until < time.monotonic():
+                self._drop(key.data, "it said nothing, or not enough, for too long")
+        return ready
+
+    def _take_call(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, address = self._socket.accept()
+            connection.setblocking(False)
+            caller = _Caller(connection, f"{address[0]}:{address[1]}", time.monotonic() + GREETING_SECONDS)
+            self._selector.register(connection, selectors.EVENT_READ, caller)
+
+    @staticmethod
+    def _complete(caller: _Caller) -> bool:
+        received = caller.received
+        if len(received) < control.HEADER.size:
+            known = min(len(received), len(control.MAGIC))
+            if received[:known] != control.MAGIC[:known]:
+                raise ProtocolError(f"it does not speak the postcopy protocol (it began with {bytes(received[:16])!r})")
+            return False
+        kind, length = control.parse_header(bytes(received[: control.HEADER.size]), control.GREETING_LIMIT)
+        if kind != Kind.HELLO:
+            raise ProtocolError(f"it began with {kind.name} instead of HELLO")
+        if len(received) > control.HEADER.size + length:
+            raise ProtocolError("it said more than HELLO")
+        return len(received) == control.HEADER.size + length
+
+    def _check(self, caller: _Caller, refuse: Callable[[Hello], str | None], found: dict[str, Channel]) -> Hello | None:
+        """The caller's greeting, answered; None where it was not acceptable."""
+        channel = Channel(caller.connection, caller.peer)
+        caller.connection.setblocking(True)
+        try:
+            hello = control.parse_body(Hello, caller.received[control.HEADER.size :])
+            if hello.channel not in CHANNELS:
+                raise ProtocolError(f"it asked for an unknown channel {hello.channel!r}")
+            if hello.channel != "control" and (hello.session != self._session or "control" not in found):
+                raise ProtocolError("it named a session that is not this one")
+            if reason := refuse(hello):
+                raise ProtocolError(reason)
+            channel.send(Kind.HELLO, Hello(hello.channel, self._session))
+        except (ProtocolError, ConnectionLost) as reason:
+            with contextlib.suppress(PostcopyError):
+                channel.send(Kind.FAILED, control.Failed(reason.message, reason.hint))
+            self._drop(caller, reason)
+            return None
+        return hello
+
+    def _drop(self, caller: _Caller, reason: object) -> None:
+        log.warning("dropped the connection from %s: %s", caller.peer, reason)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(caller.connection)
+        if isinstance(reason, ProtocolError) and reason.hint:
+            # A peer of another version can at least read why.
+            with contextlib.suppress(OSError):
+                caller.connection.sendall(control.pack(Kind.FAILED, control.Failed(reason.message, reason.hint)))
+        caller.connection.close()
+
+
+def connect(address: str, port: int, patience: float) -> tuple[Channels, Hello]:
+    """Connect to a source and open all three channels; its greeting. Waits up to ``patience`` seconds for it.
+
+    Raises ConnectionLost when nobody answers there, ProtocolError or PeerFailed when it is no source for us.
+    """
+    opened = [_connect_patiently(address, port, patience)]
+    try:
+        greeting = _introduce(opened[0], "control", b"")
+        for name in CHANNELS[1:]:
+            opened.append(_connect_patiently(address, port, GREETING_SECONDS))
+            _introduce(opened[-1], name, greeting.session)
+    except BaseException:
+        for channel in opened:
+            channel.close()
+        raise
+    return Channels(*opened), greeting
+
+
+def _connect_patiently(address: str, port: int, patience: float) -> Channel:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            connection = socket.create_connection((address, port), timeout=GREETING_SECONDS)
+            _tune(connection)
+            return Channel(connection, f"{address}:{port}")
+        except OSError as error:
+            if time.monotonic() >= until or isinstance(error, socket.gaierror):
+                raise ConnectionLost(
+                    f"nobody answers at {address}:{port}: {error.strerror or error}",
+                    "start postcopy dump there, or correct --address and --port",
+                ) from None
+        time.sleep(0.1)
+
+
+def _introduce(channel: Channel, name: str, session: bytes) -> Hello:
+    channel.send(Kind.HELLO, Hello(name, session))
+    greeting = channel.expect(Kind.HELLO, Hello)
+    channel.socket.settimeout(None)
+    return greeting
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _closed(connection: socket.socket) -> bool:
+    """Whether the peer has closed a connection on which nothing is due."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

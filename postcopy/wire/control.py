@@ -1,0 +1,116 @@
+"""The control channel: frames of a fixed header and a msgpack body. No sockets here; see docs/protocol.md."""
+
+import enum
+import os
+import platform
+import struct
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from postcopy import __version__
+from postcopy.errors import ProtocolError
+from postcopy.kernel import cpu
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.state import decode, encode
+
+PROTOCOL_VERSION = 1
+MAGIC = b"POSTCOPY"
+HEADER = struct.Struct("<8sHHI")  # magic, protocol version, kind, length of the body in bytes
+GREETING_LIMIT = 64 * 1024
+BODY_LIMIT = (1 << 32) - 1
+
+
+class Kind(enum.IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    MANIFEST = 2
+    PREPARED = 3
+    PROBLEMS = 4
+    STATE = 5
+    READY = 6
+    GO = 7
+    RESUMED = 8
+    DRAINED = 9
+    FAILED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who speaks: the channel this connection is to be, the session it belongs to, and the host behind it."""
+
+    channel: str
+    session: bytes
+    program: str = __version__
+    architecture: str = field(default_factory=platform.machine)
+    page_size: int = PAGE_SIZE
+    kernel: str = field(default_factory=lambda: os.uname().release)
+    cpu_features: list[str] = field(default_factory=lambda: sorted(cpu.features()))
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """A frame whose kind says all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """What keeps the destination from taking the tree."""
+
+    problems: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Why the sender gives up, and what to do about it."""
+
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The destination has every page: what it took (bytes, counts, nanoseconds)."""
+
+    faults: int
+    fault_p50: int
+    fault_p99: int
+    fault_max: int
+    bytes_demand: int
+    bytes_bulk: int
+    bytes_zero: int
+
+
+T = TypeVar("T")
+
+
+def pack(kind: Kind, body: object) -> bytes:
+    """One frame."""
+    content = encode(body)
+    if len(content) > BODY_LIMIT:
+        raise ProtocolError(f"the {kind.name} message would take {len(content)} bytes; {BODY_LIMIT} is the limit")
+    return HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, len(content)) + content
+
+
+def parse_header(header: bytes, limit: int = BODY_LIMIT) -> tuple[Kind, int]:
+    """The kind and the length (bytes) of the body that follows. Raises ProtocolError saying what is wrong."""
+    magic, version, number, length = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ProtocolError(f"the other side does not speak the postcopy protocol (it began with {header[:8]!r})")
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the other side speaks protocol version {version}, this side {PROTOCOL_VERSION}",
+            "install the same postcopy on both hosts",
+        )
+    try:
+        kind = Kind(number)
+    except ValueError:
+        raise ProtocolError(f"unknown message {number}") from None
+    if length > limit:
+        raise ProtocolError(f"a {kind.name} message of {length} bytes; {limit} is the limit")
+    return kind, length
+
+
+def parse_body(expected: type[T], content: bytes | bytearray | memoryview) -> T:
+    """The body of a frame. Raises ProtocolError."""
+    return decode(expected, bytes(content) if isinstance(content, bytearray) else content)
