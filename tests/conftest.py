@@ -23,15 +23,19 @@ def host() -> Iterator[Host]:
         yield single
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Forget the migrations of the test before."""
+    migrate.started.clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the logs of every migration of a test that failed."""
     report = yield
-    if call.when == "setup":
-        migrate.started.clear()
-    elif report.failed:
+    if report.failed:
         for migration in migrate.started:
             report.sections += migration.logs()
     return report

@@ -19,6 +19,8 @@ PORT = 27027
 #: Every migration since the running test began; the report of a failed test shows their logs.
 started: "list[Migration]" = []
 
+_output = tempfile.TemporaryDirectory(prefix="postcopy-migrations-")
+
 
 class MigrationFailed(AssertionError):
     """A command ended before it said that it was ready; the text holds the logs of both."""
@@ -104,7 +106,7 @@ def start_dump(
     source: Host, destination: Host, pid: int, *, options: Sequence[str] = (), port: int = PORT, timeout: float = 60
 ) -> Migration:
     """The first half of `move`: dump listens, nothing is frozen."""
-    directory = Path(tempfile.mkdtemp(prefix="migration-"))
+    directory = Path(tempfile.mkdtemp(dir=_output.name))
     command = ["dump", "--lazy-pages", "-t", str(pid), "--address", source.address, "--port", str(port), *options]
     dump, ready = _start(source, command, directory / "dump")
     migration = Migration(source, destination, pid, directory, dump)

@@ -1,0 +1,63 @@
+"""Every piece of process state, before a move, after one, and after the way there and back.
+
+The program sets all of it up and verifies it by itself (`tests/programs/states.py`); each case is a test here.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Pair
+from tests.migrate import move
+from tests.programs.states import CASES, UNSUPPORTED
+
+PID = 4100
+#: Seconds that timed system calls last. The moves must be over before, or the cases say that nothing was tried.
+HOLD = {0: 1.0, 1: 8.0, 2: 16.0}
+Report = dict[str, str | None]
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["unmoved", "moved", "there-and-back"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
+    """What the program says of itself after so many moves."""
+    moves: int = request.param
+    directory = tmp_path_factory.mktemp("states")
+    with Pair() as hosts:
+        yield run_program(hosts, directory, moves)
+
+
+def run_program(hosts: Pair, directory: Path, moves: int) -> Report:
+    """Start the program, move it, let it verify; returns its report."""
+    command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
+    with open(directory / "stderr", "wb") as stderr:
+        program = hosts.a.popen(command, pid=PID, stderr=stderr)
+    hosts.a.wait_until(lambda: (directory / "ready").exists() or program.poll() is not None, 30, "the program is ready")
+    end = program
+    source, destination = hosts.a, hosts.b
+    for _ in range(moves):
+        migration = move(source, destination, PID)
+        migration.wait_drained()
+        assert migration.restore is not None
+        end = migration.restore
+        source, destination = destination, source
+    (directory / "go.new").write_text(str(time.monotonic()) if moves else "")
+    (directory / "go.new").rename(directory / "go")
+    status = end.wait(90)
+    if not (directory / "report.json").exists():
+        pytest.fail(f"the program ended with {status} and no report: {(directory / 'stderr').read_text()}")
+    found: Report = json.loads((directory / "report.json").read_text())
+    wrong = any(problem and not problem.startswith(UNSUPPORTED) for problem in found.values())
+    assert status == int(wrong), f"exit status {status} is not that of the report"
+    return found
+
+
+@pytest.mark.parametrize("case", [case.name() for case in CASES])
+def test_state_is_kept(report: Report, case: str) -> None:
+    problem = report[case]
+    if problem and problem.startswith(UNSUPPORTED):
+        pytest.skip(problem)
+    assert problem is None
