@@ -135,7 +135,9 @@ class Host:
 
     @classmethod
     def start(cls, *names: str) -> "list[Host]":
-        """Start hosts side by side and wait until each can run programs."""
+        """Start hosts side by side and wait until each can run programs. PermissionError without root."""
+        if os.geteuid() != 0:
+            raise PermissionError("test hosts are made of namespaces: run the tests as root")
         hosts = [cls(name) for name in names]
         for host in hosts:
             host._await_init()

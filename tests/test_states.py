@@ -4,7 +4,9 @@ The program sets all of it up and verifies it by itself (`tests/programs/states.
 """
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.migrate import move
 from tests.programs.states import CASES, UNSUPPORTED
 
 PID = 4100
+NOBODY = 65534
 #: Seconds that timed system calls last. The moves must be over before, or the cases say that nothing was tried.
 HOLD = {0: 1.0, 1: 8.0, 2: 16.0}
 Report = dict[str, str | None]
@@ -30,9 +33,10 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield run_program(hosts, directory, moves)
 
 
-def run_program(hosts: Pair, directory: Path, moves: int) -> Report:
+def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Report:
     """Start the program, move it, let it verify; returns its report."""
     command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
+    command += options
     with open(directory / "stderr", "wb") as stderr:
         program = hosts.a.popen(command, pid=PID, stderr=stderr)
     hosts.a.wait_until(lambda: (directory / "ready").exists() or program.poll() is not None, 30, "the program is ready")
@@ -53,6 +57,16 @@ def run_program(hosts: Pair, directory: Path, moves: int) -> Report:
     wrong = any(problem and not problem.startswith(UNSUPPORTED) for problem in found.values())
     assert status == int(wrong), f"exit status {status} is not that of the report"
     return found
+
+
+@pytest.mark.parametrize("moves", [0, 1], ids=["unmoved", "moved"])
+def test_program_without_privileges_keeps_its_state_and_gains_none(hosts: Pair, moves: int) -> None:
+    # pytest's own directories are closed to other users.
+    with tempfile.TemporaryDirectory() as directory:
+        os.chown(directory, NOBODY, NOBODY)
+        report = run_program(hosts, Path(directory), moves, "--user", str(NOBODY))
+    assert {case: problem for case, problem in report.items() if problem} == {}
+    assert "unprivileged" in report
 
 
 @pytest.mark.parametrize("case", [case.name() for case in CASES])

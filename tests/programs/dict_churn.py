@@ -78,6 +78,9 @@ class Churn:
             owner, number, operation = HEAD.unpack_from(value)
             if owner != key or value[HEAD.size :] != bytes([operation % 251]) * (len(value) - HEAD.size):
                 found.append(f"entry {key} holds a value of {owner}")
+            # Iterating reads the entries alone; only looking them up reads the hash table too.
+            if self.entries.get(key) is not value:
+                found.append(f"entry {key} is not where its hash says")
             latest[number] = max(latest[number], operation)
         if checksum & MASK != self.checksum:
             found.append(f"checksum is {self.checksum:016x}, recomputed {checksum & MASK:016x}")

@@ -96,6 +96,23 @@ CASES: tuple[type[Case], ...] = (
     identity.Subprocess,
 )
 
+#: What is tried with ``--user``: what a program without privileges can still set up.
+UNPRIVILEGED: tuple[type[Case], ...] = (
+    identity.Unprivileged,
+    identity.Limits,
+    identity.Niceness,
+    identity.Directories,
+    identity.CommandLine,
+    blocked.Nanosleep,
+    blocked.PipeRead,
+    threads.Threads,
+    threads.ThreadCapabilities,
+    signals.PendingSignals,
+    memory.AnonymousMemory,
+    memory.SharedFile,
+    descriptors.RegularFile,
+)
+
 
 def set_up(case: Case) -> str | None:
     """Set a case up; what hinders it, if anything."""
@@ -121,12 +138,15 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
+    parser.add_argument("--user", type=int, help="become this user first, for good")
     options = parser.parse_args()
     Case.directory = options.directory
     Case.hold = options.hold
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALWAYS_BLOCKED)
-    cases = [kind() for kind in CASES]
+    if options.user is not None:
+        identity.Unprivileged.user = options.user
+    cases = [kind() for kind in (CASES if options.user is None else UNPRIVILEGED)]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()
 

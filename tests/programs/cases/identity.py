@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.programs.cases import Case, Snapshot, Unsupported, libc, proc_status, required, syscall, unlike
 
@@ -151,6 +151,37 @@ class Credentials(Snapshot):
         """From /proc and prctl."""
         fields = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
         return {**proc_status(*fields), "securebits": prctl(PR_GET_SECUREBITS)}
+
+
+class Unprivileged(Snapshot):
+    """An ordinary user without any capability, as a service runs; dumpable, as every program is that was started so."""
+
+    user: ClassVar[int]
+
+    def arrange(self) -> None:
+        """Leave root for good."""
+        os.setgroups([self.user])
+        os.setresgid(self.user, self.user, self.user)
+        os.setresuid(self.user, self.user, self.user)
+        prctl(PR_SET_DUMPABLE, 1)
+
+    def take(self) -> dict[str, Any]:
+        """From /proc and prctl; and that root's files are closed to it."""
+        fields = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+        return {
+            **proc_status(*fields),
+            "dumpable": prctl(PR_GET_DUMPABLE),
+            "may read /etc/shadow": os.access("/etc/shadow", os.R_OK),
+            "may make itself root": self.may_become_root(),
+        }
+
+    def may_become_root(self) -> bool:
+        """Whether setresuid(2) to 0 is allowed."""
+        try:
+            os.setresuid(0, 0, 0)
+        except PermissionError:
+            return False
+        return True
 
 
 class Dumpable(Snapshot):
