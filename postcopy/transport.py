@@ -35,8 +35,12 @@ class Channel:
 
     def send(self, kind: Kind, body: object = control.Nothing()) -> None:
         """Send one frame. Raises ConnectionLost."""
+        self.send_frame(control.pack(kind, body))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame that has been packed already. Raises ConnectionLost."""
         try:
-            self.socket.sendall(control.pack(kind, body))
+            self.socket.sendall(frame)
         except OSError as error:
             raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
 
@@ -45,7 +49,7 @@ class Channel:
 
         Raises ConnectionLost, ProtocolError, or, for a FAILED frame that is not asked for, what the peer says.
         """
-        kind, length = control.parse_header(self._exactly(control.HEADER.size))
+        kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
         content = self._exactly(length)
         if kind == Kind.FAILED and kind not in bodies:
             failed = control.parse_body(control.Failed, content)

@@ -24,7 +24,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     elif opened.mode == stat.S_IFCHR and _device(opened) in _DEVICES:
         kind = "device"
     elif opened.mode == stat.S_IFCHR:
-        raise Refused(f"{opened.link}: device {'%d:%d' % _device(opened)} cannot be moved")
+        raise Refused(f"{opened.link}: device {_device(opened)} cannot be moved")
     elif opened.mode == stat.S_IFIFO:
         raise Refused(f"{opened.link}: FIFOs cannot be moved yet")
     else:

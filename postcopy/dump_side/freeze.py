@@ -72,9 +72,8 @@ class Frozen:
                     group_stop = _wait_for_stop(tid)
                     if group_stop is not None:
                         stopped[tid] = group_stop
-            self.threads = [
-                _look(self.pid, tid, stopped[tid], self.memory) for tid in sorted(stopped, key=self._leader_first)
-            ]
+            order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
+            self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
         except BaseException:
             for tid in stopped:
                 with contextlib.suppress(OSError):
@@ -83,9 +82,6 @@ class Frozen:
         if not self.threads or self.threads[0].tid != self.pid:
             self.thaw()
             raise DumpError(f"process {self.pid} ended while it was being frozen")
-
-    def _leader_first(self, tid: int) -> tuple[bool, int]:
-        return tid != self.pid, tid
 
     def thaw(self) -> None:
         """Let the process run on as if nothing had happened."""
@@ -222,7 +218,7 @@ def _look(pid: int, tid: int, group_stop: int, memory: ProcessMemory) -> FrozenT
 
 
 def _out_of_critical_section(registers: Registers, rseq: ptrace.RseqConfiguration, memory: ProcessMemory) -> Registers:
-    """Registers at the abort handler where the thread is in a restartable sequence, as a preemption would leave them."""
+    """At the abort handler where the thread is in a restartable sequence, as a preemption would leave it."""
     (section,) = struct.unpack("<Q", memory.read(rseq.pointer + 8, 8))
     if not section:
         return registers

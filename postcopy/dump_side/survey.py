@@ -7,14 +7,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from postcopy import capabilities
 from postcopy.dump_side import descriptors, filesystem, lineage, memory, timers
-from postcopy.errors import CannotRun, DumpError, ProblemsError
+from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.state import FileIdentity, Manifest
 
-_CAPABILITIES = {21: "CAP_SYS_ADMIN", 19: "CAP_SYS_PTRACE"}
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
 _SECCOMP = {"1": "strict", "2": "filter"}
 
@@ -40,17 +40,9 @@ def check_target(pid: int) -> None:
         )
 
 
-def check_privileges() -> None:
-    """That we may trace and read other processes. Raises CannotRun naming the missing capability."""
-    effective = int(procfs.status(os.getpid())["CapEff"], 16)
-    missing = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
-    if missing:
-        raise CannotRun(f"{' and '.join(missing)} missing: this needs root", "run it as root, or with sudo")
-
-
 def survey(pid: int) -> Manifest:
     """What the destination must have. Raises ProblemsError with everything that cannot be moved."""
-    check_privileges()
+    capabilities.require({"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"})
     check_target(pid)
     layout = memory.layout(pid)
     problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]

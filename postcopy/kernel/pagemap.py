@@ -10,7 +10,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from postcopy.kernel.libc import address_of, ffi, ioctl, refused
+from postcopy.kernel._libc import ffi
+from postcopy.kernel.libc import address_of, ioctl, refused
 from postcopy.kernel.page import PAGE_SIZE
 
 PAGE_IS_FILE = 1 << 2

@@ -4,7 +4,8 @@ import errno
 import platform
 from typing import Any
 
-from postcopy.kernel.libc import ffi, lib, refused
+from postcopy.kernel._libc import ffi
+from postcopy.kernel.libc import lib, refused
 
 _NUMBERS = {"x86_64": 310, "aarch64": 270, "riscv64": 270}
 _NUMBER = _NUMBERS.get(platform.machine(), -1)

@@ -113,8 +113,7 @@ def fdinfo(pid: int, fd: int) -> dict[str, str]:
 def for_each_vma(pid: int, *, flags: bool) -> Iterator[MapsLine]:
     """The vmas by address; with ``flags`` from smaps, which walks the page tables (milliseconds a GiB)."""
     content = read(pid, "smaps" if flags else "maps")
-    matches = list(_MAPS.finditer(content)) if not flags else [m for m in re.finditer(_SMAPS, content)]
-    for match in matches:
+    for match in (_SMAPS if flags else _MAPS).finditer(content):
         start, end, permissions, offset, major, minor, inode, name = match.groups()[:8]
         extra = match.groups()[8:]
         yield MapsLine(

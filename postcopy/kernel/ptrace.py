@@ -37,35 +37,37 @@ NT_X86_XSTATE = 0x202
 SIGINFO_SIZE = 128
 WALL = 0x40000000  # __WALL, which the os module does not name
 
-_REGISTERS = [
-    "r15",
-    "r14",
-    "r13",
-    "r12",
-    "rbp",
-    "rbx",
-    "r11",
-    "r10",
-    "r9",
-    "r8",
-    "rax",
-    "rcx",
-    "rdx",
-    "rsi",
-    "rdi",
-    "orig_rax",
-    "rip",
-    "cs",
-    "eflags",
-    "rsp",
-    "ss",
-    "fs_base",
-    "gs_base",
-    "ds",
-    "es",
-    "fs",
-    "gs",
-]
+_REGISTERS = tuple(
+    [
+        "r15",
+        "r14",
+        "r13",
+        "r12",
+        "rbp",
+        "rbx",
+        "r11",
+        "r10",
+        "r9",
+        "r8",
+        "rax",
+        "rcx",
+        "rdx",
+        "rsi",
+        "rdi",
+        "orig_rax",
+        "rip",
+        "cs",
+        "eflags",
+        "rsp",
+        "ss",
+        "fs_base",
+        "gs_base",
+        "ds",
+        "es",
+        "fs",
+        "gs",
+    ]
+)
 _LAYOUT = struct.Struct("<27Q")  # struct user_regs_struct, arch/x86/include/asm/user_64.h
 _IOVEC = struct.Struct("<QQ")
 

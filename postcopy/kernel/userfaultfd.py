@@ -14,6 +14,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from postcopy.kernel.libc import refused, syscall
+from postcopy.kernel.page import PAGE_SIZE
 
 _NUMBERS = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
 
@@ -236,3 +237,18 @@ def _parse(queued: bytes) -> Iterator[Message]:
             yield Unmap(first, second)
         else:
             raise refused(f"userfaultfd message {event:#x}", errno.EPROTO)
+
+
+def mm_exists(fd: int) -> bool:
+    """Whether the address space of a userfaultfd still exists; poll on the descriptor says nothing at its end.
+
+    A copy from an address that cannot be read changes nothing, and fails with ESRCH only when the mm is gone.
+    """
+    try:
+        copy(fd, _PROBED_ADDRESS, 0, PAGE_SIZE)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
+
+
+_PROBED_ADDRESS = 0x10000

@@ -158,7 +158,7 @@ class _Builder:
         return executor
 
     def _remove(self) -> None:
-        """Unmap the executor's memory with the vdso's own ``syscall``, and stop the leader where calls are restarted."""
+        """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
         vma = next(v for v in self._state.memory.vmas if v.backing == "vdso")
         at = vma.start + vdso.syscall_offset(self._state.memory.vdso)
         pid = self._newborn.pid

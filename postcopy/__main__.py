@@ -1,0 +1,5 @@
+"""``python -m postcopy``."""
+
+from postcopy.cli import main
+
+main()

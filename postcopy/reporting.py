@@ -1,0 +1,161 @@
+"""What a migration tells its user: events, as log lines, as JSON, or as a progress bar on a terminal."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+log = logging.getLogger("postcopy")
+
+MIB = 1024 * 1024
+
+
+class Reporter(Protocol):
+    """Takes events: a name and fields (bytes, nanoseconds, counts, texts)."""
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Something has happened."""
+
+
+class Silent:
+    """For callers who do not want to be told."""
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Nothing is done with it."""
+
+
+_SENTENCES = {
+    "listening": "listening at {address}:{port} for a destination; process {pid} ({name}) runs on meanwhile",
+    "connected": "connected to {peer} (kernel {kernel})",
+    "prepared": "the destination can take it",
+    "frozen": "frozen: {threads} threads",
+    "state": "state sent: {bytes} bytes; {lazy_pages} pages stay behind for now",
+    "built": "built process {pid}: {threads} threads",
+    "running": "process {pid} runs here now; {lazy_pages} pages are still to come",
+    "resumed": "the program runs at the destination; its memory is served from here until the last page is over there",
+    "drained": "every page is in",
+    "killed": "the source's process {pid} has ended; nothing is left here",
+    "exited": "process {pid} ended with status {status}",
+}
+
+
+class Printer:
+    """Events for people (log lines, or a progress bar where the output is a terminal) or for programs (JSON)."""
+
+    def __init__(self, as_json: bool, statistics: bool) -> None:
+        """``as_json``: one JSON object a line on standard output. ``statistics``: the table at the end in any case."""
+        self._json = as_json
+        self._statistics = statistics
+        self._started = time.monotonic_ns()
+        self._bar: _Bar | None = None if as_json or not sys.stderr.isatty() else _Bar()
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Show it."""
+        if self._json:
+            elapsed = (time.monotonic_ns() - self._started) / 1e9
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps({"event": name, "elapsed_s": round(elapsed, 6), **fields}), flush=True)
+        elif name == "progress":
+            if self._bar:
+                self._bar.show(fields)
+            else:
+                log.debug("%s", fields)
+        elif name == "statistics":
+            self._end_bar()
+            self._show_statistics(fields)
+        elif name in _SENTENCES:
+            if name in ("drained", "exited"):
+                self._end_bar()
+            log.info(_SENTENCES[name].format_map(fields))
+
+    def _end_bar(self) -> None:
+        if self._bar:
+            self._bar.end()
+
+    def _show_statistics(self, fields: dict[str, Any]) -> None:
+        rows = list(_rows(fields))
+        if not sys.stderr.isatty():
+            if self._statistics:
+                for label, value in rows:
+                    print(f"{label:<26} {value}", file=sys.stderr)
+            else:
+                log.info("; ".join(f"{label} {value}" for label, value in rows))
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False, box=None)
+        for label, value in rows:
+            table.add_row(label, value)
+        Console(stderr=True).print(table)
+
+
+def _rows(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "standstill_ns" in fields:
+        yield "stand-still", f"{fields['standstill_ns'] / 1e6:.1f} ms"
+    if "drain_ns" in fields:
+        yield "until the last page", f"{fields['drain_ns'] / 1e9:.2f} s"
+    if "faults" in fields:
+        yield "faults served", f"{fields['faults']}"
+        p50, p99, most = (fields[key] / 1e3 for key in ("fault_p50_ns", "fault_p99_ns", "fault_max_ns"))
+        yield "fault latency", f"p50 {p50:.0f} µs, p99 {p99:.0f} µs, max {most:.0f} µs"
+    for key, label in (("boot", "boot set"), ("demand", "demand"), ("bulk", "bulk"), ("zero", "zero")):
+        if f"bytes_{key}" in fields:
+            yield f"bytes, {label}", f"{fields[f'bytes_{key}'] / MIB:.1f} MiB"
+
+
+@dataclass
+class _Bar:
+    """A progress bar with pages left, MB/s and faults served."""
+
+    _progress: Any = None
+    _task: Any = None
+    _total: int = 0
+    _last: tuple[float, int] = field(default=(0.0, 0))
+
+    def show(self, fields: dict[str, Any]) -> None:
+        left, now = fields["pages_left"], time.monotonic()
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._total = left
+            self._progress = Progress(
+                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            )
+            self._task = self._progress.add_task("", total=max(left, 1))
+            self._progress.start()
+            self._last = (now, left)
+        before, left_before = self._last
+        speed = (left_before - left) * 4096 / 1e6 / (now - before) if now > before else 0.0
+        text = f"{left} pages left, {max(speed, 0.0):.0f} MB/s, {fields.get('faults', 0)} faults"
+        self._progress.update(self._task, completed=self._total - left, description=text)
+        self._last = (now, left)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def configure_logging(verbosity: int, log_file: str | None) -> None:
+    """Log to ``log_file``, else to standard error: what happens; with -v the details."""
+    handler = logging.FileHandler(log_file) if log_file else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s postcopy[%(process)d] %(levelname)s %(message)s"))
+    root = logging.getLogger("postcopy")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(logging.DEBUG if verbosity else logging.INFO)
+
+
+def announce(status_fd: int | None) -> None:
+    """Write the one NUL byte that ``--status-fd`` promises, and close the descriptor."""
+    if status_fd is not None:
+        with contextlib.suppress(OSError):
+            os.write(status_fd, b"\0")
+            os.close(status_fd)

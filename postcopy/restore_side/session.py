@@ -1,0 +1,277 @@
+"""The destination's side of a migration, from the first connection to the end of the program.
+
+The states and messages stand in docs/protocol.md.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgpack
+
+from postcopy import roles
+from postcopy.deadline import deadline, uninterrupted
+from postcopy.errors import (
+    ConnectionLost,
+    LostAfterCommit,
+    PostcopyError,
+    ProblemsError,
+    RestoreError,
+)
+from postcopy.page_ranges import PageRanges
+from postcopy.reporting import Reporter
+from postcopy.restore_side import manifest as manifests
+from postcopy.restore_side.birth import Newborn, give_birth
+from postcopy.restore_side.build import Built, build
+from postcopy.restore_side.fault_handler import Background, HandedSpace
+from postcopy.restore_side.own import check_privileges
+from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.watchdog import COMMITTED, Watchdog
+from postcopy.roles import Role
+from postcopy.state import Manifest, Process, Tree
+from postcopy.transport import Channels, connect
+from postcopy.wire import control
+from postcopy.wire.control import Kind
+
+log = logging.getLogger("postcopy")
+
+_NEWS_SIZE = 65536
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. ``timeout``: seconds from the state's arrival to commit; ``patience``: seconds to wait
+    for the source to listen."""
+
+    address: str
+    port: int
+    timeout: float = 10.0
+    patience: float = 30.0
+    detach: bool = False
+    pidfile: Path | None = None
+    new_pid_namespace: bool = False
+    background: Background = field(default_factory=Background)
+
+
+def restore(options: Options, reporter: Reporter, running: Callable[[], None]) -> int:
+    """Take a process tree over from the source at ``options.address``; the exit status of its root.
+
+    ``running`` is called once when the tree runs here. With ``detach``, returns 0 right after that. Raises
+    PostcopyError; before commit nothing is then left here and the program runs on at the source.
+    """
+    check_privileges()
+    channels, peer = connect(options.address, options.port, options.patience)
+    reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
+    takeover = _Takeover(options, channels, reporter)
+    try:
+        takeover.prepare()
+        takeover.build()
+    except BaseException as error:
+        takeover.undo()
+        if isinstance(error, PostcopyError) and not isinstance(error, ConnectionLost):
+            with contextlib.suppress(PostcopyError):
+                channels.control.send(Kind.FAILED, control.Failed(error.message, error.hint))
+        raise
+    takeover.resume(running)
+    if options.detach:
+        return 0
+    return takeover.stay()
+
+
+class _Takeover:
+    """One migration to this host."""
+
+    def __init__(self, options: Options, channels: Channels, reporter: Reporter) -> None:
+        self._options = options
+        self._channels = channels
+        self._reporter = reporter
+        self._namespace: PidNamespace | None = None
+        self._newborn: Newborn | None = None
+        self._built: Built | None = None
+        self._watchdog: Role | None = None
+        self._orders = -1
+        self._news: socket.socket | None = None
+        self._resumed_at = 0
+
+    # -- before commit ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Check the manifest and make what can be made before the tree is frozen. Raises ProblemsError."""
+        manifest = self._channels.control.expect(Kind.MANIFEST, Manifest)
+        if problems := manifests.problems(manifest, self._options.new_pid_namespace):
+            self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
+            raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
+        if self._options.new_pid_namespace:
+            self._namespace = PidNamespace()
+            self._namespace.enter()
+        try:
+            mounts = self._namespace.mount_namespace if self._namespace else None
+            self._newborn = give_birth(manifest.pid, mounts)
+        finally:
+            if self._namespace:
+                self._namespace.leave()
+        self._channels.control.send(Kind.PREPARED)
+
+    def build(self) -> None:
+        """Take the state, build the tree, start the daemon, and wait for GO."""
+        tree = self._channels.control.expect(Kind.STATE, Tree)
+        with deadline(self._options.timeout, "building the tree"):
+            if problems := list(manifests.files(tree.files, frozen=True)):
+                raise RestoreError("; ".join(problems))
+            process = self._only(tree)
+            assert self._newborn is not None
+            self._built = build(process, self._newborn, lazy=True, parent_stays=not self._options.detach)
+            self._start_watchdog(process)
+            self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
+            self._channels.control.send(Kind.READY)
+            self._channels.control.expect(Kind.GO, control.Nothing)
+
+    def _only(self, tree: Tree) -> Process:
+        if len(tree.processes) != 1:
+            raise RestoreError(f"trees of {len(tree.processes)} processes cannot be restored yet")
+        process = tree.processes[0]
+        if self._newborn is None or process.pid != self._newborn.inner_pid:
+            raise RestoreError(f"the state is of process {process.pid}, not of the one the manifest announced")
+        return process
+
+    def _start_watchdog(self, process: Process) -> None:
+        assert self._built is not None
+        orders_read, self._orders = os.pipe()
+        self._news, watchdogs_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lazy = PageRanges.unpack(process.memory.lazy)
+        self._lazy_pages = lazy.total_pages
+        self._boot_bytes = sum(len(piece.content) for piece in process.memory.pages)
+        watchdog = Watchdog(
+            channels=self._channels,
+            spaces=[HandedSpace(process.space, self._built.uffd, lazy)],
+            root_pid=self._built.pid,
+            root_pidfd=self._built.newborn.pidfd,
+            background=self._options.background,
+            orders=orders_read,
+            news=watchdogs_end,
+            namespace_init=self._namespace.pidfd if self._namespace else None,
+        )
+
+        def body() -> None:
+            os.close(self._orders)
+            watchdog.run()
+
+        self._watchdog = roles.start("postcopy-watch", body, dies_with_parent=False)
+        os.close(orders_read)
+        watchdogs_end.close()
+        # From here on the daemon alone keeps the memory waiting for its pages.
+        os.close(self._built.uffd)
+        self._built.uffd = -1
+        self._channels.demand.close()
+        self._channels.bulk.close()
+
+    def undo(self) -> None:
+        """Leave nothing here."""
+        if self._built is not None:
+            self._built.kill()
+        elif self._newborn is not None:
+            self._newborn.kill()
+        if self._namespace is not None:
+            self._namespace.kill()
+        if self._watchdog is not None:
+            os.close(self._orders)
+            self._watchdog.wait()
+
+    # -- commit and after ---------------------------------------------------------------------------------------------
+
+    def resume(self, running: Callable[[], None]) -> None:
+        """GO has arrived: only this host may run the tree now."""
+        assert self._built is not None
+        with uninterrupted():
+            os.write(self._orders, COMMITTED)
+            if self._namespace:
+                self._namespace.entrust(self._built.state.pid)
+            self._built.resume()
+            self._resumed_at = time.monotonic_ns()
+        with contextlib.suppress(ConnectionLost):
+            # The watchdog notices too, and decides.
+            self._channels.control.send(Kind.RESUMED)
+        self._channels.control.close()
+        pid = self._built.pid
+        if self._options.pidfile:
+            self._options.pidfile.write_text(f"{pid}\n")
+        running()
+        self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
+
+    def stay(self) -> int:
+        """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
+        assert self._built is not None and self._news is not None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda signum, _: signal.pidfd_send_signal(self._pidfd(), signum))
+        # A terminal's Ctrl-C goes to the program too, and it is the program's to decide about.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        poll = select.poll()
+        poll.register(self._pidfd(), select.POLLIN)
+        poll.register(self._news.fileno(), select.POLLIN)
+        lost = ""
+        watching = True
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if watching and self._news.fileno() in ready:
+                content = self._news.recv(_NEWS_SIZE)
+                if content:
+                    lost = self._hear(msgpack.unpackb(content)) or lost
+                else:
+                    poll.unregister(self._news.fileno())
+                    watching = False
+                continue
+            if self._pidfd() in ready:
+                break
+        _, status = os.waitpid(self._built.pid, 0)
+        if watching:
+            lost = self._hear_the_rest() or lost
+        if lost:
+            raise LostAfterCommit(
+                f"the program was killed: {lost}", "the source keeps it stopped, with all its memory; see there"
+            )
+        code = os.waitstatus_to_exitcode(status)
+        code = 128 - code if code < 0 else code
+        self._reporter.event("exited", pid=self._built.pid, status=code)
+        return code
+
+    def _pidfd(self) -> int:
+        assert self._built is not None
+        return self._built.newborn.pidfd
+
+    def _hear_the_rest(self) -> str:
+        """What the watchdog still has to say once the program has ended; its reason if the program was killed."""
+        assert self._news is not None
+        lost = ""
+        while content := self._news.recv(_NEWS_SIZE):
+            lost = self._hear(msgpack.unpackb(content)) or lost
+        return lost
+
+    def _hear(self, news: dict[str, object]) -> str:
+        """Pass an event of the watchdog on; its reason if it is a loss."""
+        name = str(news.pop("event"))
+        if name == "lost":
+            return str(news["reason"])
+        if name == "drained":
+            self._reporter.event("drained")
+            self._reporter.event(
+                "statistics",
+                drain_ns=time.monotonic_ns() - self._resumed_at,
+                faults=news["faults"],
+                fault_p50_ns=news["latency_p50_ns"],
+                fault_p99_ns=news["latency_p99_ns"],
+                fault_max_ns=news["latency_max_ns"],
+                bytes_boot=self._boot_bytes,
+                bytes_demand=news["bytes_demand"],
+                bytes_bulk=news["bytes_bulk"],
+                bytes_zero=news["bytes_zero"],
+            )
+            return ""
+        self._reporter.event(name, **news)
+        return ""

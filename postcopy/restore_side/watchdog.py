@@ -1,0 +1,198 @@
+"""The watchdog: keeps the destination's program from ever seeing a wrong byte, and speaks for it after commit.
+
+It holds a duplicate of every userfaultfd: as long as one is open, a thread that waits for a missing page waits on. If
+pages can no longer come, the tree is killed first and the descriptors are closed after.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from postcopy import roles
+from postcopy.errors import ConnectionLost, LostAfterCommit, PostcopyError
+from postcopy.kernel import procfs, userfaultfd
+from postcopy.restore_side.bulk_receiver import receive_bulk
+from postcopy.restore_side.fault_handler import Background, FaultHandler, HandedSpace
+from postcopy.restore_side.ring import Ring
+from postcopy.transport import Channels
+from postcopy.wire import control
+from postcopy.wire.control import Kind
+
+log = logging.getLogger("postcopy")
+
+_REPORT_SIZE = 65536
+_MOST_PASSED = 8
+COMMITTED = b"c"
+
+
+@dataclass
+class Watchdog:
+    """What the watchdog watches over. ``orders`` is the read end of a pipe from the control process."""
+
+    channels: Channels
+    spaces: list[HandedSpace]
+    root_pid: int
+    root_pidfd: int
+    background: Background
+    orders: int
+    news: socket.socket
+    namespace_init: int | None
+    uffds: list[int] = field(default_factory=list)
+    committed: bool = False
+
+    def run(self) -> None:
+        """The body of its process: start handler and receiver, and watch until the last page or the end."""
+        os.setsid()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.uffds = [space.uffd for space in self.spaces]
+        ring = Ring()
+        reports, handlers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handler = roles.start("postcopy-faults", self._handler_body(ring, handlers_end), dies_with_parent=False)
+        receiver = roles.start("postcopy-receive", self._receiver_body(ring), dies_with_parent=True)
+        handlers_end.close()
+        self._reports, self._handler = reports, handler
+        try:
+            self._watch()
+        except PostcopyError as error:
+            self._disaster(error)
+        finally:
+            for role in (handler, receiver):
+                role.kill()
+
+    def _handler_body(self, ring: Ring, reports: socket.socket) -> Callable[[], None]:
+        def body() -> None:
+            demand = self.channels.demand.socket
+            self.channels.bulk.close()
+            FaultHandler(self.spaces, demand, ring, reports, self.background, [self.root_pidfd]).run()
+
+        return body
+
+    def _receiver_body(self, ring: Ring) -> Callable[[], None]:
+        def body() -> None:
+            for fd in self.uffds:
+                os.close(fd)
+            receive_bulk(self.channels.bulk.socket, ring)
+
+        return body
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        for fd in (self.orders, self.channels.control.fileno(), self._reports.fileno(), self._handler.pidfd):
+            poll.register(fd, select.POLLIN)
+        self.channels.demand.close()
+        self.channels.bulk.close()
+        while True:
+            for fd, _ in poll.poll():
+                if fd == self._reports.fileno():
+                    if self._take_report():
+                        return
+                elif fd == self.orders:
+                    poll.unregister(self.orders)
+                    if os.read(self.orders, 1) != COMMITTED:
+                        raise PostcopyError("restore ended before commit")
+                    self.committed = True
+                elif fd == self._handler.pidfd:
+                    while self._report_is_there():
+                        if self._take_report():
+                            return
+                    raise LostAfterCommit("the fault handler has died")
+                elif self.committed:
+                    # On this channel nothing is due any more but a failure, or the end of the connection.
+                    self.channels.control.receive({})
+
+    def _report_is_there(self) -> bool:
+        return bool(select.select([self._reports], [], [], 0)[0])
+
+    def _take_report(self) -> bool:
+        """Act on one report of the handler; whether it was the last."""
+        content, fds, _, _ = socket.recv_fds(self._reports, _REPORT_SIZE, _MOST_PASSED)
+        if not content:
+            raise LostAfterCommit("the fault handler has closed its report channel")
+        report: dict[str, Any] = msgpack.unpackb(content)
+        self.uffds += fds
+        name = report.pop("event")
+        if name == "progress":
+            self._tell({"event": "progress", **report})
+        elif name == "gone":
+            self._close_those_gone()
+        elif name == "lost":
+            raise ConnectionLost(str(report.get("reason", "the source is gone")))
+        elif name == "drained":
+            self._drained(report)
+            return True
+        return False
+
+    def _close_those_gone(self) -> None:
+        gone = [fd for fd in self.uffds if not userfaultfd.mm_exists(fd)]
+        for fd in gone:
+            self.uffds.remove(fd)
+            os.close(fd)
+
+    def _drained(self, report: dict[str, Any]) -> None:
+        for fd in self.uffds:
+            os.close(fd)
+        self.uffds = []
+        drained = control.Drained(
+            faults=report["faults"],
+            fault_p50=report["latency_p50_ns"],
+            fault_p99=report["latency_p99_ns"],
+            fault_max=report["latency_max_ns"],
+            bytes_demand=report["bytes_demand"],
+            bytes_bulk=report["bytes_bulk"],
+            bytes_zero=report["bytes_zero"],
+        )
+        try:
+            self.channels.control.send(Kind.DRAINED, drained)
+        except ConnectionLost as error:
+            log.warning("every page is in, but the source could not be told: %s", error)
+        self._tell({"event": "drained", **report})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Pass an event on to the control process, if it still listens."""
+        with contextlib.suppress(OSError):
+            self.news.send(msgpack.packb(event), socket.MSG_DONTWAIT if event["event"] == "progress" else 0)
+
+    def _disaster(self, error: PostcopyError) -> None:
+        """Pages can no longer come: end the tree before the last userfaultfd is closed."""
+        if self.committed:
+            log.error("%s; the program is killed here, it never saw a wrong byte", error.message)
+            with contextlib.suppress(PostcopyError):
+                message = f"pages could not be fetched ({error.message}); the program was killed at the destination"
+                self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
+        kill_tree(self.root_pid, self.root_pidfd, self.namespace_init)
+        while self.uffds and any(userfaultfd.mm_exists(fd) for fd in self.uffds):
+            # A process of the tree that we could not find keeps waiting: better than reading zeros.
+            time.sleep(0.05)
+        self._tell({"event": "lost", "reason": error.message})
+
+
+def kill_tree(root_pid: int, root_pidfd: int, namespace_init: int | None) -> None:
+    """SIGKILL the root and all its descendants; with a PID namespace of its own, everything in it."""
+    descendants = _descendants(root_pid)
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(root_pidfd, signal.SIGKILL)
+    if namespace_init is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(namespace_init, signal.SIGKILL)
+    for pid in descendants:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for child in procfs.children(pid):
+            found += [child, *_descendants(child)]
+    return found

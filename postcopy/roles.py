@@ -1,0 +1,82 @@
+"""Processes of ours beside the control process: each plays one role and shares no interpreter with another."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable
+
+from postcopy.errors import PostcopyError
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
+
+log = logging.getLogger("postcopy")
+
+
+class Role:
+    """A running process of ours."""
+
+    def __init__(self, name: str, pid: int) -> None:
+        self.name = name
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """End it and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code (negative: the signal that ended it); once."""
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            return 0
+        os.close(self.pidfd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def start(name: str, body: Callable[[], None], *, dies_with_parent: bool, keep: Iterable[int] | None = None) -> Role:
+    """Fork a process that runs ``body`` and ends; errors of ours are logged there.
+
+    ``dies_with_parent``: killed by the kernel when the process that calls this ends. With ``keep``, all descriptors
+    but these and the standard streams are closed in it.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return Role(name, pid)
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        text = name.encode()[:15] + b"\0"
+        syscall("naming a process", NUMBERS["prctl"], PR_SET_NAME, address_of(text))
+        if dies_with_parent:
+            syscall("tying a process to its parent", NUMBERS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+        if keep is not None:
+            close_all_but(keep)
+        body()
+        code = 0
+    except PostcopyError as error:
+        log.error("%s: %s", name, error)
+        code = error.exit_code
+    except BaseException:
+        log.exception("%s failed; this is a bug", name)
+    finally:
+        os._exit(code)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every descriptor from 3 on that is not in ``keep``."""
+    previous = 2
+    for fd in sorted({fd for fd in keep if fd > 2}):
+        os.closerange(previous + 1, fd)
+        previous = fd
+    syscall("closing descriptors", NUMBERS["close_range"], previous + 1, 0xFFFF_FFFF, 0)
