@@ -1,8 +1,8 @@
 """The first process of a test host: makes the namespaces, starts what it is told to, and reaps.
 
-Run by `tests.hosts` as ``python -I -S host_init.py SOCKET NAME``; nothing else imports it. It talks to the test over a
-SOCK_SEQPACKET socket, one JSON object a message, one answer for each request. It imports little, since every test
-waits for it to start.
+Run by `tests.hosts` as ``python -I -S host_init.py SOCKET NAME FIRST_PID``; nothing else imports it. It talks to the
+test over a SOCK_SEQPACKET socket, one JSON object a message, one answer for each request. It imports little, since
+every test waits for it to start.
 """
 
 import contextlib
@@ -206,11 +206,13 @@ def _dup_above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SPARE_FD)
 
 
-def become_init(control: socket.socket, name: str) -> None:
+def become_init(control: socket.socket, name: str, first_pid: int) -> None:
     """Live as PID 1 of the new namespaces."""
     checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
     checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "making mounts private")
     checked(libc.mount(b"proc", b"/proc", b"proc", 0, None), "mounting /proc")
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last_pid:
+        last_pid.write(str(first_pid - 1))
     os.setsid()
     socket.sethostname(name)
     pidfd = os.pidfd_open(os.getpid())
@@ -227,7 +229,7 @@ def main() -> None:
     checked(libc.unshare(namespaces), "making namespaces (root is needed)")
     init = os.fork()
     if init == 0:
-        become_init(control, sys.argv[2])
+        become_init(control, sys.argv[2], int(sys.argv[3]))
         os._exit(0)
     control.close()
     os.waitpid(init, 0)

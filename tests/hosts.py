@@ -111,9 +111,12 @@ class Process:
 
 
 class Host:
-    """One host. ``address`` is set once it is part of a `Pair`; ``proc`` is its `/proc` as the test can read it."""
+    """One host. ``address`` is set once it is part of a `Pair`; ``proc`` is its `/proc` as the test can read it.
 
-    def __init__(self, name: str) -> None:
+    PIDs and TIDs that nobody asks for begin at ``first_pid``.
+    """
+
+    def __init__(self, name: str, first_pid: int) -> None:
         self.name = name
         self.address = "127.0.0.1"
         self._processes: list[Process] = []
@@ -121,7 +124,7 @@ class Host:
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         with theirs:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(HOST_INIT), str(theirs.fileno()), name],
+                [sys.executable, "-I", "-S", str(HOST_INIT), str(theirs.fileno()), name, str(first_pid)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -135,10 +138,14 @@ class Host:
 
     @classmethod
     def start(cls, *names: str) -> "list[Host]":
-        """Start hosts side by side and wait until each can run programs. PermissionError without root."""
+        """Start hosts side by side and wait until each can run programs. PermissionError without root.
+
+        Each counts its PIDs from another multiple of 10000 on: so the threads of a moved program find their TIDs free,
+        and so does what a test places at a lower PID.
+        """
         if os.geteuid() != 0:
             raise PermissionError("test hosts are made of namespaces: run the tests as root")
-        hosts = [cls(name) for name in names]
+        hosts = [cls(name, 10_000 * number) for number, name in enumerate(names, 1)]
         for host in hosts:
             host._await_init()
             host.run(["ip", "link", "set", "lo", "up"], check=True)

@@ -76,6 +76,12 @@ def test_hosts_have_names_pids_and_networks_of_their_own(hosts: Pair) -> None:
     assert len({hosts.a.run(namespaces).stdout, hosts.b.run(namespaces).stdout, here}) == 3
 
 
+def test_pids_that_nobody_chose_never_collide(hosts: Pair) -> None:
+    threads = "import threading; t = threading.Thread(); t.start(); print(t.native_id)"
+    own = [int(host.run([sys.executable, "-c", threads], pid=500).stdout) for host in hosts]
+    assert own[0] // 10_000 == 1 and own[1] // 10_000 == 2, own
+
+
 def test_pairs_coexist() -> None:
     with Pair() as one, Pair() as other:
         assert one.a.address != other.a.address

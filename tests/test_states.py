@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,23 @@ HOLD = {0: 1.0, 1: 8.0, 2: 16.0}
 Report = dict[str, str | None]
 
 
+@dataclass
+class Outcome:
+    """What the program says of itself after the moves, or why it says nothing."""
+
+    report: Report
+    failure: BaseException | None = None
+
+
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=["unmoved", "moved", "there-and-back"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
-    """What the program says of itself after so many moves."""
-    moves: int = request.param
-    directory = tmp_path_factory.mktemp("states")
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The program after so many moves."""
     with Pair() as hosts:
-        yield run_program(hosts, directory, moves)
+        try:
+            return Outcome(run_program(hosts, tmp_path_factory.mktemp("states"), request.param))
+        # Kept for one test to raise, with the logs that it holds: each case would repeat them.
+        except (Exception, pytest.fail.Exception) as failure:
+            return Outcome({}, failure)
 
 
 def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Report:
@@ -69,9 +79,17 @@ def test_program_without_privileges_keeps_its_state_and_gains_none(hosts: Pair, 
     assert "unprivileged" in report
 
 
+def test_program_reports_after_its_moves(outcome: Outcome) -> None:
+    if outcome.failure:
+        raise outcome.failure
+    assert set(outcome.report) == {case.name() for case in CASES}
+
+
 @pytest.mark.parametrize("case", [case.name() for case in CASES])
-def test_state_is_kept(report: Report, case: str) -> None:
-    problem = report[case]
+def test_state_is_kept(outcome: Outcome, case: str) -> None:
+    if outcome.failure:
+        pytest.fail("no report: see test_program_reports_after_its_moves", pytrace=False)
+    problem = outcome.report[case]
     if problem and problem.startswith(UNSUPPORTED):
         pytest.skip(problem)
     assert problem is None
