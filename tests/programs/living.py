@@ -43,7 +43,7 @@ M_TOP_PAD = -2
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine, -1)
 FUTEX_WAIT = 0
 
-ALARM_SECONDS = 90
+ALARM_SECONDS = 60
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -406,6 +406,61 @@ def mremap_grown(stage: Stage) -> Generator[None, None, None]:
     stage.settle()
     expect_zeros(new + memory.length + PAGE, memory.pages - 1, "grown with a move, some time later")
     memory.expect(at=new)
+
+
+@scenario
+def mremap_grown_while_locked(stage: Stage) -> Generator[None, None, None]:
+    """The kernel fills the new pages before it tells the userfaultfd of the move: their faults come first."""
+    memory = stage.fill(64)
+    target, back = fresh(96), fresh(96)
+    yield
+    sys_mlock(memory.address, memory.length)
+    new = sys_mremap(memory.address, memory.length, 96 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target)
+    memory.expect(at=new)
+    expect_zeros(new + memory.length, 32, "grown while locked")
+    sys_munlock(new, 96 * PAGE)
+    # Still one mapping for the program, whatever was done to bring the pages.
+    sys_mremap(new, 96 * PAGE, 96 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, back)
+    memory.expect(at=back)
+    expect_zeros(back + memory.length, 32, "grown while locked, moved")
+
+
+@scenario
+def mremap_into_a_place_just_left(stage: Stage) -> Generator[None, None, None]:
+    """One thread moves pages away, another at once moves others there.
+
+    The kernel tells the userfaultfd of the first move, then of the second, and only then that the first one's old
+    range is unmapped: that is not the end of the pages which have moved in meanwhile.
+    """
+    one, other = stage.fill(), stage.fill()
+    piece = 8
+    starts = range(0, one.pages - piece + 1, piece)
+    away = fresh(one.pages)
+    how = MREMAP_MAYMOVE | MREMAP_FIXED
+    length = piece * PAGE
+    yield
+    turn = threading.Semaphore(0)
+
+    def follow(number: int) -> None:
+        if number == 0:
+            for start in starts:
+                turn.release()
+                sys_mremap(one.at(start), length, length, how, away + start * PAGE)
+            return
+        for start in starts:
+            turn.acquire()
+            deadline = time.monotonic() + 20
+            while True:
+                with contextlib.suppress(FileExistsError):
+                    sys_mmap(one.at(start), length, PROT_NONE, PRIVATE | MAP_FIXED_NOREPLACE, -1, 0)
+                    break
+                ensure(time.monotonic() < deadline, "a place is not left")
+            sys_mremap(other.at(start), length, length, how, one.at(start))
+
+    in_threads(2, follow)
+    for start in starts:
+        other.expect(start, start + piece, at=one.at(start))
+    one.expect(at=away)
 
 
 @scenario
