@@ -34,7 +34,7 @@ _SENTENCES = {
     "connected": "connected to {peer} (kernel {kernel})",
     "prepared": "the destination can take it",
     "frozen": "frozen: {threads} threads",
-    "state": "state sent: {bytes} bytes; {lazy_pages} pages stay behind for now",
+    "state": "state sent, with {boot_bytes} bytes of pages; {lazy_pages} pages stay behind for now",
     "built": "built process {pid}: {threads} threads",
     "running": "process {pid} runs here now; {lazy_pages} pages are still to come",
     "resumed": "the program runs at the destination; its memory is served from here until the last page is over there",

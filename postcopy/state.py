@@ -66,18 +66,11 @@ class MappedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class PageData:
-    """The content of adjacent pages that travels with the state."""
-
-    start: Address
-    content: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Memory:
     """A process's memory: the layout, the mm fields (PR_SET_MM_MAP, prctl(2)), pages sent along and pages left lazy.
 
-    ``lazy``, ``guards``: packed PageRanges. ``auxv``: as ``/proc/PID/auxv``. ``vdso``: its bytes, for comparison.
+    ``sent``, ``lazy``, ``guards``: packed PageRanges; the content of ``sent`` follows the state, in order.
+    ``auxv``: as ``/proc/PID/auxv``. ``vdso``: its bytes, for comparison.
     """
 
     vmas: list[Vma]
@@ -96,7 +89,7 @@ class Memory:
     env_end: Unsigned
     auxv: bytes
     vdso: bytes
-    pages: list[PageData]
+    sent: bytes
     lazy: bytes
     guards: bytes
 

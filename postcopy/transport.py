@@ -64,6 +64,18 @@ class Channel:
         assert isinstance(found, body)
         return found
 
+    def send_pages(self, content: bytes) -> None:
+        """Send the content of pages, as it is. Raises ConnectionLost."""
+        self.send_frame(control.pack_header(Kind.PAGES, len(content)))
+        self.send_frame(content)
+
+    def receive_pages(self) -> memoryview:
+        """The content of the pages in the next frame, which must be PAGES."""
+        kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
+        if kind != Kind.PAGES:
+            raise ProtocolError(f"{self.peer} sent {kind.name} where PAGES was due")
+        return memoryview(self._exactly(length))
+
     def _exactly(self, length: int) -> bytearray:
         content = bytearray(length)
         view = memoryview(content)

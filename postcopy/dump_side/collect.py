@@ -13,26 +13,32 @@ from postcopy.dump_side import (
 )
 from postcopy.dump_side.freeze import Frozen
 from postcopy.errors import DumpError, ProblemsError
+from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
-from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, Process
 
 
-def collect(frozen: Frozen, space: int) -> tuple[Process, PageRanges, list[FileIdentity]]:
-    """The state of the process, its lazy pages, and the files it needs.
+def collect(
+    frozen: Frozen, space: int, smaps: memory.SmapsReader, trusted_pipes: frozenset[int]
+) -> tuple[Process, memory.Pages, list[FileIdentity]]:
+    """The state of the process, its pages, and the files it needs. ``smaps`` is being read meanwhile.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
     pid = frozen.pid
-    layout = memory.layout(pid)
-    problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
-    table, needed = descriptors.collect(pid, problems)
+    problems = [*lineage.problems(pid), *timers.problems(pid)]
+    table, found = descriptors.collect(pid, problems, trusted_pipes)
     places = filesystem.collect(pid, problems)
+    lines = list(procfs.for_each_vma(pid))
+    pages = memory.scan(pid, lines, (place for thread in frozen.threads for place in threads.boot_set(thread)))
+    vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
+    vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
+    # Before the executors have memory of their own in the process, which is not to be found in the layout.
+    layout = memory.layout(pid, smaps.result())
+    problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
-    vdso = frozen.memory.read(layout.vdso.start, len(layout.vdso))
-    pages = memory.scan(pid, layout, (place for thread in frozen.threads for place in threads.boot_set(thread)))
-    with frozen.executors(layout.vdso) as executors:
+    with frozen.executors(vdso_range) as executors:
         asked = [(executor, executor.batch()) for executor in executors]
         leaders = asked[0][1]
         about_memory = memory.Question.ask(leaders)
@@ -51,7 +57,7 @@ def collect(frozen: Frozen, space: int) -> tuple[Process, PageRanges, list[FileI
             question.answered(answer, pid, thread, frozen.memory)
             for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
         ],
-        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), frozen.memory, vdso),
+        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),
         signals=about_signals.answered(leader, pid),
         timers=about_timers.answered(leader),
         limits=limits.collect(pid),
@@ -61,7 +67,7 @@ def collect(frozen: Frozen, space: int) -> tuple[Process, PageRanges, list[FileI
         descriptors=table,
         stopped_by=frozen.stopped_by,
     )
-    return state, pages.lazy, [*memory.identities(layout), *needed]
+    return state, pages, [*memory.identities(layout), *found.needed]
 
 
 def _checked(pid: int, answers: Answers) -> Answers:

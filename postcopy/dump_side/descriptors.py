@@ -5,17 +5,17 @@ from collections.abc import Iterable
 from postcopy.dump_side import files, pipes, terminals
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
-from postcopy.state import Description, Descriptors, FileIdentity, Slot
+from postcopy.state import Description, Descriptors, Slot
 
 _KINDS = (pipes.collect, terminals.collect, files.collect)
 
 
-def collect(pid: int, problems: list[str]) -> tuple[Descriptors, list[FileIdentity]]:
-    """The descriptor table of a process, stopped or not, and the files it needs at the destination.
+def collect(pid: int, problems: list[str], trusted_pipes: frozenset[int] = frozenset()) -> tuple[Descriptors, Table]:
+    """The descriptor table of a process, stopped or not, and what was found on the way.
 
-    What cannot be moved is added to ``problems`` and left out.
+    What cannot be moved is added to ``problems`` and left out. ``trusted_pipes``: see `Table`.
     """
-    table = Table(pid)
+    table = Table(pid, trusted_pipes)
     slots: list[Slot] = []
     seen: list[tuple[Opened, int]] = []
     for fd in procfs.descriptors(pid):
@@ -30,7 +30,7 @@ def collect(pid: int, problems: list[str]) -> tuple[Descriptors, list[FileIdenti
             problems.append(f"descriptor {fd}: {reason}")
             continue
         slots.append(Slot(fd, opened.close_on_exec, number))
-    return Descriptors(slots, table.descriptions, table.pipes), table.needed
+    return Descriptors(slots, table.descriptions, table.pipes), table
 
 
 def _describe(table: Table, opened: Opened) -> Description:

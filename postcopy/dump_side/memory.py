@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from postcopy import roles
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
@@ -14,7 +15,7 @@ from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
-from postcopy.state import FileIdentity, MappedFile, Memory, PageData, Vma
+from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset(["gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"])
@@ -51,23 +52,51 @@ class Layout:
         """The addresses of the vdso; empty where there is none."""
         return next((range(v.start, v.end) for v in self.vmas if v.backing == "vdso"), range(0))
 
-    def lazy_vmas(self) -> Iterable[Vma]:
-        """The vmas whose pages may come later: missing-mode userfaultfd covers private anonymous memory."""
-        return (vma for vma in self.vmas if vma.backing in ("anonymous", "stack"))
 
-    def eager_vmas(self) -> Iterable[Vma]:
-        """Private mappings of files: pages copied on write travel with the state."""
-        return (vma for vma in self.vmas if vma.backing == "file" and not vma.shared)
+class SmapsReader:
+    """A process that reads ``smaps`` while we do other things: the kernel walks all page tables for it."""
+
+    def __init__(self, pid: int) -> None:
+        """Fork it; it waits for `begin`."""
+        begin_read, self._begin = os.pipe()
+        self._content, content_write = os.pipe()
+
+        def body() -> None:
+            os.close(self._begin)
+            if os.read(begin_read, 1):
+                with open(content_write, "wb") as stream:
+                    stream.write(procfs.read(pid, "smaps"))
+
+        self._role = roles.start("postcopy-smaps", body, dies_with_parent=True)
+        os.close(begin_read)
+        os.close(content_write)
+
+    def begin(self) -> None:
+        """Let it read now."""
+        os.write(self._begin, b"b")
+
+    def result(self) -> bytes:
+        """What it has read."""
+        with open(self._content, "rb", closefd=False) as stream:
+            return stream.read()
+
+    def close(self) -> None:
+        """End it, whether it has read or not."""
+        os.close(self._begin)
+        os.close(self._content)
+        self._role.wait()
 
 
-def layout(pid: int) -> Layout:
-    """The layout of a process, stopped or not."""
+def layout(pid: int, smaps: bytes | None = None) -> Layout:
+    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already."""
     found = Layout()
     numbers: dict[MappedFile, int] = {}
-    for line in procfs.for_each_vma(pid, flags=True):
+    content = procfs.read(pid, "smaps") if smaps is None else smaps
+    checked: dict[tuple[tuple[int, int], int, str], str | _Problem] = {}
+    for line in procfs.parse_smaps(content):
         if line.name == "[vsyscall]":
             continue
-        backing = _backing(pid, line)
+        backing = _backing(pid, line, checked)
         if isinstance(backing, _Problem):
             found.problems.append(f"memory at {line.start:#x} ({line.name or 'anonymous'}): {backing.text}")
             continue
@@ -99,7 +128,9 @@ class _Problem:
     text: str
 
 
-def _backing(pid: int, line: MapsLine) -> str | _Problem:
+def _backing(
+    pid: int, line: MapsLine, checked: dict[tuple[tuple[int, int], int, str], str | _Problem]
+) -> str | _Problem:
     if line.name in _KERNEL_MAPPINGS:
         return _KERNEL_MAPPINGS[line.name]
     for flag in sorted(line.flags & _REFUSED_FLAGS.keys()):
@@ -113,7 +144,10 @@ def _backing(pid: int, line: MapsLine) -> str | _Problem:
         if line.shared:
             return _Problem("shared memory of an unknown kind")
         return "stack" if "gd" in line.flags else "anonymous"
-    return _file_backing(pid, line)
+    key = line.device, line.inode, line.name
+    if key not in checked:
+        checked[key] = _file_backing(pid, line)
+    return checked[key]
 
 
 def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
@@ -144,45 +178,46 @@ class Pages:
     """Which pages exist: those left behind, those sent along (ranges of addresses), and guard markers."""
 
     lazy: PageRanges
-    eager: PageRanges
+    sent: PageRanges
     guards: PageRanges
 
 
-def scan(pid: int, found: Layout, boot_set: Iterable[int]) -> Pages:
-    """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along."""
+def scan(pid: int, lines: Iterable[MapsLine], boot_set: Iterable[int]) -> Pages:
+    """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along.
+
+    Missing-mode userfaultfd covers private anonymous memory; of private mappings of files the copied pages are sent.
+    """
     pagemap = Pagemap(pid)
-    lazy: list[tuple[int, int]] = []
-    eager: list[tuple[int, int]] = []
+    anonymous: list[tuple[int, int]] = []
+    copied: list[tuple[int, int]] = []
     guards: list[tuple[int, int]] = []
     try:
-        for vma in found.lazy_vmas():
-            for region in pagemap.for_each_region(vma.start, vma.end):
+        for line in lines:
+            if line.shared or line.name in _KERNEL_MAPPINGS or line.name == "[vsyscall]":
+                continue
+            of_file = line.inode != 0
+            for region in pagemap.for_each_region(line.start, line.end, files=of_file):
                 if region.categories & PAGE_IS_GUARD:
                     guards.append((region.start, region.end))
-                elif not region.categories & PAGE_IS_PFNZERO:
-                    lazy.append((region.start, region.end))
-        for vma in found.eager_vmas():
-            for region in pagemap.for_each_region(vma.start, vma.end):
-                if region.categories & PAGE_IS_GUARD:
-                    guards.append((region.start, region.end))
-                elif not region.categories & PAGE_IS_FILE:
-                    eager.append((region.start, region.end))
+                elif of_file and not region.categories & PAGE_IS_FILE:
+                    copied.append((region.start, region.end))
+                elif not of_file and not region.categories & PAGE_IS_PFNZERO:
+                    anonymous.append((region.start, region.end))
     finally:
         pagemap.close()
-    existing = PageRanges.from_pairs(lazy)
-    boot = PageRanges.from_pairs(
-        sorted((page, page + PAGE_SIZE) for page in {page_down(a) for a in boot_set} if existing.contains(page))
-    )
+    existing = PageRanges.from_pairs(anonymous)
+    pages = {page_down(address) for address in boot_set}
+    boot = PageRanges.from_pairs(sorted((page, page + PAGE_SIZE) for page in pages if existing.contains(page)))
     return Pages(
         lazy=existing.subtract(boot),
-        eager=PageRanges.from_pairs(sorted([*eager, *((r.start, r.end) for r in boot)])),
+        sent=PageRanges.from_pairs(sorted([*copied, *((r.start, r.end) for r in boot)])),
         guards=PageRanges.from_pairs(guards),
     )
 
 
-def contents(memory: ProcessMemory, ranges: PageRanges) -> list[PageData]:
-    """The bytes of the pages that travel with the state."""
-    return [PageData(r.start, memory.read(r.start, r.end - r.start)) for r in ranges]
+def contents(memory: ProcessMemory, ranges: PageRanges) -> bytes:
+    """The bytes of the pages that travel with the state, one range after the other."""
+    return b"".join(memory.read(r.start, r.end - r.start) for r in ranges)
 
 
 @dataclass
@@ -201,7 +236,7 @@ class Question:
         return answers.value(self.brk)
 
 
-def collect(pid: int, found: Layout, pages: Pages, brk: int, memory: ProcessMemory, vdso: bytes) -> Memory:
+def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes) -> Memory:
     """Everything of a frozen process's memory but its lazy pages."""
     stat_fields = [0, *(int(word) if word.lstrip("-").isdigit() else 0 for word in procfs.stat(pid)[1:])]
     return Memory(
@@ -221,7 +256,7 @@ def collect(pid: int, found: Layout, pages: Pages, brk: int, memory: ProcessMemo
         brk=brk,
         auxv=procfs.read(pid, "auxv"),
         vdso=vdso,
-        pages=contents(memory, pages.eager),
+        sent=pages.sent.pack(),
         lazy=pages.lazy.pack(),
         guards=pages.guards.pack(),
     )

@@ -61,9 +61,13 @@ class Opened:
 
 @dataclass
 class Table:
-    """What is found while a table is collected. ``pipe_numbers``: pipes by inode."""
+    """What is found while a table is collected. ``pipe_numbers``: pipes by inode.
+
+    ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
+    """
 
     pid: int
+    trusted_pipes: frozenset[int]
     descriptions: list[Description] = field(default_factory=list)
     pipes: list[Pipe] = field(default_factory=list)
     pipe_numbers: dict[int, int] = field(default_factory=dict)

@@ -17,7 +17,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
         raise Refused(f"{opened.link}: pipes in packet mode (O_DIRECT) cannot be moved yet")
     inode = opened.stat.st_ino
     if inode not in table.pipe_numbers:
-        if holder := _holder_outside(table.pid, opened.link):
+        if inode not in table.trusted_pipes and (holder := _holder_outside(table.pid, opened.link)):
             raise Refused(
                 f"{opened.link}: process {holder} holds an end of this pipe too; "
                 "redirect the stream to a file and start the program again"

@@ -40,13 +40,15 @@ def check_target(pid: int) -> None:
         )
 
 
-def survey(pid: int) -> Manifest:
-    """What the destination must have. Raises ProblemsError with everything that cannot be moved."""
+def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
+    """What the destination must have, and the pipes (inodes) that are known not to leave the process.
+
+    Raises ProblemsError with everything that cannot be moved."""
     capabilities.require({"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"})
     check_target(pid)
     layout = memory.layout(pid)
     problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
-    table, needed = descriptors.collect(pid, problems)
+    slots, table = descriptors.collect(pid, problems)
     filesystem.collect(pid, problems)
     exe = _exe(pid, problems)
     if problems:
@@ -57,16 +59,17 @@ def survey(pid: int) -> Manifest:
         vdso = reader.read(layout.vdso.start, len(layout.vdso))
     finally:
         reader.close()
-    return Manifest(
+    manifest = Manifest(
         pid=int(procfs.status(pid)["NSpid"].split()[-1]),
         tids=[int(procfs.status(pid, tid)["NSpid"].split()[-1]) for tid in procfs.tids(pid)],
         name=procfs.stat(pid)[2],
-        files=[*memory.identities(layout), *needed, *exe],
+        files=[*memory.identities(layout), *table.needed, *exe],
         vdso=vdso,
         xsave_size=cpu.xsave_size(),
         memory_bytes=int(procfs.status(pid)["VmRSS"].split()[0]) * 1024,
-        highest_fd=max((slot.fd for slot in table.slots), default=0),
+        highest_fd=max((slot.fd for slot in slots.slots), default=0),
     )
+    return manifest, frozenset(table.pipe_numbers)
 
 
 def _own_line() -> Iterator[int]:

@@ -110,23 +110,39 @@ def fdinfo(pid: int, fd: int) -> dict[str, str]:
     return found
 
 
-def for_each_vma(pid: int, *, flags: bool) -> Iterator[MapsLine]:
-    """The vmas by address; with ``flags`` from smaps, which walks the page tables (milliseconds a GiB)."""
-    content = read(pid, "smaps" if flags else "maps")
-    for match in (_SMAPS if flags else _MAPS).finditer(content):
-        start, end, permissions, offset, major, minor, inode, name = match.groups()[:8]
-        extra = match.groups()[8:]
-        yield MapsLine(
-            start=int(start, 16),
-            end=int(end, 16),
-            permissions=permissions.decode(),
-            offset=int(offset, 16),
-            device=(int(major, 16), int(minor, 16)),
-            inode=int(inode),
-            name=_unescaped(name),
-            flags=frozenset(extra[1].decode().split()) if flags else frozenset(),
-            protection_key=int(extra[0] or b"0") if flags else 0,
-        )
+def for_each_vma(pid: int) -> Iterator[MapsLine]:
+    """The vmas by address, without their flags."""
+    return (_vma(*match.groups()) for match in _MAPS.finditer(read(pid, "maps")))
+
+
+def parse_smaps(content: bytes) -> Iterator[MapsLine]:
+    """The vmas by address, with flags; from ``smaps``, for which the kernel walks the page tables."""
+    return (_vma(*match.groups()) for match in _SMAPS.finditer(content))
+
+
+def _vma(
+    start: bytes,
+    end: bytes,
+    permissions: bytes,
+    offset: bytes,
+    major: bytes,
+    minor: bytes,
+    inode: bytes,
+    name: bytes,
+    key: bytes | None = None,
+    flags: bytes = b"",
+) -> MapsLine:
+    return MapsLine(
+        start=int(start, 16),
+        end=int(end, 16),
+        permissions=permissions.decode(),
+        offset=int(offset, 16),
+        device=(int(major, 16), int(minor, 16)),
+        inode=int(inode),
+        name=_unescaped(name),
+        flags=frozenset(flags.decode().split()),
+        protection_key=int(key or b"0"),
+    )
 
 
 _SMAPS = re.compile(

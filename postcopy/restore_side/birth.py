@@ -105,4 +105,4 @@ def _become_tiny(go_read: int, go_write: int, program: int, mount_namespace: int
 
 def ranges_in_use(pid: int) -> list[range]:
     """The address ranges that a new process occupies."""
-    return [range(line.start, line.end) for line in procfs.for_each_vma(pid, flags=False)]
+    return [range(line.start, line.end) for line in procfs.for_each_vma(pid)]

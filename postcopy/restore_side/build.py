@@ -78,14 +78,15 @@ class Built:
                 os.close(fd)
 
 
-def build(state: Process, newborn: birth.Newborn, lazy: bool, parent_stays: bool) -> Built:
-    """Build ``state`` in ``newborn``. With ``lazy``, private anonymous memory is armed for missing pages.
+def build(state: Process, pages: memoryview, newborn: birth.Newborn, lazy: bool, parent_stays: bool) -> Built:
+    """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
+    With ``lazy``, private anonymous memory is armed for missing pages.
 
     Raises RestoreError with what was refused and why; the new process is then gone.
     """
     built = Built(newborn, state, -1, [newborn.pid])
     try:
-        _Builder(built, parent_stays).run(lazy)
+        _Builder(built, parent_stays).run(pages, lazy)
     except OSError as error:
         built.kill()
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
@@ -109,7 +110,7 @@ class _Builder:
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def run(self, lazy: bool) -> None:
+    def run(self, pages: memoryview, lazy: bool) -> None:
         pid, state = self._newborn.pid, self._state
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         if descriptors.highest(state.descriptors) > (hard if hard >= 0 else _ALL):
@@ -117,7 +118,7 @@ class _Builder:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
         self._install()
         self._run_memory()
-        memory.write_pages(state.memory, self._newborn.memory)
+        memory.write_pages(state.memory, pages, self._newborn.memory)
         self._run_leader(lazy)
         self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
@@ -176,7 +177,7 @@ class _Builder:
     def _run_memory(self) -> None:
         leader = self._executors[0]
         batch = leader.batch()
-        present = list(procfs.for_each_vma(self._newborn.pid, flags=False))
+        present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
         high = descriptors.highest(self._state.descriptors) + len(self._state.memory.files) + 1
         # The standard streams step aside, so that the numbers of what is opened are known beforehand.

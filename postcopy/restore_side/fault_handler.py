@@ -21,7 +21,7 @@ from enum import Enum
 from time import monotonic_ns
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.kernel import userfaultfd as uffdio
@@ -44,7 +44,6 @@ _PROBE_NS = 1_000_000_000
 _HOT_RETRIES = 20
 _OUT_OF_MEMORY_NS = 10_000_000_000
 _STREAMS = 16
-_PROBED_ADDRESS = 0x10000
 
 _SUB_BITS = 4
 _SUB = 1 << _SUB_BITS
@@ -557,17 +556,11 @@ class FaultHandler:
     # Keeping watch and telling
 
     def _probe(self) -> None:
-        """Forget the address spaces that are gone: poll on a userfaultfd says nothing at the end of its process.
-
-        A copy from an address that cannot be read changes nothing and fails with ESRCH only if the mm is gone.
-        """
+        """Forget the address spaces that are gone."""
         self._last_probe = monotonic_ns()
         for mm in tuple(self._mms.values()):
-            try:
-                uffdio.copy(mm.uffd, _PROBED_ADDRESS, 0, PAGE_SIZE)
-            except OSError as error:
-                if error.errno == errno.ESRCH:
-                    self._forget(mm)
+            if not uffdio.mm_exists(mm.uffd):
+                self._forget(mm)
 
     def _tick(self, now: int) -> None:
         self._last_tick = now

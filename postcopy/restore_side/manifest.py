@@ -49,7 +49,7 @@ def _pids(manifest: Manifest, new_pid_namespace: bool) -> Iterator[str]:
 
 
 def _vdso(manifest: Manifest) -> Iterator[str]:
-    own = next(line for line in procfs.for_each_vma(os.getpid(), flags=False) if line.name == "[vdso]")
+    own = next(line for line in procfs.for_each_vma(os.getpid()) if line.name == "[vdso]")
     memory = ProcessMemory(os.getpid())
     try:
         if memory.read(own.start, own.end - own.start) != manifest.vdso:
@@ -61,4 +61,4 @@ def _vdso(manifest: Manifest) -> Iterator[str]:
 def _cpu(manifest: Manifest) -> Iterator[str]:
     size = cpu.xsave_size()
     if size != manifest.xsave_size:
-        yield f"this CPU's register state takes {size} bytes, the source's {manifest.xsave_size}: use the same CPU model"
+        yield f"the CPU's register state takes {size} bytes here, {manifest.xsave_size} there: use the same CPU model"

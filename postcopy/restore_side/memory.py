@@ -66,10 +66,15 @@ def rebuild(memory: Memory, batch: Batch, present: list[procfs.MapsLine], keep: 
         batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
 
 
-def write_pages(memory: Memory, target: ProcessMemory) -> None:
-    """Write the pages that travelled with the state."""
-    for piece in memory.pages:
-        target.write(piece.start, piece.content)
+def write_pages(memory: Memory, pages: memoryview, target: ProcessMemory) -> None:
+    """Write the pages that travelled with the state; ``pages`` is their content, one range after the other."""
+    place = 0
+    for sent in PageRanges.unpack(memory.sent):
+        size = sent.end - sent.start
+        target.write(sent.start, pages[place : place + size])
+        place += size
+    if place != len(pages):
+        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {place}")
 
 
 def lazy_vmas(memory: Memory) -> list[range]:

@@ -1,4 +1,4 @@
-"""A PID namespace of the tree's own, with its own ``/proc``: for when the PID is taken, or both hosts are one machine."""
+"""A PID namespace of the tree's own, with its own ``/proc``: for when the PID is taken on this host."""
 
 import contextlib
 import os

@@ -25,6 +25,7 @@ from postcopy.errors import (
     ProblemsError,
     RestoreError,
 )
+from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.restore_side import manifest as manifests
@@ -99,6 +100,8 @@ class _Takeover:
         self._orders = -1
         self._news: socket.socket | None = None
         self._resumed_at = 0
+        self._boot_bytes = 0
+        self._lazy_pages = 0
 
     # -- before commit ------------------------------------------------------------------------------------------------
 
@@ -121,13 +124,17 @@ class _Takeover:
 
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
+        # On a busy host, every other process would lengthen the stand-still.
+        scheduling(nice=-20)
         tree = self._channels.control.expect(Kind.STATE, Tree)
+        pages = self._channels.control.receive_pages()
         with deadline(self._options.timeout, "building the tree"):
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
             process = self._only(tree)
             assert self._newborn is not None
-            self._built = build(process, self._newborn, lazy=True, parent_stays=not self._options.detach)
+            self._built = build(process, pages, self._newborn, lazy=True, parent_stays=not self._options.detach)
+            self._boot_bytes = len(pages)
             self._start_watchdog(process)
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
             self._channels.control.send(Kind.READY)
@@ -147,7 +154,6 @@ class _Takeover:
         self._news, watchdogs_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lazy = PageRanges.unpack(process.memory.lazy)
         self._lazy_pages = lazy.total_pages
-        self._boot_bytes = sum(len(piece.content) for piece in process.memory.pages)
         watchdog = Watchdog(
             channels=self._channels,
             spaces=[HandedSpace(process.space, self._built.uffd, lazy)],
@@ -199,6 +205,7 @@ class _Takeover:
             # The watchdog notices too, and decides.
             self._channels.control.send(Kind.RESUMED)
         self._channels.control.close()
+        scheduling()
         pid = self._built.pid
         if self._options.pidfile:
             self._options.pidfile.write_text(f"{pid}\n")

@@ -33,6 +33,7 @@ class Kind(enum.IntEnum):
     RESUMED = 8
     DRAINED = 9
     FAILED = 10
+    PAGES = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,14 @@ T = TypeVar("T")
 def pack(kind: Kind, body: object) -> bytes:
     """One frame."""
     content = encode(body)
-    if len(content) > BODY_LIMIT:
-        raise ProtocolError(f"the {kind.name} message would take {len(content)} bytes; {BODY_LIMIT} is the limit")
-    return HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, len(content)) + content
+    return pack_header(kind, len(content)) + content
+
+
+def pack_header(kind: Kind, length: int) -> bytes:
+    """The header of a frame whose body has ``length`` bytes."""
+    if length > BODY_LIMIT:
+        raise ProtocolError(f"the {kind.name} message would take {length} bytes; {BODY_LIMIT} is the limit")
+    return HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, length)
 
 
 def parse_header(header: bytes, limit: int = BODY_LIMIT) -> tuple[Kind, int]:
