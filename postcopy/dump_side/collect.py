@@ -44,6 +44,7 @@ def collect(
         about_memory = memory.Question.ask(leaders)
         about_signals = signals.Question.ask(leaders)
         about_timers = timers.Question.ask(leaders)
+        about_limits = limits.Question.ask(leaders)
         about_attributes = attributes.Question.ask(leaders)
         about_threads = [threads.Question.ask(batch) for _, batch in asked]
         for executor, batch in asked:
@@ -60,7 +61,7 @@ def collect(
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),
         signals=about_signals.answered(leader, pid),
         timers=about_timers.answered(leader),
-        limits=limits.collect(pid),
+        limits=about_limits.answered(leader),
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
         lineage=lineage.collect(pid),

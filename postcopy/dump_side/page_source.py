@@ -1,8 +1,10 @@
 """Where the pages that the source serves come from."""
 
+import errno
 from typing import Protocol
 
 from postcopy.errors import DumpError
+from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.process_vm import process_vm_readv
 
 
@@ -16,14 +18,21 @@ class PageSource(Protocol):
 class FrozenProcess:
     """The memory of a stopped process, read in place: no copy is kept."""
 
-    def __init__(self, pid: int) -> None:
-        """``pid``: any thread of the process, stopped for as long as this is used."""
+    def __init__(self, pid: int, memory: ProcessMemory | None = None) -> None:
+        """``pid``: any thread of the process, stopped for as long as this is used; ``memory``: the same process's."""
         self.pid = pid
+        self._memory = memory or ProcessMemory(pid)
 
     def read_into(self, address: int, buffer: memoryview) -> None:
-        """See `PageSource`; process_vm_readv(2) also reads what the process itself may not (PROT_NONE)."""
+        """See `PageSource`."""
         try:
-            process_vm_readv(self.pid, address, buffer)
+            try:
+                process_vm_readv(self.pid, address, buffer)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                # process_vm_readv(2) keeps to the protections; pages in PROT_NONE memory are read the slower way.
+                self._memory.read_into(address, buffer)
         except OSError as error:
             raise DumpError(
                 f"pages of process {self.pid} cannot be read: {error.strerror}",

@@ -23,6 +23,7 @@ from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.dump_side.survey import survey
 from postcopy.errors import (
     ConnectionLost,
+    DumpError,
     LostAfterCommit,
     PostcopyError,
     ProblemsError,
@@ -112,10 +113,11 @@ class _Handoff:
             self._move()
         except (ConnectionLost, LostAfterCommit):
             raise
-        except PostcopyError as error:
+        except (PostcopyError, OSError) as raw:
+            error = raw if isinstance(raw, PostcopyError) else DumpError(f"process {self._options.pid}: {raw}")
             with contextlib.suppress(PostcopyError):
                 self._control.send(Kind.FAILED, control.Failed(error.message, error.hint))
-            raise
+            raise error from raw
         finally:
             for server in self._servers:
                 server.kill()
@@ -156,7 +158,7 @@ class _Handoff:
             statistics = self._serve()
             self._end(frozen)
             self._tell(statistics)
-        except PostcopyError as error:
+        except (PostcopyError, OSError) as error:
             if committed:
                 raise self._lost(error) from None
             raise
@@ -178,11 +180,11 @@ class _Handoff:
         self._control.send_pages(content)
         self._boot_bytes = len(content)
         # Forked while the destination builds: this costs no stand-still.
-        self._start_servers(frozen.pid, pages.lazy)
+        self._start_servers(frozen, pages.lazy)
         self._reporter.event("state", boot_bytes=len(content), lazy_pages=pages.lazy.total_pages)
 
-    def _start_servers(self, pid: int, lazy: PageRanges) -> None:
-        sources, board = {_SPACE: FrozenProcess(pid)}, self._board
+    def _start_servers(self, frozen: Frozen, lazy: PageRanges) -> None:
+        sources, board = {_SPACE: FrozenProcess(frozen.pid, frozen.memory)}, self._board
         demand, bulk = self._channels.demand.socket, self._channels.bulk.socket
 
         def demand_body() -> None:
@@ -248,12 +250,12 @@ class _Handoff:
             bytes_zero=drained.bytes_zero,
         )
 
-    def _lost(self, error: PostcopyError) -> LostAfterCommit:
+    def _lost(self, error: PostcopyError | OSError) -> LostAfterCommit:
         pid = self._options.pid
         if isinstance(error, Interrupted):
             what = "dump was ended while it was serving the program's memory"
         else:
-            what = f"lost the destination after commit: {error.message}"
+            what = f"lost the destination after commit: {error}"
         return LostAfterCommit(
             f"{what}; process {pid} stays stopped here, with all its memory as it was at the hand-over",
             f"only if it is certain that it does not run at the destination: kill -CONT {pid}",

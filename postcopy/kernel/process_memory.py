@@ -1,5 +1,6 @@
 """``/proc/PID/mem``: reads and writes that do not ask for the page's protection (proc_pid_mem(5), FOLL_FORCE)."""
 
+import errno
 import os
 
 from postcopy.kernel.libc import refused
@@ -18,18 +19,21 @@ class ProcessMemory:
 
     def read(self, address: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``address``."""
-        pieces = []
-        while length:
+        content = bytearray(length)
+        self.read_into(address, memoryview(content))
+        return bytes(content)
+
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``address``."""
+        while buffer:
             try:
-                piece = os.pread(self._fd, length, address)
+                count = os.preadv(self._fd, [buffer], address)
             except OSError as error:
                 raise refused(f"reading memory of process {self._pid} at {address:#x}", error.errno) from None
-            if not piece:
-                raise refused(f"reading memory of process {self._pid} at {address:#x}", 3)
-            pieces.append(piece)
-            address += len(piece)
-            length -= len(piece)
-        return b"".join(pieces)
+            if not count:
+                raise refused(f"reading memory of process {self._pid} at {address:#x}", errno.ESRCH)
+            address += count
+            buffer = buffer[count:]
 
     def write(self, address: int, content: bytes | memoryview) -> None:
         """All of ``content`` to ``address``."""
@@ -40,6 +44,6 @@ class ProcessMemory:
             except OSError as error:
                 raise refused(f"writing memory of process {self._pid} at {address:#x}", error.errno) from None
             if not written:
-                raise refused(f"writing memory of process {self._pid} at {address:#x}", 3)
+                raise refused(f"writing memory of process {self._pid} at {address:#x}", errno.ESRCH)
             address += written
             view = view[written:]

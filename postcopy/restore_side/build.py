@@ -112,7 +112,7 @@ class _Builder:
 
     def run(self, pages: memoryview, lazy: bool) -> None:
         pid, state = self._newborn.pid, self._state
-        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         if descriptors.highest(state.descriptors) > (hard if hard >= 0 else _ALL):
             raise RestoreError("the program's descriptor numbers are above this host's limit", "raise it: ulimit -Hn")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -124,8 +124,6 @@ class _Builder:
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
         attributes.write_files(state.attributes, pid)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
-        limits.rebuild(state.limits, pid)
         self._fall_asleep()
         self._remove()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
@@ -224,6 +222,8 @@ class _Builder:
         batches = []
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             batch = executor.batch()
+            if executor is self._executors[0]:
+                limits.rebuild(self._state.limits, batch)
             threads.rebuild(thread, self._state.pid, current, self._parent_stays, batch)
             if executor is self._executors[0]:
                 attributes.rebuild_last(self._state.attributes, batch)

@@ -1,23 +1,15 @@
-"""Resource limits, set from outside once everything is built."""
+"""Resource limits, set by the process itself while it still has its privileges."""
 
-import resource
+import struct
 
-from postcopy.errors import RestoreError
+from postcopy.kernel.calls import call
+from postcopy.kernel.executor import Batch
 from postcopy.state import Limits
 
-_INFINITY = 2**64 - 1
 
-
-def rebuild(state: Limits, pid: int) -> None:
-    """Set the limits of process ``pid``; only differences, since raising a hard limit needs CAP_SYS_RESOURCE."""
-    for number, wanted in enumerate(state.limits):
-        soft, hard = (-1 if value == _INFINITY else value for value in wanted)
-        if resource.prlimit(pid, number) == (soft, hard):
-            continue
-        try:
-            resource.prlimit(pid, number, (soft, hard))
-        except (PermissionError, ValueError) as error:
-            raise RestoreError(
-                f"resource limit {number} cannot be set to {wanted}: {error}",
-                "raise the hard limit of the shell that runs restore, or give it CAP_SYS_RESOURCE",
-            ) from None
+def rebuild(state: Limits, batch: Batch) -> None:
+    """Add the calls. Raising a hard limit above that of ``restore`` needs CAP_SYS_RESOURCE."""
+    for number, (soft, hard) in enumerate(state.limits):
+        wanted = batch.place(struct.pack("<QQ", soft, hard))
+        purpose = f"setting resource limit {number} to {soft} (hard: {hard}; raise it for restore, too)"
+        batch.add(call("prlimit64", 0, number, wanted, 0), purpose)

@@ -76,10 +76,12 @@ def restore(options: Options, reporter: Reporter, running: Callable[[], None]) -
         takeover.build()
     except BaseException as error:
         takeover.undo()
+        if isinstance(error, OSError):
+            error = RestoreError(str(error))
         if isinstance(error, PostcopyError) and not isinstance(error, ConnectionLost):
             with contextlib.suppress(PostcopyError):
                 channels.control.send(Kind.FAILED, control.Failed(error.message, error.hint))
-        raise
+        raise error from None
     takeover.resume(running)
     if options.detach:
         return 0
