@@ -10,6 +10,7 @@ import mmap
 import os
 import pickle
 import random
+import select
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
@@ -84,6 +85,8 @@ class PagePath:
         # Peak resident memory of the processes that have been ended.
         self.peak_kib: dict[str, int] = {}
         self.forked: list[int] = []
+        self.forks = 0
+        self._reported = 0
         self.messages: list[dict[str, Any]] = []
 
     def __enter__(self) -> "PagePath":
@@ -150,6 +153,7 @@ class PagePath:
         board, ring = Board(), Ring()
         sources = {SPACE: FrozenProcess(self.pids["source"])}
         plan = {SPACE: self.plan}
+        self._uffd = uffd
         self._descriptors.add(uffd)
         pidfd = os.pidfd_open(self.pids["destination"])
         self._descriptors.add(pidfd)
@@ -198,8 +202,16 @@ class PagePath:
     def result(self) -> Any:
         """What the program returned; raises AssertionError if it raised."""
         received = bytearray()
-        while part := self._control.recv(1 << 20):
-            received += part
+        while True:
+            drained = any(message["event"] == "drained" for message in self.messages[-1:])
+            ready, _, _ = select.select([self._control] if drained else [self._control, self.reports], [], [])
+            if self.reports in ready:
+                self._receive_report()
+            if self._control in ready:
+                part = self._control.recv(1 << 20)
+                if not part:
+                    break
+                received += part
         ok, answer = pickle.loads(bytes(received))
         assert ok, answer
         return answer
@@ -207,13 +219,25 @@ class PagePath:
     def report(self, *events: str) -> dict[str, Any]:
         """The next report of one of these kinds."""
         while True:
-            packed, fds, _, _ = socket.recv_fds(self.reports, 4096, 1)
-            assert packed, "the handler has ended"
-            self.forked += fds
-            message: dict[str, Any] = msgpack.unpackb(packed)
-            self.messages.append(message)
-            if message["event"] in events:
-                return message
+            while self._reported < len(self.messages):
+                message = self.messages[self._reported]
+                self._reported += 1
+                if message["event"] in events:
+                    return message
+            self._receive_report()
+
+    def _receive_report(self) -> None:
+        packed, fds, _, _ = socket.recv_fds(self.reports, 4096, 1)
+        assert packed, "the handler has ended"
+        self.messages.append(msgpack.unpackb(packed))
+        self.forked += fds
+        if self.messages[-1]["event"] == "drained":
+            # As a watchdog would: while anybody holds a userfaultfd open, faults and layout changes wait for a reader.
+            for fd in (self._uffd, *self.forked):
+                os.close(fd)
+            self._descriptors.discard(self._uffd)
+            self.forks = len(self.forked)
+            self.forked.clear()
 
 
 def _touch(start: int, order: Sequence[int]) -> dict[str, float]:
@@ -246,9 +270,9 @@ def touching(size: int, pattern: str, background: Background, stride: int = 1) -
         path.resume()
         begun = time.perf_counter()
         figures: dict[str, Any] = dict(path.result())
-        path.report("drained")
+        drained = path.report("drained")
         figures["drained_seconds"] = round(time.perf_counter() - begun, 3)
-        figures["handler"] = path.messages[-1]
+        figures["handler"] = drained
     figures["peak_kib"] = path.peak_kib
     return figures
 

@@ -1,0 +1,176 @@
+"""Residency against a dictionary that says of each current page which source page it is, and in what state."""
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.page_ranges import PageRanges
+from postcopy.restore_side.residency import ABSENT, PRESENT, REMOVED, REQUESTED, AddressSpace
+
+PLACES = 48
+
+page = st.integers(0, PLACES - 1)
+length = st.integers(1, 12)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("remap"), page, page, length),
+        st.tuples(st.just("remove"), page, length),
+        st.tuples(st.just("unmap"), page, length),
+        st.tuples(st.just("fill"), page, length),
+        st.tuples(st.just("request"), page),
+        st.tuples(st.just("fork")),
+    ),
+    max_size=30,
+)
+lazy_pages = st.sets(page, min_size=1)
+
+
+class Naive:
+    """The same, page by page."""
+
+    def __init__(self, lazy: set[int]) -> None:
+        self.at = {place: place for place in lazy}
+        self.states = dict.fromkeys(lazy, ABSENT)
+        self.vacated: list[tuple[int, int]] = []
+
+    def fork(self) -> "Naive":
+        child = Naive(set())
+        child.at = dict(self.at)
+        child.states = dict(self.states)
+        return child
+
+    def drop(self, start: int, end: int, unmap: bool) -> None:
+        for place in range(start, end):
+            if place in self.at:
+                self.states[self.at[place]] = REMOVED
+                if unmap:
+                    del self.at[place]
+
+    def remap(self, old: int, new: int, pages: int) -> None:
+        moved = {place - old + new: self.at.pop(place) for place in range(old, old + pages) if place in self.at}
+        self.drop(new, new + pages, unmap=True)
+        self.at |= moved
+        self.vacated.append((old, old + pages))
+
+    def unmap(self, start: int, end: int) -> None:
+        if (start, end) in self.vacated:
+            self.vacated.remove((start, end))
+        else:
+            self.drop(start, end, unmap=True)
+
+    def missing(self, source: int, pages: int) -> dict[int, int]:
+        """Source page -> place."""
+        return {
+            is_page: place
+            for place, is_page in self.at.items()
+            if source <= is_page < source + pages and self.states[is_page] in (ABSENT, REQUESTED)
+        }
+
+
+def check(space: AddressSpace, naive: Naive) -> None:
+    """Both say the same of every place and of every page."""
+    for place in range(-1, 3 * PLACES):
+        ordinal = space.lookup(place * PAGE_SIZE) if place >= 0 else -1
+        if place in naive.at:
+            assert ordinal >= 0
+            assert space.source_address(ordinal) == naive.at[place] * PAGE_SIZE
+            assert space.states[ordinal] == naive.states[naive.at[place]]
+        else:
+            assert ordinal == -1
+    assert space.absent_pages == sum(state in (ABSENT, REQUESTED) for state in naive.states.values())
+    absent = sorted(each for each, state in naive.states.items() if state == ABSENT)
+    first = space.next_absent()
+    assert (space.source_address(first) // PAGE_SIZE if first >= 0 else None) == (absent[0] if absent else None)
+
+
+def fill(space: AddressSpace, naive: Naive, source: int, pages: int) -> None:
+    """Pages arrive."""
+    expected = naive.missing(source, pages)
+    found = {}
+    runs = 0
+    for run in space.missing_runs(source * PAGE_SIZE, pages):
+        runs += 1
+        for at in range(run.pages):
+            found[space.source_address(run.ordinal + at) // PAGE_SIZE] = run.address // PAGE_SIZE + at
+        space.mark(run.ordinal, run.pages, PRESENT)
+    assert found == expected
+    ordered = sorted(expected)
+    breaks = sum(
+        after != before + 1 or expected[after] != expected[before] + 1 for before, after in itertools.pairwise(ordered)
+    )
+    assert runs >= breaks + bool(ordered)
+    for each in expected:
+        naive.states[each] = PRESENT
+
+
+@settings(max_examples=400, deadline=None)
+@given(lazy_pages, operations)
+def test_residency_agrees_with_a_dictionary(lazy: set[int], done: list[tuple[str, int, int, int]]) -> None:
+    ranges = PageRanges.from_pairs((each * PAGE_SIZE, (each + 1) * PAGE_SIZE) for each in lazy)
+    spaces = [(AddressSpace(1, ranges), Naive(lazy))]
+    for number, (operation, *arguments) in enumerate(done):
+        space, naive = spaces[number % len(spaces)]
+        if operation == "fork":
+            spaces.append((space.fork(), naive.fork()))
+        elif operation == "request":
+            ordinal = space.lookup(arguments[0] * PAGE_SIZE)
+            if ordinal >= 0 and space.states[ordinal] == ABSENT:
+                pages = space.window(ordinal, 4)
+                places = range(arguments[0], arguments[0] + pages)
+                assert pages >= 1
+                for place in places:
+                    assert naive.at[place] == naive.at[arguments[0]] + place - arguments[0]
+                    assert naive.states[naive.at[place]] == ABSENT
+                    naive.states[naive.at[place]] = REQUESTED
+                space.mark(ordinal, pages, REQUESTED)
+        elif operation == "fill":
+            fill(space, naive, *arguments)
+        elif operation == "remap":
+            old, new, pages = arguments
+            if abs(old - new) >= pages:
+                space.remap(old * PAGE_SIZE, new * PAGE_SIZE, pages * PAGE_SIZE)
+                naive.remap(old, new, pages)
+        else:
+            start, pages = arguments
+            getattr(space, operation)(start * PAGE_SIZE, (start + pages) * PAGE_SIZE)
+            if operation == "unmap":
+                naive.unmap(start, start + pages)
+            else:
+                naive.drop(start, start + pages, unmap=False)
+        for each in spaces:
+            check(*each)
+
+
+def test_the_unmap_event_of_a_move_does_not_hit_what_was_moved_there_meanwhile() -> None:
+    space = AddressSpace(1, PageRanges.from_pairs([(0, 4 * PAGE_SIZE), (16 * PAGE_SIZE, 20 * PAGE_SIZE)]))
+    space.remap(0, 64 * PAGE_SIZE, 4 * PAGE_SIZE)
+    space.remap(16 * PAGE_SIZE, 0, 4 * PAGE_SIZE)
+    space.unmap(0, 4 * PAGE_SIZE)
+    assert space.absent_pages == 8
+    space.unmap(16 * PAGE_SIZE, 20 * PAGE_SIZE)
+    space.unmap(0, 4 * PAGE_SIZE)
+    assert space.absent_pages == 4
+
+
+def test_a_child_goes_its_own_way() -> None:
+    parent = AddressSpace(1, PageRanges.from_pairs([(0, 8 * PAGE_SIZE)]))
+    child = parent.fork()
+    parent.unmap(0, 4 * PAGE_SIZE)
+    child.remap(0, 32 * PAGE_SIZE, 8 * PAGE_SIZE)
+    assert parent.absent_pages == 4
+    assert [run.address for run in child.missing_runs(0, 8)] == [32 * PAGE_SIZE]
+    assert [run.pages for run in parent.missing_runs(0, 8)] == [4]
+
+
+def test_thousands_of_fragments_stay_correct() -> None:
+    count = 3000
+    space = AddressSpace(1, PageRanges.from_pairs([(0, 2 * count * PAGE_SIZE)]))
+    for at in range(count):
+        space.remap(2 * at * PAGE_SIZE, (10 * count + 3 * (count - at)) * PAGE_SIZE, PAGE_SIZE)
+    for at in range(count):
+        assert space.source_address(space.lookup((10 * count + 3 * (count - at)) * PAGE_SIZE)) == 2 * at * PAGE_SIZE
+        assert space.lookup(2 * at * PAGE_SIZE) == -1
+    assert sum(1 for _ in space.missing_runs(0, 2 * count)) == 2 * count
+    assert space.absent_pages == 2 * count
