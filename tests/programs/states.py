@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
     parser.add_argument("--user", type=int, help="become this user first, for good")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="try these cases alone")
     options = parser.parse_args()
     Case.directory = options.directory
     Case.hold = options.hold
@@ -146,7 +147,8 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALWAYS_BLOCKED)
     if options.user is not None:
         identity.Unprivileged.user = options.user
-    cases = [kind() for kind in (CASES if options.user is None else UNPRIVILEGED)]
+    kinds = CASES if options.user is None else UNPRIVILEGED
+    cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()
 

@@ -200,7 +200,11 @@ class Advice(Case):
         """Flags, then content."""
         for name, (address, flags) in self.places.items():
             found = mapping_at(address)
-            if problem := unlike(f"VmFlags of {name}", sorted(flags), sorted(found.flags) if found else None):
+            kept = found.flags if found else frozenset()
+            if name == "locked":
+                # Locked "on fault" is as much as memory whose pages arrive later can be; by now they all have.
+                kept -= {"lf"}
+            if problem := unlike(f"VmFlags of {name}", sorted(flags), sorted(kept)):
                 return problem
             content = {page: page_content(address + page) for page in range(self.PAGES // 2)}
             content |= {page: bytes(PAGE) for page in range(self.PAGES // 2, self.PAGES)}
@@ -275,12 +279,24 @@ class FileMappings(Snapshot):
     """Where every file, the vdso and the vvar are mapped."""
 
     def take(self) -> dict[str, object]:
-        """Every named mapping whose size is not the process's own to change."""
-        return {
-            f"{mapping.start:x}-{mapping.end:x}": (mapping.permissions, mapping.offset, mapping.name)
-            for mapping in mappings()
-            if mapping.name and not mapping.name.startswith(("[heap]", "[stack", "[anon", str(self.directory)))
-        }
+        """Every named mapping whose size is not the process's own to change.
+
+        Neighbours that go on where the other ends count as one: where the kernel splits them is not the program's.
+        """
+        joined: list[Mapping] = []
+        for mapping in mappings():
+            if not mapping.name or mapping.name.startswith(("[heap]", "[stack", "[anon", str(self.directory))):
+                continue
+            if joined and continues(joined[-1], mapping):
+                mapping = mapping._replace(start=joined[-1].start, offset=joined.pop().offset)
+            joined.append(mapping)
+        return {f"{m.start:x}-{m.end:x}": (m.permissions, m.offset, m.name) for m in joined}
+
+
+def continues(one: Mapping, other: Mapping) -> bool:
+    """Whether two mappings of a file are one to the program."""
+    same = (one.end, one.permissions, one.name) == (other.start, other.permissions, other.name)
+    return same and one.name.startswith("/") and other.offset == one.offset + one.end - one.start
 
 
 class AddressSpace(Snapshot):
