@@ -6,7 +6,7 @@ DEFAULT_SECONDS = 12.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--stress-seconds`` and ``--stress-seed``."""
+    """``--stress-seconds``, ``--stress-seed`` and ``--stress-without``."""
     group = parser.getgroup("layout stress")
     group.addoption(
         "--stress-seconds", type=float, default=DEFAULT_SECONDS, help="of each run, after the move (default: 12)"
@@ -16,4 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         action="append",
         help="run this seed instead of the suite's own; may be repeated",
+    )
+    group.addoption(
+        "--stress-without", default="", metavar="OPERATIONS", help="leave operations out: op_lock,op_fork,…"
     )

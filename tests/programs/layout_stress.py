@@ -1108,6 +1108,8 @@ class Actor:
 
     def _steps(self, operations: dict[str, int], steps: int) -> None:
         for name in self.random.choices(list(operations), list(operations.values()), k=steps):
+            if name in self.world.options.without:
+                continue
             self.steps += 1
             self.since = time.monotonic()
             self.doing = name
@@ -1304,9 +1306,18 @@ def parse_options() -> argparse.Namespace:
         help="busy: all operations but forks go on also before the go signal",
     )
     parser.add_argument("--hang-seconds", type=float, default=60)
+    parser.add_argument(
+        "--without",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="OPERATIONS",
+        help="names like op_lock,op_fork: to find out which operation it takes for a failure",
+    )
     parser.add_argument("--maps", action="store_true", help="put /proc/self/maps into a failure's report")
     parser.add_argument("--sabotage", choices=("lost", "revived", "exchanged", "byte", "hang"), help="must fail then")
     options = parser.parse_args()
+    if unknown := set(options.without) - set(OPERATIONS):
+        parser.error(f"no such operations: {', '.join(sorted(unknown))}")
     options.scratch = options.scratch or str(Path(options.result).resolve().parent)
     return options
 
