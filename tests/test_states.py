@@ -57,6 +57,9 @@ def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Repo
         migration.wait_drained()
         assert migration.restore is not None
         end = migration.restore
+        if not destination.alive(PID):
+            stderr = (directory / "stderr").read_text()
+            migration.fail(f"the program is gone, restore ended with {end.wait(10)}; its standard error: {stderr!r}")
         source, destination = destination, source
     (directory / "go.new").write_text(str(time.monotonic()) if moves else "")
     (directory / "go.new").rename(directory / "go")
@@ -75,7 +78,8 @@ def test_program_without_privileges_keeps_its_state_and_gains_none(hosts: Pair, 
     with tempfile.TemporaryDirectory() as directory:
         os.chown(directory, NOBODY, NOBODY)
         report = run_program(hosts, Path(directory), moves, "--user", str(NOBODY))
-    assert {case: problem for case, problem in report.items() if problem} == {}
+    problems = [f"{case}: {problem}" for case, problem in report.items() if problem]
+    assert not problems, "\n".join(problems)
     assert "unprivileged" in report
 
 
