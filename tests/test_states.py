@@ -58,8 +58,10 @@ def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Repo
         assert migration.restore is not None
         end = migration.restore
         if not destination.alive(PID):
-            stderr = (directory / "stderr").read_text()
-            migration.fail(f"the program is gone, restore ended with {end.wait(10)}; its standard error: {stderr!r}")
+            complaints = (directory / "stderr").read_text()
+            migration.fail(
+                f"the program is gone, restore ended with {end.wait(10)}; its standard error: {complaints!r}"
+            )
         source, destination = destination, source
     (directory / "go.new").write_text(str(time.monotonic()) if moves else "")
     (directory / "go.new").rename(directory / "go")
