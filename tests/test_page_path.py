@@ -329,7 +329,7 @@ def test_malformed_requests_end_the_server_with_a_reason() -> None:
 
 
 def test_a_page_that_cannot_be_read_is_an_error_that_names_the_errno() -> None:
-    with pytest.raises(DumpError, match="EFAULT|EIO"):
+    with pytest.raises(DumpError, match=r"EFAULT|EIO"):
         FrozenProcess(os.getpid()).read_into(PAGE_SIZE, memoryview(bytearray(PAGE_SIZE)))
 
 

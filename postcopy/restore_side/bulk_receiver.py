@@ -1,7 +1,6 @@
 """The process that receives the bulk stream, straight into the ring."""
 
 import gc
-import os
 import socket
 
 from postcopy.errors import PostcopyError
@@ -16,7 +15,7 @@ def receive_bulk(sock: socket.socket, ring: Ring) -> None:
     Whatever goes wrong is passed on through the ring too, as a FAILED frame, for the fault handler to judge.
     """
     gc.disable()
-    scheduling(policy=os.SCHED_BATCH)
+    scheduling(nice=10)
     try:
         _receive_frames(sock, ring)
     except OSError as error:

@@ -27,7 +27,6 @@ from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE, page_down
-from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.residency import ABSENT, PRESENT, REMOVED, REQUESTED, AddressSpace
 from postcopy.restore_side.ring import Ring
@@ -195,7 +194,6 @@ class FaultHandler:
         gc.disable()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        scheduling(nice=-20)
         try:
             self._serve()
             self._finish()

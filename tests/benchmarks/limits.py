@@ -71,8 +71,9 @@ def _registered(size: int) -> tuple[int, int, int]:
 
 
 def _pump_once(pid: int, source: int, size: int, piece: int) -> float:
-    here, there = _connection()
+    # In this order: a target that had inherited the connection would keep it open.
     target, uffd, address = _registered(size)
+    here, there = _connection()
 
     def send() -> None:
         buffer = memoryview(bytearray(piece))
