@@ -187,9 +187,11 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
-    """struct sched_attr as sched_getattr(2) gave it, the affinity mask, the I/O priority, the timer slack (ns)."""
+    """struct sched_attr as sched_getattr(2) gave it, the nice value (which it tells only of normal policies), the CPUs
+    of the affinity mask, the I/O priority, the timer slack (ns)."""
 
     attributes: bytes
+    nice: Annotated[int, msgspec.Meta(ge=-20, le=19)]
     affinity: list[Unsigned]
     io_priority: Unsigned
     timer_slack: Unsigned

@@ -37,9 +37,9 @@ class Guard:
 
     def dismiss(self) -> None:
         """The guard's work is done."""
-        os.write(self._write_end, _COMMITTING)
+        # Killed rather than told: processes forked since may hold the pipe open.
+        self._role.kill()
         os.close(self._write_end)
-        self._role.wait()
 
 
 def watch(read_end: int, target_pidfd: int) -> None:

@@ -18,7 +18,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
-_CARRIED_FLAGS = frozenset(["gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"])
+_CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
     "ht": "huge pages (hugetlb) cannot be moved yet",
     "um": "memory of a userfaultfd of its own cannot be moved",

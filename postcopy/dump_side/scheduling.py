@@ -10,6 +10,7 @@ def collect(tid: int, timer_slack: int) -> Scheduling:
     """From outside of the thread; ``timer_slack`` (ns) as the thread itself told it."""
     return Scheduling(
         attributes=sched_attr.getattr(tid),
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
         affinity=sorted(os.sched_getaffinity(tid)),
         io_priority=sched_attr.io_priority(tid),
         timer_slack=timer_slack,

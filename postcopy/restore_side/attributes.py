@@ -16,12 +16,16 @@ def rebuild(state: Attributes, batch: Batch) -> None:
     batch.add(call("personality", state.personality), "setting the personality")
     if state.child_subreaper:
         batch.add(call("prctl", PR_SET_CHILD_SUBREAPER, 1), "setting the child-subreaper attribute")
-    if state.thp_disable:
-        batch.add(call("prctl", PR_SET_THP_DISABLE, 1, 0, 0, 0), "disabling transparent huge pages")
+
+
+def disable_huge_pages(batch: Batch) -> None:
+    """Add the call that keeps a page written now from taking its neighbours, which come later, with it."""
+    batch.add(call("prctl", PR_SET_THP_DISABLE, 1, 0, 0, 0), "disabling transparent huge pages for a while")
 
 
 def rebuild_last(state: Attributes, batch: Batch) -> None:
-    """Add the calls that must come after the credentials, which reset the dumpable attribute."""
+    """Add the calls that must come after the credentials, which reset the dumpable attribute, and after arming."""
+    batch.add(call("prctl", PR_SET_THP_DISABLE, state.thp_disable, 0, 0, 0), "setting the THP attribute")
     dumpable = 0 if state.dumpable == _SUID_DUMP_ROOT else state.dumpable
     batch.add(call("prctl", PR_SET_DUMPABLE, dumpable), "setting the dumpable attribute")
 

@@ -30,11 +30,16 @@ class Newborn:
 
     def kill(self) -> None:
         """End it and wait for its end."""
+        tids: list[int] = []
+        with contextlib.suppress(OSError):
+            tids = procfs.tids(self.pid)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while ptrace.wait(self.pid).ended is None:
-                pass
+        # The leader's end is reported when all other threads have been waited for.
+        for tid in (*tids[1:], self.pid):
+            with contextlib.suppress(ChildProcessError):
+                while ptrace.wait(tid).ended is None:
+                    pass
 
 
 def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:

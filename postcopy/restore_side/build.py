@@ -1,7 +1,7 @@
 """Build a process, stopped, out of its state: one batch of calls for the memory, one for everything else, one a thread.
 
 The order is the kernel's: the new process is emptied, laid out and filled; then it opens its files and makes its
-threads; what takes privileges away comes last; userfaultfd is armed when nothing of ours touches its memory any more.
+threads; userfaultfd is armed as soon as the memory is laid out; what takes privileges away comes last.
 """
 
 import errno
@@ -70,29 +70,18 @@ class Built:
         for tid in self.tids:
             ptrace.detach(tid)
 
-    def kill(self) -> None:
-        """End it before it has run."""
-        self.newborn.kill()
-        for fd in (self.uffd, self.newborn.pidfd):
-            if fd >= 0:
-                os.close(fd)
-
 
 def build(state: Process, pages: memoryview, newborn: birth.Newborn, lazy: bool, parent_stays: bool) -> Built:
     """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
     With ``lazy``, private anonymous memory is armed for missing pages.
 
-    Raises RestoreError with what was refused and why; the new process is then gone.
+    Raises RestoreError with what was refused and why; the new process is then to be killed.
     """
     built = Built(newborn, state, -1, [newborn.pid])
     try:
         _Builder(built, parent_stays).run(pages, lazy)
     except OSError as error:
-        built.kill()
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
-    except BaseException:
-        built.kill()
-        raise
     return built
 
 
@@ -120,16 +109,17 @@ class _Builder:
         self._run_memory()
         memory.write_pages(state.memory, pages, self._newborn.memory)
         self._run_leader(lazy)
+        self._fall_asleep()
+        if lazy:
+            # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
+            self._arm()
         self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
         attributes.write_files(state.attributes, pid)
-        self._fall_asleep()
         self._remove()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             threads.finish(tid, thread)
-        if lazy:
-            self._arm()
 
     # -- the executor's memory ----------------------------------------------------------------------------------------
 
@@ -178,6 +168,7 @@ class _Builder:
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
         high = descriptors.highest(self._state.descriptors) + len(self._state.memory.files) + 1
+        attributes.disable_huge_pages(batch)
         # The standard streams step aside, so that the numbers of what is opened are known beforehand.
         for stream in range(3):
             batch.add(call("dup3", stream, high + stream, 0o2000000))
@@ -225,14 +216,16 @@ class _Builder:
             if executor is self._executors[0]:
                 limits.rebuild(self._state.limits, batch)
             threads.rebuild(thread, self._state.pid, current, self._parent_stays, batch)
-            if executor is self._executors[0]:
-                attributes.rebuild_last(self._state.attributes, batch)
-                timers.rebuild(self._state.timers, batch)
             batches.append(batch)
         for executor, batch in zip(self._executors, batches, strict=True):
             executor.start(batch)
         for executor in self._executors:
             self._checked(executor.finish())
+        # The change of any thread's ids resets what the whole process shares.
+        last = self._executors[0].batch()
+        attributes.rebuild_last(self._state.attributes, last)
+        timers.rebuild(self._state.timers, last)
+        self._checked(self._executors[0].run(last))
 
     def _fall_asleep(self) -> None:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):

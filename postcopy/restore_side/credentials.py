@@ -16,13 +16,15 @@ from postcopy.state import Credentials
 _SECBIT_NO_SETUID_FIXUP, _SECBIT_KEEP_CAPS = 1 << 2, 1 << 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAPABILITIES = 64
+_SETPCAP = 1 << 8
 
 
 def rebuild(state: Credentials, current: Credentials, batch: Batch) -> None:
     """Add the calls that turn ``current``, those of ``restore``, into ``state``; none where they are the same."""
     if state == current:
         return
-    if (state.uids, state.gids, state.groups) != (current.uids, current.gids, current.groups):
+    changes_ids = (state.uids, state.gids, state.groups) != (current.uids, current.gids, current.groups)
+    if changes_ids:
         # With this bit the capabilities stay while the ids change.
         made = call("prctl", PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
         batch.add(made, "keeping capabilities while the ids change")
@@ -35,13 +37,15 @@ def rebuild(state: Credentials, current: Credentials, batch: Batch) -> None:
     for capability in range(_CAPABILITIES):
         if current.bounding >> capability & 1 and not state.bounding >> capability & 1:
             batch.add(call("prctl", PR_CAPBSET_DROP, capability), f"dropping capability {capability} from the bound")
-    inheritable = state.inheritable | state.ambient
-    _set_capabilities(batch, state.permitted, state.permitted, inheritable)
+    # The secure bits need CAP_SETPCAP, so that is the last to go.
+    for_now = state.permitted | current.permitted & _SETPCAP
+    _set_capabilities(batch, for_now, for_now, state.inheritable | state.ambient)
     for capability in range(_CAPABILITIES):
         if state.ambient >> capability & 1:
             made = call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
             batch.add(made, f"raising ambient capability {capability}")
-    batch.add(call("prctl", PR_SET_SECUREBITS, state.securebits), "setting the secure bits")
+    if changes_ids or state.securebits != current.securebits:
+        batch.add(call("prctl", PR_SET_SECUREBITS, state.securebits), "setting the secure bits")
     _set_capabilities(batch, state.permitted, state.effective, state.inheritable)
     if state.no_new_privs:
         batch.add(call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "setting no_new_privs")

@@ -483,9 +483,8 @@ class FaultHandler:
         if error.errno == errno.ESRCH:
             self._forget(mm)
         elif error.errno == errno.EEXIST:
-            # EEXIST wakes nobody: ioctl_userfaultfd(2).
-            mm.residency.mark(ordinal, 1, PRESENT)
-            uffdio.wake(mm.uffd, address, PAGE_SIZE)
+            # Nobody but us puts pages there, so its content cannot be right.
+            raise _Lost(f"a page at {address:#x} was there before its content had come")
         elif error.errno == errno.ENOENT:
             # Not registered, so no thread can wait for it: MADV_DONTFORK, or an unmap event that is on its way.
             mm.residency.mark(ordinal, 1, REMOVED)

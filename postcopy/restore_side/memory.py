@@ -15,6 +15,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.state import Memory, Vma
 
 _AT_FDCWD = -100
+_PROT_WRITE = 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE = 0x100, 0x4000
 _MREMAP_MAYMOVE_FIXED = 3
@@ -122,7 +123,11 @@ def _map(batch: Batch, vma: Vma) -> None:
     flags |= _MAP_ANONYMOUS if vma.backing != "file" else 0
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
     where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
-    batch.add(call("mmap", vma.start, size, vma.prot, flags, vma.file, vma.offset), f"mapping {where}")
+    # What was writable once stays accounted (and so apart from its neighbours) when it is made read-only.
+    prot = vma.prot | _PROT_WRITE if "ac" in vma.flags and not vma.shared else vma.prot
+    batch.add(call("mmap", vma.start, size, prot, flags, vma.file, vma.offset), f"mapping {where}")
+    if prot != vma.prot:
+        batch.add(call("mprotect", vma.start, size, vma.prot), f"protecting {where}")
     for flag in vma.flags:
         if flag in _ADVICE:
             batch.add(call("madvise", vma.start, size, _ADVICE[flag]), f"advising ({flag}) on {where}")

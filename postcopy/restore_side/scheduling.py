@@ -18,6 +18,8 @@ def rebuild(state: Scheduling, batch: Batch) -> None:
 def apply(state: Scheduling, tid: int) -> None:
     """Set the rest from outside; an affinity to CPUs that this host lacks is left open."""
     try:
+        if os.getpriority(os.PRIO_PROCESS, tid) != state.nice:
+            os.setpriority(os.PRIO_PROCESS, tid, state.nice)
         if sched_attr.getattr(tid) != state.attributes:
             sched_attr.setattr(tid, state.attributes)
         if sched_attr.io_priority(tid) != state.io_priority:

@@ -34,7 +34,7 @@ from postcopy.restore_side.build import Built, build
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
-from postcopy.restore_side.watchdog import COMMITTED, Watchdog
+from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
 from postcopy.state import Manifest, Process, Tree
 from postcopy.transport import Channels, connect
@@ -182,9 +182,7 @@ class _Takeover:
 
     def undo(self) -> None:
         """Leave nothing here."""
-        if self._built is not None:
-            self._built.kill()
-        elif self._newborn is not None:
+        if self._newborn is not None:
             self._newborn.kill()
         if self._namespace is not None:
             self._namespace.kill()
@@ -203,9 +201,8 @@ class _Takeover:
                 self._namespace.entrust(self._built.state.pid)
             self._built.resume()
             self._resumed_at = time.monotonic_ns()
-        with contextlib.suppress(ConnectionLost):
-            # The watchdog notices too, and decides.
-            self._channels.control.send(Kind.RESUMED)
+            # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
+            os.write(self._orders, RESUMED)
         self._channels.control.close()
         scheduling()
         pid = self._built.pid

@@ -32,7 +32,7 @@ log = logging.getLogger("postcopy")
 
 _REPORT_SIZE = 65536
 _MOST_PASSED = 8
-COMMITTED = b"c"
+COMMITTED, RESUMED = b"c", b"r"
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Watchdog:
     namespace_init: int | None
     uffds: list[int] = field(default_factory=list)
     committed: bool = False
+    resumed: bool = False
 
     def run(self) -> None:
         """The body of its process: start handler and receiver, and watch until the last page or the end."""
@@ -98,10 +99,8 @@ class Watchdog:
                     if self._take_report():
                         return
                 elif fd == self.orders:
-                    poll.unregister(self.orders)
-                    if os.read(self.orders, 1) != COMMITTED:
-                        raise PostcopyError("restore ended before commit")
-                    self.committed = True
+                    if self._take_order():
+                        poll.unregister(self.orders)
                 elif fd == self._handler.pidfd:
                     while self._report_is_there():
                         if self._take_report():
@@ -110,6 +109,20 @@ class Watchdog:
                 elif self.committed:
                     # On this channel nothing is due any more but a failure, or the end of the connection.
                     self.channels.control.receive({})
+
+    def _take_order(self) -> bool:
+        """Act on the control process's next word; whether it was the last."""
+        order = os.read(self.orders, 1)
+        if order == COMMITTED:
+            self.committed = True
+            return False
+        if order == RESUMED:
+            self.resumed = True
+            self.channels.control.send(Kind.RESUMED)
+            return True
+        if self.committed:
+            raise LostAfterCommit("restore died while it resumed the program")
+        raise PostcopyError("restore ended before commit")
 
     def _report_is_there(self) -> bool:
         return bool(select.select([self._reports], [], [], 0)[0])
@@ -140,6 +153,9 @@ class Watchdog:
             os.close(fd)
 
     def _drained(self, report: dict[str, Any]) -> None:
+        while not self.resumed:
+            # A small program's last page may be here before the word that it runs.
+            self._take_order()
         for fd in self.uffds:
             os.close(fd)
         self.uffds = []
