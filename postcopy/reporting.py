@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 log = logging.getLogger("postcopy")
 
 MIB = 1024 * 1024
+# Tests of what happens when a side dies at a given step let it stop itself there: the name of an event.
+PAUSE_AT = "POSTCOPY_PAUSE_AT"
 
 
 class Reporter(Protocol):
@@ -56,6 +59,11 @@ class Printer:
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Show it."""
+        self._show(name, fields)
+        if name == os.environ.get(PAUSE_AT):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _show(self, name: str, fields: dict[str, Any]) -> None:
         if self._json:
             elapsed = (time.monotonic_ns() - self._started) / 1e9
             with contextlib.suppress(BrokenPipeError):

@@ -108,6 +108,7 @@ class _Handoff:
         """All of it."""
         try:
             manifest, self._trusted_pipes = survey(self._options.pid)
+            self._reporter.event("surveyed", files=len(manifest.files))
             self._agree(manifest)
             self._reporter.event("prepared")
             self._move()
@@ -144,8 +145,10 @@ class _Handoff:
                 smaps.begin()
                 self._hand_over(frozen, smaps)
                 self._control.expect(Kind.READY, control.Nothing)
+                self._reporter.event("ready")
                 guard.stopping()
                 frozen.stop_durably()
+                self._reporter.event("stopped")
             with uninterrupted():
                 # Whoever dies from here on: nobody wakes the tree, since nobody can know whether GO arrived.
                 guard.committing()
@@ -175,6 +178,7 @@ class _Handoff:
         """Collect and send the state, and start the servers."""
         self._reporter.event("frozen", threads=len(frozen.threads))
         process, pages, needed = collect(frozen, _SPACE, smaps, self._trusted_pipes)
+        self._reporter.event("collected", vmas=len(process.memory.vmas))
         self._control.send(Kind.STATE, Tree([process], needed))
         content = memory.contents(frozen.memory, pages.sent)
         self._control.send_pages(content)

@@ -113,6 +113,7 @@ class _Takeover:
         if problems := manifests.problems(manifest, self._options.new_pid_namespace):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
+        self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
@@ -122,6 +123,7 @@ class _Takeover:
         finally:
             if self._namespace:
                 self._namespace.leave()
+        self._reporter.event("born", pid=self._newborn.pid)
         self._channels.control.send(Kind.PREPARED)
 
     def build(self) -> None:
@@ -130,6 +132,7 @@ class _Takeover:
         scheduling(nice=-20)
         tree = self._channels.control.expect(Kind.STATE, Tree)
         pages = self._channels.control.receive_pages()
+        self._reporter.event("received", boot_bytes=len(pages))
         with deadline(self._options.timeout, "building the tree"):
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
