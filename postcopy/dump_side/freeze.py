@@ -122,10 +122,12 @@ class Frozen:
         self._expect(leader.tid, lambda stop: stop.signal == signal.SIGSTOP and not stop.event)
         ptrace.set_signal_mask(leader.tid, leader.signal_mask)
         ptrace.cont(leader.tid, signal.SIGSTOP)
+        # Only when the leader has arrived is the stop pending for the others: let go before, they would run on.
+        self._expect(leader.tid, _is_group_stop)
         for thread in others:
             ptrace.cont(thread.tid)
-        for thread in self.threads:
-            self._expect(thread.tid, lambda stop: stop.event == ptrace.PTRACE_EVENT_STOP and stop.signal in _STOPPING)
+        for thread in others:
+            self._expect(thread.tid, _is_group_stop)
 
     def _expect(self, tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
         stop = ptrace.wait(tid)
@@ -185,6 +187,10 @@ class Frozen:
         return result
 
 
+def _is_group_stop(stop: ptrace.Stop) -> bool:
+    return stop.event == ptrace.PTRACE_EVENT_STOP and stop.signal in _STOPPING
+
+
 def _seize(tid: int) -> bool:
     try:
         ptrace.seize(tid, _OPTIONS)
@@ -203,7 +209,7 @@ def _wait_for_stop(tid: int) -> int | None:
         if stop.ended is not None:
             return None
         if stop.event == ptrace.PTRACE_EVENT_STOP:
-            return stop.signal if stop.signal in _STOPPING else 0
+            return stop.signal if _is_group_stop(stop) else 0
         # A signal was first: let it be delivered; the stop that was asked for comes right after.
         ptrace.cont(tid, stop.signal if not stop.event else 0)
 
