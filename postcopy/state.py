@@ -207,9 +207,17 @@ class Rseq:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """An interrupted call with a relative timeout: its number, and what is left of the time (ns; 0: make it
+    again as it was, its timeout is a point in time)."""
+
+    call: Unsigned
+    left: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class Thread:
-    """One thread. ``registers``: struct user_regs_struct; ``sleep_left``: what is left (struct timespec) of an
-    interrupted relative sleep, empty where there is none."""
+    """One thread. ``registers``: struct user_regs_struct; ``sleep``: the call it is to go on waiting in, if any."""
 
     tid: Pid
     name: bytes
@@ -222,7 +230,7 @@ class Thread:
     robust_list: Unsigned
     robust_list_size: Unsigned
     rseq: Rseq
-    sleep_left: bytes
+    sleep: Sleep | None
     parent_death_signal: Unsigned
     credentials: Credentials
     scheduling: Scheduling

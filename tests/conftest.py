@@ -6,6 +6,7 @@ import pytest
 
 from tests import migrate
 from tests.hosts import Host, Pair
+from tests.stress_options import pytest_addoption  # noqa: F401 (pytest finds options here)
 
 
 @pytest.fixture

@@ -12,16 +12,20 @@ from postcopy.dump_side import (
     timers,
 )
 from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
 from postcopy.state import FileIdentity, Process
 
+Sleepers = dict[int, Observation]
+
 
 def collect(
-    frozen: Frozen, space: int, smaps: memory.SmapsReader, trusted_pipes: frozenset[int]
+    frozen: Frozen, space: int, smaps: memory.SmapsReader, trusted_pipes: frozenset[int], sleepers: Sleepers
 ) -> tuple[Process, memory.Pages, list[FileIdentity]]:
-    """The state of the process, its pages, and the files it needs. ``smaps`` is being read meanwhile.
+    """The state of the process, its pages, and the files it needs. ``smaps`` is being read meanwhile;
+    ``sleepers`` were observed before the freeze.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -30,7 +34,8 @@ def collect(
     table, found = descriptors.collect(pid, problems, trusted_pipes)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
-    pages = memory.scan(pid, lines, (place for thread in frozen.threads for place in threads.boot_set(thread)))
+    boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
+    pages = memory.scan(pid, lines, boot_set)
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     # Before the executors have memory of their own in the process, which is not to be found in the layout.
@@ -38,6 +43,7 @@ def collect(
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
+    pages = memory.keep_together(pages, layout)
     with frozen.executors(vdso_range) as executors:
         asked = [(executor, executor.batch()) for executor in executors]
         leaders = asked[0][1]
@@ -55,7 +61,7 @@ def collect(
         pid=int(frozen.threads[0].status["NSpid"].split()[-1]),
         space=space,
         threads=[
-            question.answered(answer, pid, thread, frozen.memory)
+            question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
             for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
         ],
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),

@@ -155,6 +155,10 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
         return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
     try:
         mapped = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+    except OSError:
+        # The layout has changed since smaps was read: the process runs, and all is looked at again once it is frozen.
+        return "file"
+    try:
         named = os.stat(line.name)
     except OSError:
         return _Problem("the file cannot be found under this name any more")
@@ -213,6 +217,14 @@ def scan(pid: int, lines: Iterable[MapsLine], boot_set: Iterable[int]) -> Pages:
         sent=PageRanges.from_pairs(sorted([*copied, *((r.start, r.end) for r in boot)])),
         guards=PageRanges.from_pairs(guards),
     )
+
+
+def keep_together(pages: Pages, found: Layout) -> Pages:
+    """Send the pages of mappings that fork must wipe along: a page fetched later would be there in the child."""
+    wiped = PageRanges.from_pairs([(vma.start, vma.end) for vma in found.vmas if "wf" in vma.flags])
+    left = pages.lazy.subtract(wiped)
+    sent = [(r.start, r.end) for r in (*pages.sent, *pages.lazy.subtract(left))]
+    return Pages(left, PageRanges.from_pairs(sorted(sent)), pages.guards)
 
 
 def contents(memory: ProcessMemory, ranges: PageRanges) -> bytes:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from postcopy import roles
 from postcopy.deadline import Interrupted, deadline, uninterrupted
-from postcopy.dump_side import memory
-from postcopy.dump_side.collect import collect
+from postcopy.dump_side import memory, sleepers
+from postcopy.dump_side.collect import Sleepers, collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.page_source import FrozenProcess
@@ -136,6 +136,7 @@ class _Handoff:
         guard = Guard(frozen.pidfd)
         smaps = memory.SmapsReader(frozen.pid)
         committed = False
+        sleeping = sleepers.observe(frozen.pid)
         # On a busy host, every other process would lengthen the stand-still.
         scheduling(nice=-20)
         try:
@@ -143,7 +144,7 @@ class _Handoff:
                 began = time.monotonic_ns()
                 frozen.freeze()
                 smaps.begin()
-                self._hand_over(frozen, smaps)
+                self._hand_over(frozen, smaps, sleeping)
                 self._control.expect(Kind.READY, control.Nothing)
                 self._reporter.event("ready")
                 guard.stopping()
@@ -174,10 +175,10 @@ class _Handoff:
             guard.dismiss()
             frozen.close()
 
-    def _hand_over(self, frozen: Frozen, smaps: memory.SmapsReader) -> None:
+    def _hand_over(self, frozen: Frozen, smaps: memory.SmapsReader, sleeping: Sleepers) -> None:
         """Collect and send the state, and start the servers."""
         self._reporter.event("frozen", threads=len(frozen.threads))
-        process, pages, needed = collect(frozen, _SPACE, smaps, self._trusted_pipes)
+        process, pages, needed = collect(frozen, _SPACE, smaps, self._trusted_pipes, sleeping)
         self._reporter.event("collected", vmas=len(process.memory.vmas))
         self._control.send(Kind.STATE, Tree([process], needed))
         content = memory.contents(frozen.memory, pages.sent)

@@ -1,13 +1,13 @@
 """Threads: registers and everything the kernel keeps for one thread."""
 
-import struct
 from dataclasses import dataclass
 
-from postcopy.dump_side import scheduling
+from postcopy.dump_side import scheduling, sleepers
 from postcopy.dump_side.freeze import FrozenThread
+from postcopy.dump_side.sleepers import Observation
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.calls import NUMBERS, call
-from postcopy.kernel.executor import ERESTART_RESTARTBLOCK, Answers, Batch, interrupted
+from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.prctl import (
@@ -20,8 +20,6 @@ from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.state import Credentials, Rseq, Thread
 
 _STACK_T_SIZE = 24
-_TIMESPEC_SIZE = 16
-_TIMER_ABSTIME = 1
 
 
 @dataclass
@@ -49,7 +47,9 @@ class Question:
             timer_slack=batch.add(call("prctl", PR_GET_TIMERSLACK), "reading the timer slack"),
         )
 
-    def answered(self, answers: Answers, pid: int, frozen: FrozenThread, memory: ProcessMemory) -> Thread:
+    def answered(
+        self, answers: Answers, pid: int, frozen: FrozenThread, seen: Observation | None, memory: ProcessMemory
+    ) -> Thread:
         """Everything of the frozen thread."""
         head, size = _robust_list(frozen.tid)
         return Thread(
@@ -64,7 +64,7 @@ class Question:
             robust_list=head,
             robust_list_size=size,
             rseq=Rseq(frozen.rseq.pointer, frozen.rseq.size, frozen.rseq.signature),
-            sleep_left=_sleep_left(frozen, memory),
+            sleep=sleepers.collect(frozen, seen, memory),
             parent_death_signal=int.from_bytes(answers.read(self.death_signal, 4), "little"),
             credentials=Credentials.from_status(frozen.status, answers.value(self.securebits)),
             scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
@@ -77,9 +77,7 @@ def boot_set(frozen: FrozenThread) -> list[int]:
     places = [stack - 128, stack, stack + PAGE_SIZE, tls]
     if frozen.rseq.pointer:
         places += [frozen.rseq.pointer, frozen.rseq.pointer + frozen.rseq.size]
-    if remaining := _remaining_place(frozen):
-        places += [remaining, remaining + _TIMESPEC_SIZE - 1]
-    return places
+    return places + sleepers.places(frozen)
 
 
 def _robust_list(tid: int) -> tuple[int, int]:
@@ -87,30 +85,3 @@ def _robust_list(tid: int) -> tuple[int, int]:
     what = f"reading the robust list of task {tid}"
     syscall(what, NUMBERS["get_robust_list"], tid, address_of(head), address_of(size))
     return int.from_bytes(head, "little"), int.from_bytes(size, "little")
-
-
-def _sleep_left(frozen: FrozenThread, memory: ProcessMemory) -> bytes:
-    """What is left of an interrupted relative sleep, where the program gave the kernel a place to write it.
-
-    nanosleep(2): "writes the remaining time" before the call is restarted; other calls with a relative timeout do
-    not tell, and begin again with all of it.
-    """
-    place = _remaining_place(frozen)
-    if not place:
-        return b""
-    left = memory.read(place, _TIMESPEC_SIZE)
-    seconds, nanoseconds = struct.unpack("<qq", left)
-    return left if seconds >= 0 and 0 <= nanoseconds < 1_000_000_000 else b""
-
-
-def _remaining_place(frozen: FrozenThread) -> int:
-    """Where an interrupted relative sleep writes what is left of it; 0 where there is none, or no such place."""
-    registers = frozen.registers
-    if interrupted(registers) != ERESTART_RESTARTBLOCK:
-        return 0
-    number = registers["orig_rax"]
-    if number == NUMBERS["nanosleep"]:
-        return registers["rsi"]
-    if number == NUMBERS["clock_nanosleep"] and not registers["rsi"] & _TIMER_ABSTIME:
-        return registers["r10"]
-    return 0

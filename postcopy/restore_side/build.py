@@ -7,6 +7,7 @@ threads; userfaultfd is armed as soon as the memory is laid out; what takes priv
 import errno
 import os
 import resource
+import struct
 from dataclasses import dataclass, field
 
 from postcopy.errors import RestoreError
@@ -93,6 +94,7 @@ class _Builder:
         self._parent_stays = parent_stays
         self._executors: list[Executor] = []
         self._base = 0
+        self._asleep: set[int] = set()
         self._leader_room = page_up(_estimate(self._state))
         self._size = self._leader_room + _THREAD_ROOM * len(self._state.threads)
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
@@ -119,7 +121,7 @@ class _Builder:
         attributes.write_files(state.attributes, pid)
         self._remove()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
-            threads.finish(tid, thread)
+            threads.finish(tid, thread, tid in self._asleep)
 
     # -- the executor's memory ----------------------------------------------------------------------------------------
 
@@ -229,11 +231,13 @@ class _Builder:
 
     def _fall_asleep(self) -> None:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
-            if thread.sleep_left:
+            if thread.sleep is not None and thread.sleep.left:
+                time = divmod(thread.sleep.left, 1_000_000_000)
                 batch = executor.batch()
-                place = batch.place(thread.sleep_left)
-                self._newborn.memory.write(place, thread.sleep_left)
-                threads.fall_asleep(executor.tid, thread, executor.syscall_at, place)
+                place = batch.place(struct.pack("<qq", *time))
+                self._newborn.memory.write(place, struct.pack("<qq", *time))
+                if threads.fall_asleep(executor.tid, thread, executor.syscall_at, place):
+                    self._asleep.add(executor.tid)
 
     def _arm(self) -> None:
         for area in memory.lazy_vmas(self._state.memory):

@@ -82,7 +82,8 @@ def lazy_vmas(memory: Memory) -> list[range]:
     """The address ranges to be covered by userfaultfd, adjacent ones joined."""
     joined: list[range] = []
     for vma in memory.vmas:
-        if vma.backing not in ("anonymous", "stack"):
+        # What fork must wipe has come whole: a page filled later would be there in the child.
+        if vma.backing not in ("anonymous", "stack") or "wf" in vma.flags:
             continue
         if joined and joined[-1].stop == vma.start:
             joined[-1] = range(joined[-1].start, vma.end)

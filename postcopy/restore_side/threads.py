@@ -61,35 +61,43 @@ def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: b
         batch.add(call("prctl", PR_SET_PDEATHSIG, state.parent_death_signal), "setting the parent-death signal")
 
 
-def remaining_place(registers: Registers) -> int:
-    """Where an interrupted sleep writes what is left of it: the argument that the program gave."""
-    return registers["rsi"] if registers["orig_rax"] == NUMBERS["nanosleep"] else registers["r10"]
+def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> bool:
+    """Let a thread begin its interrupted call again, with the time that was left, and interrupt it.
 
-
-def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> None:
-    """Let a thread begin to sleep for what was left of its interrupted sleep, and interrupt it.
-
-    The kernel keeps the end of an interrupted sleep where nobody can write it (the restart block of the task); it is
-    set by sleeping. The time has been written to ``timespec_at``.
+    The kernel keeps the end of an interrupted call where nobody can write it (the restart block of the task); it is
+    set by calling. ``timespec_at`` holds the time. False where the call came to its end at once: then it is to be
+    made again, from the program's own registers.
     """
-    place = remaining_place(Registers.unpack(state.registers))
-    registers = ptrace.get_registers(tid).changed(
-        rip=syscall_at, rax=NUMBERS["nanosleep"], rdi=timespec_at, rsi=place, orig_rax=_NO_CALL
-    )
-    ptrace.set_registers(tid, registers)
+    assert state.sleep is not None
+    registers = Registers.unpack(state.registers)
+    number, milliseconds = state.sleep.call, -(-state.sleep.left // 1_000_000)
+    place = {
+        NUMBERS["nanosleep"]: {"rdi": timespec_at},
+        NUMBERS["clock_nanosleep"]: {"rdx": timespec_at},
+        NUMBERS["poll"]: {"rdx": milliseconds},
+        NUMBERS["futex"]: {"r10": timespec_at},
+    }
+    if number not in place:
+        return False
+    began = registers.changed(rip=syscall_at, rax=number, orig_rax=_NO_CALL, **place[number])
+    ptrace.set_registers(tid, began)
     ptrace.cont_to_syscall(tid)
     _expect(tid, lambda stop: stop.is_syscall)
     ptrace.cont(tid)
     ptrace.interrupt(tid)
     _expect(tid, lambda stop: stop.event == ptrace.PTRACE_EVENT_STOP)
+    return interrupted(ptrace.get_registers(tid)) == ERESTART_RESTARTBLOCK
 
 
-def finish(tid: int, state: Thread) -> None:
-    """Give the thread its registers and signal mask: it is ready to go on where it was."""
+def finish(tid: int, state: Thread, asleep: bool) -> None:
+    """Give the thread its registers and signal mask: it is ready to go on where it was.
+
+    ``asleep``: `fall_asleep` has prepared the restart of its call. Otherwise that begins anew, with all of its timeout.
+    """
     registers = Registers.unpack(state.registers)
-    if interrupted(registers) == ERESTART_RESTARTBLOCK and not state.sleep_left:
-        # What the kernel had noted for the restart is gone: begin the call again, with all of its timeout.
-        registers = registers.changed(rax=-ERESTARTNOHAND & _NO_CALL)
+    if interrupted(registers) == ERESTART_RESTARTBLOCK and not asleep:
+        number = state.sleep.call if state.sleep is not None else registers["orig_rax"]
+        registers = registers.changed(rax=-ERESTARTNOHAND & _NO_CALL, orig_rax=number)
     try:
         ptrace.set_xstate(tid, state.xstate)
     except OSError as error:
