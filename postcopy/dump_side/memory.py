@@ -82,9 +82,10 @@ class SmapsReader:
 
     def close(self) -> None:
         """End it, whether it has read or not."""
+        # Killed rather than waited for: what it has still to write, nobody reads any more.
+        self._role.kill()
         os.close(self._begin)
         os.close(self._content)
-        self._role.wait()
 
 
 def layout(pid: int, smaps: bytes | None = None) -> Layout:
