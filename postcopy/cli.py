@@ -10,7 +10,7 @@ import typer
 
 from postcopy import __version__, reporting
 from postcopy.deadline import end_on_signals
-from postcopy.errors import PostcopyError, ProblemsError, UsageError
+from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
 from postcopy.transport import DEFAULT_PORT
 
 log = logging.getLogger("postcopy")
@@ -130,6 +130,27 @@ def restore(
         lambda: reporting.announce(status_fd),
     )
     raise typer.Exit(status)
+
+
+@app.command()
+def check(
+    pid: Annotated[int | None, typer.Option("-t", "--tree", help="Also whether this process can be moved.")] = None,
+    verbose: Verbose = 0,
+    as_json: Json = False,
+) -> None:
+    """Say whether this host can be a source and a destination, and whether a process can be moved. Touches nothing."""
+    reporting.configure_logging(verbose, None)
+    from postcopy import check as checks
+
+    findings = checks.host()
+    reporting.show_findings(findings, as_json)
+    if any(finding.vital and not finding.present for finding in findings):
+        raise CannotRun("this host cannot play every role: see what is missing above")
+    if pid is not None:
+        from postcopy.dump_side.survey import survey
+
+        manifest, _ = survey(pid)
+        reporting.show_movable(manifest, as_json)
 
 
 def _need_lazy(lazy_pages: bool, command: str) -> None:

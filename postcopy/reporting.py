@@ -1,6 +1,7 @@
 """What a migration tells its user: events, as log lines, as JSON, or as a progress bar on a terminal."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -9,7 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from postcopy.check import Finding
+    from postcopy.state import Manifest
 
 log = logging.getLogger("postcopy")
 
@@ -149,6 +154,31 @@ class _Bar:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def show_findings(findings: "list[Finding]", as_json: bool) -> None:
+    """What ``postcopy check`` found of this host, on standard output."""
+    if as_json:
+        for finding in findings:
+            print(json.dumps({"event": "finding", **dataclasses.asdict(finding)}))
+        return
+    for finding in findings:
+        word = "ok" if finding.present else "MISSING" if finding.vital else "lacking"
+        line = f"{word:<8}{finding.name:<36}{finding.roles:<22}"
+        print(line.rstrip() if finding.present else line + finding.cost)
+
+
+def show_movable(manifest: "Manifest", as_json: bool) -> None:
+    """That a process can be moved, and what the destination must have for it."""
+    if as_json:
+        files = [file.path for file in manifest.files]
+        print(json.dumps({"event": "movable", "pid": manifest.pid, "name": manifest.name, "files": files}))
+        return
+    size = manifest.memory_bytes / MIB
+    print(f"process {manifest.pid} ({manifest.name}) can be moved: {len(manifest.tids)} threads, {size:.0f} MiB")
+    print("the destination must have these files:")
+    for path in sorted({file.path for file in manifest.files}):
+        print(f"  {path}")
 
 
 def configure_logging(verbosity: int, log_file: str | None) -> None:

@@ -1,7 +1,10 @@
 """What this CPU and kernel can do: the features a program may have found and come to rely on."""
 
+import contextlib
+import errno
 import os
-import struct
+import signal
+from collections.abc import Iterator
 
 from postcopy.kernel import ptrace
 from postcopy.kernel.libc import refused
@@ -16,26 +19,27 @@ def features() -> frozenset[str]:
     return frozenset()
 
 
-def xsave_size() -> int:
-    """The size of the XSAVE area in bytes, from a child stopped for just this."""
+@contextlib.contextmanager
+def stopped_child() -> Iterator[int]:
+    """A child of ours that has stopped under our ptrace, to look at; its PID. It ends with the scope."""
     child = os.fork()
     if not child:
         try:
-            os.kill(os.getpid(), 19)
+            os.kill(os.getpid(), signal.SIGSTOP)
         finally:
             os._exit(0)
     try:
         ptrace.seize(child, 0)
         ptrace.interrupt(child)
         if ptrace.wait(child).ended is not None:
-            raise refused("looking at the XSAVE area of a child", 3)
-        return len(ptrace.get_xstate(child))
+            raise refused("stopping a child", errno.ESRCH)
+        yield child
     finally:
-        os.kill(child, 9)
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, ptrace.WALL)
 
 
-def xstate_features(area: bytes) -> int:
-    """XCR0 as the kernel leaves it in the software-reserved bytes of an XSAVE area."""
-    found: int = struct.unpack_from("<Q", area, 464)[0]
-    return found
+def xsave_size() -> int:
+    """The size of the XSAVE area in bytes."""
+    with stopped_child() as child:
+        return len(ptrace.get_xstate(child))

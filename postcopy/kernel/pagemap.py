@@ -67,6 +67,11 @@ class Pagemap:
                 self._scan_is_missing = True
         yield from self._entries(start, end)
 
+    def try_scan(self, start: int, end: int) -> None:
+        """Raises OSError (ENOTTY) where the kernel has no PAGEMAP_SCAN."""
+        for _ in self._scan(start, end, files=False):
+            pass
+
     def _scan(self, start: int, end: int, files: bool) -> Iterator[PageRegion]:
         wanted = (PAGE_IS_FILE if files else 0) | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO | PAGE_IS_GUARD
         anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_GUARD
