@@ -8,21 +8,14 @@ run: the witness's numbers would stand twice in its log.
 import contextlib
 import dataclasses
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from postcopy.dump_side import collect, freeze, guard, memory
-from postcopy.dump_side.survey import survey
-from postcopy.errors import PostcopyError
-from postcopy.kernel import process_memory, procfs, ptrace
 from postcopy.reporting import PAUSE_AT
 from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.programs import witness
@@ -127,6 +120,8 @@ class Scene:
     def both(self, victim: str, step: str, *options: str) -> tuple[Side, Side]:
         """Start both commands and wait until ``victim`` pauses at ``step``: the victim and the other."""
         source = self.dump(*options, pause=step if victim == "dump" else None)
+        if step == "listening":
+            source.await_pause(step)
         destination = self.restore(*options, pause=step if victim == "restore" else None)
         sides = (source, destination) if victim == "dump" else (destination, source)
         sides[0].await_pause(step)
@@ -197,15 +192,37 @@ def scene(shared_scene: Scene) -> Iterator[Scene]:
 # -- before commit -----------------------------------------------------------------------------------------------------
 
 
+def handles_sigterm(host: Host, pid: int) -> bool:
+    """Whether the process has installed its handler yet."""
+    status = (host.proc / str(pid) / "status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> signal.SIGTERM - 1 & 1)
+
+
+def other_ends(other: Side, victim: str, step: str, *codes: int) -> None:
+    """The other side ends by itself, but for those that may wait for somebody else to come."""
+    if (victim, step) == ("restore", "connected"):
+        left = "left before all its channels were there"
+        wait_until(lambda: other.process.poll() is not None or left in other.text, SECONDS, "dump notices")
+        if other.process.poll() is not None:
+            return other.ends(*codes)
+    elif (victim, step) != ("dump", "listening"):
+        return other.ends(*codes)
+    else:
+        # It waits for a source, or one was there and went away while it said hello.
+        host, pid = other.process.host, other.process.pid
+        wait_until(lambda: other.process.poll() is not None or handles_sigterm(host, pid), SECONDS, "restore runs")
+        if other.process.poll() is not None:
+            return other.ends(*codes)
+    other.process.terminate()
+    return other.ends(130, *codes)
+
+
 @every_step
 def test_source_runs_on_when_a_side_is_killed_before_commit(scene: Scene, victim: str, step: str) -> None:
     killed, other = scene.both(victim, step)
     killed.process.kill()
-    if (victim, step) == ("dump", "listening"):
-        other.process.terminate()  # it would wait for another source
-        other.ends(130)
-    else:
-        other.ends(7)
+    other_ends(other, victim, step, 7)
     assert killed.process.wait(SECONDS) == -signal.SIGKILL
     scene.runs_on()
 
@@ -216,7 +233,5 @@ def test_source_runs_on_when_a_side_is_told_to_end_before_commit(scene: Scene, v
     told.process.send_signal(signal.SIGINT if step in ("connected", "frozen", "built") else signal.SIGTERM)
     told.process.send_signal(signal.SIGCONT)
     told.ends(130)
-    if (victim, step) == ("dump", "listening"):
-        other.process.terminate()
-    other.ends(7, 10, 130)
+    other_ends(other, victim, step, 7, 10)
     scene.runs_on()
