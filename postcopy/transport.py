@@ -108,6 +108,18 @@ class Channels:
     demand: Channel
     bulk: Channel
 
+    def limit_silence(self, seconds: float) -> None:
+        """Take the peer for lost when its host has not answered for so long (tcp(7)).
+
+        Only the control channel gives up by itself, and who watches it ends the others: on these, a peer that has no
+        time to read is no loss.
+        """
+        whole = max(int(seconds), 1)
+        control = self.control.socket
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(whole // 2, 1))
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(whole // 4, 1))
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, whole * 1000)
+
     def close(self) -> None:
         """Close all of them."""
         for channel in (self.control, self.demand, self.bulk):

@@ -47,7 +47,7 @@ _PROGRESS_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; ``timeout``: seconds from freeze to commit."""
+    """What the user asked for; ``timeout``: seconds from freeze to commit, and without a sign of life."""
 
     pid: int
     address: str
@@ -71,6 +71,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     finally:
         listener.close()
     try:
+        channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
         _Handoff(options, channels, reporter).run()
     finally:

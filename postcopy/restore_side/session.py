@@ -48,8 +48,8 @@ _NEWS_SIZE = 65536
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for. ``timeout``: seconds from the state's arrival to commit; ``patience``: seconds to wait
-    for the source to listen."""
+    """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
+    ``patience``: seconds to wait for the source to listen."""
 
     address: str
     port: int
@@ -69,6 +69,7 @@ def restore(options: Options, reporter: Reporter, running: Callable[[], None]) -
     """
     check_privileges()
     channels, peer = connect(options.address, options.port, options.patience)
+    channels.limit_silence(options.timeout)
     reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
     takeover = _Takeover(options, channels, reporter)
     try:
