@@ -32,6 +32,7 @@ from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth
 from postcopy.restore_side.build import Built, build
 from postcopy.restore_side.fault_handler import Background, HandedSpace
+from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
@@ -124,6 +125,7 @@ class _Takeover:
         finally:
             if self._namespace:
                 self._namespace.leave()
+        self._start_watchdog()
         self._reporter.event("born", pid=self._newborn.pid)
         self._channels.control.send(Kind.PREPARED)
 
@@ -141,7 +143,7 @@ class _Takeover:
             assert self._newborn is not None
             self._built = build(process, pages, self._newborn, lazy=True, parent_stays=not self._options.detach)
             self._boot_bytes = len(pages)
-            self._start_watchdog(process)
+            self._hand_over(process)
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
             self._channels.control.send(Kind.READY)
             self._channels.control.expect(Kind.GO, control.Nothing)
@@ -154,35 +156,41 @@ class _Takeover:
             raise RestoreError(f"the state is of process {process.pid}, not of the one the manifest announced")
         return process
 
-    def _start_watchdog(self, process: Process) -> None:
-        assert self._built is not None
+    def _start_watchdog(self) -> None:
+        """Fork the daemon, before there is anything to guard: this costs no stand-still."""
         orders_read, self._orders = os.pipe()
-        self._news, watchdogs_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lazy = PageRanges.unpack(process.memory.lazy)
-        self._lazy_pages = lazy.total_pages
+        self._handovers, watchdogs_handovers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._news, watchdogs_news = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         watchdog = Watchdog(
             channels=self._channels,
-            spaces=[HandedSpace(process.space, self._built.uffd, lazy)],
-            root_pid=self._built.pid,
-            root_pidfd=self._built.newborn.pidfd,
             background=self._options.background,
             orders=orders_read,
-            news=watchdogs_end,
+            handovers=watchdogs_handovers,
+            news=watchdogs_news,
             namespace_init=self._namespace.pidfd if self._namespace else None,
         )
 
         def body() -> None:
             os.close(self._orders)
+            self._handovers.close()
             watchdog.run()
 
         self._watchdog = roles.start("postcopy-watch", body, dies_with_parent=False)
         os.close(orders_read)
-        watchdogs_end.close()
-        # From here on the daemon alone keeps the memory waiting for its pages.
-        os.close(self._built.uffd)
-        self._built.uffd = -1
+        watchdogs_handovers.close()
+        watchdogs_news.close()
         self._channels.demand.close()
         self._channels.bulk.close()
+
+    def _hand_over(self, process: Process) -> None:
+        """Give the built tree to the daemon; from here on that alone keeps its memory waiting for pages."""
+        assert self._built is not None
+        lazy = PageRanges.unpack(process.memory.lazy)
+        self._lazy_pages = lazy.total_pages
+        spaces = [HandedSpace(process.space, self._built.uffd, lazy)]
+        Handover(spaces, self._built.pid, self._built.newborn.pidfd).send(self._handovers)
+        os.close(self._built.uffd)
+        self._built.uffd = -1
 
     def undo(self) -> None:
         """Leave nothing here."""

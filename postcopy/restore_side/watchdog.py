@@ -22,7 +22,8 @@ from postcopy import roles
 from postcopy.errors import ConnectionLost, LostAfterCommit, PostcopyError
 from postcopy.kernel import procfs, userfaultfd
 from postcopy.restore_side.bulk_receiver import receive_bulk
-from postcopy.restore_side.fault_handler import Background, FaultHandler, HandedSpace
+from postcopy.restore_side.fault_handler import Background, FaultHandler
+from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.ring import Ring
 from postcopy.transport import Channels
 from postcopy.wire import control
@@ -37,16 +38,18 @@ COMMITTED, RESUMED = b"c", b"r"
 
 @dataclass
 class Watchdog:
-    """What the watchdog watches over. ``orders`` is the read end of a pipe from the control process."""
+    """What the watchdog watches over. It is forked before there is a tree, which ``handovers`` brings.
+
+    ``orders`` is the read end of a pipe from the control process, ``news`` a socket to it.
+    """
 
     channels: Channels
-    spaces: list[HandedSpace]
-    root_pid: int
-    root_pidfd: int
     background: Background
     orders: int
+    handovers: socket.socket
     news: socket.socket
     namespace_init: int | None
+    tree: Handover | None = None
     uffds: list[int] = field(default_factory=list)
     committed: bool = False
     resumed: bool = False
@@ -56,10 +59,12 @@ class Watchdog:
         os.setsid()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        self.uffds = [space.uffd for space in self.spaces]
         ring = Ring()
         reports, handlers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        handler = roles.start("postcopy-faults", self._handler_body(ring, handlers_end), dies_with_parent=False)
+        self._to_handler, from_watchdog = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handler_body = self._handler_body(ring, handlers_end, from_watchdog)
+        handler = roles.start("postcopy-faults", handler_body, dies_with_parent=False)
+        from_watchdog.close()
         receiver = roles.start("postcopy-receive", self._receiver_body(ring), dies_with_parent=True)
         handlers_end.close()
         self._reports, self._handler = reports, handler
@@ -71,25 +76,25 @@ class Watchdog:
             for role in (handler, receiver):
                 role.kill()
 
-    def _handler_body(self, ring: Ring, reports: socket.socket) -> Callable[[], None]:
+    def _handler_body(self, ring: Ring, reports: socket.socket, handovers: socket.socket) -> Callable[[], None]:
         def body() -> None:
             demand = self.channels.demand.socket
             self.channels.bulk.close()
-            FaultHandler(self.spaces, demand, ring, reports, self.background, [self.root_pidfd]).run()
+            self._to_handler.close()
+            if tree := Handover.receive(handovers):
+                FaultHandler(tree.spaces, demand, ring, reports, self.background, [tree.root_pidfd]).run()
 
         return body
 
     def _receiver_body(self, ring: Ring) -> Callable[[], None]:
         def body() -> None:
-            for fd in self.uffds:
-                os.close(fd)
             receive_bulk(self.channels.bulk.socket, ring)
 
         return body
 
     def _watch(self) -> None:
         poll = select.poll()
-        for fd in (self.orders, self.channels.control.fileno(), self._reports.fileno(), self._handler.pidfd):
+        for fd in (self.orders, self.handovers.fileno(), self._reports.fileno(), self._handler.pidfd):
             poll.register(fd, select.POLLIN)
         self.channels.demand.close()
         self.channels.bulk.close()
@@ -101,14 +106,26 @@ class Watchdog:
                 elif fd == self.orders:
                     if self._take_order():
                         poll.unregister(self.orders)
+                        # Until now the control process has listened there.
+                        poll.register(self.channels.control.fileno(), select.POLLIN)
+                elif fd == self.handovers.fileno():
+                    self._take_tree()
+                    poll.unregister(fd)
                 elif fd == self._handler.pidfd:
                     while self._report_is_there():
                         if self._take_report():
                             return
                     raise LostAfterCommit("the fault handler has died")
-                elif self.committed:
+                else:
                     # On this channel nothing is due any more but a failure, or the end of the connection.
                     self.channels.control.receive({})
+
+    def _take_tree(self) -> None:
+        """Keep the tree that has been built, and give it to the handler."""
+        self.tree = Handover.receive(self.handovers)
+        if self.tree is not None:
+            self.uffds = [space.uffd for space in self.tree.spaces]
+            self.tree.send(self._to_handler)
 
     def _take_order(self) -> bool:
         """Act on the control process's next word; whether it was the last."""
@@ -186,7 +203,8 @@ class Watchdog:
             with contextlib.suppress(PostcopyError):
                 message = f"pages could not be fetched ({error.message}); the program was killed at the destination"
                 self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
-        kill_tree(self.root_pid, self.root_pidfd, self.namespace_init)
+        if self.tree is not None:
+            kill_tree(self.tree.root_pid, self.tree.root_pidfd, self.namespace_init)
         while self.uffds and any(userfaultfd.mm_exists(fd) for fd in self.uffds):
             # A process of the tree that we could not find keeps waiting: better than reading zeros.
             time.sleep(0.05)
