@@ -42,7 +42,9 @@ Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log t
 LogFile = Annotated[str | None, typer.Option("-o", "--log-file", help="Log here instead of to standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line and event on standard output.")]
 Statistics = Annotated[bool, typer.Option("--display-stats", help="Show the statistics at the end as a table.")]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds from freeze to commit, and without a sign of life.", min=0.1)]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="Seconds from freeze to commit, and without a sign of life.", min=0.1)
+]
 
 
 def _version(wanted: bool) -> None:
