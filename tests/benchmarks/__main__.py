@@ -1,0 +1,228 @@
+"""``make bench``: programs are moved between two hosts; what they saw stands beside what the machine can do at best.
+
+Prints one table and writes the same, with every run's own figures, as JSON. Options: ``make bench ARGS=--quick``.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import limits, moves
+from tests.benchmarks.report import MIB, Figure, Spread, print_table, write_json
+from tests.hosts import Pair
+from tests.migrate import MigrationFailed
+
+ORDERS = ("random", "sequential")
+STANDSTILL_TARGET = 0.050
+RANDOM_TARGET = 3.0
+P50_TARGET = 2.5
+MEMORY_TARGET = 80 * MIB
+# Seconds over which the load of others is taken, before each measurement.
+LISTEN = 0.3
+
+
+@dataclass
+class Sizes:
+    """MiB of the moved programs, faults of the bare fault."""
+
+    small: int
+    large: int
+    faults: int
+
+
+FULL = Sizes(64, 1024, 5000)
+QUICK = Sizes(16, 128, 1000)
+
+
+@dataclass
+class Measured:
+    """What the runs have given: for each name the raw figures, run by run."""
+
+    raw: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def take(self, run: int, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure once; a failed move is told and counted, and the others go on."""
+        others = load_of_others()
+        began = time.monotonic()
+        try:
+            figures = measure()
+        except (MigrationFailed, TimeoutError, subprocess.TimeoutExpired) as failure:
+            self.failures.append(f"run {run}, {name}: {failure}")
+            tell(f"  {name} FAILED: {failure}")
+            return
+        self.raw.setdefault(name, []).append({"run": run, "others_cpus": others, **figures})
+        tell(f"  {name}: {time.monotonic() - began:.1f} s")
+
+    def spread(self, name: str, *keys: str) -> Spread | None:
+        """Of the figure at the end of these keys, over the runs."""
+        values = []
+        for figures in self.raw.get(name, []):
+            value: Any = figures
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return Spread.of(values) if values else None
+
+    def peak(self, names: Iterable[str], role: str | None = None) -> Spread | None:
+        """Of a role's peak memory (of the largest one's without) in these moves of a run, over the runs."""
+        peaks: dict[int, int] = {}
+        for name in names:
+            for figures in self.raw.get(name, []):
+                seen = figures["peak_bytes"]
+                values = seen.values() if role is None else [seen[role]] if role in seen else []
+                for value in values:
+                    peaks[figures["run"]] = max(peaks.get(figures["run"], 0), value)
+        return Spread.of(list(peaks.values())) if peaks else None
+
+    def others(self) -> Spread | None:
+        """Of the CPUs that others kept busy before each measurement."""
+        values = [each["others_cpus"] for runs in self.raw.values() for each in runs]
+        return Spread.of(values) if values else None
+
+
+def tell(text: str) -> None:
+    """A line on how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def load_of_others() -> float:
+    """How many CPUs are busy while nothing of ours runs."""
+
+    def ticks() -> tuple[int, int]:
+        numbers = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        # proc(5): user nice system idle iowait irq softirq steal.
+        return sum(numbers), numbers[3] + numbers[4]
+
+    total, idle = ticks()
+    time.sleep(LISTEN)
+    total_after, idle_after = ticks()
+    busy = 1 - (idle_after - idle) / max(total_after - total, 1)
+    return busy * (os.cpu_count() or 1)
+
+
+def measure(runs: int, sizes: Sizes) -> Measured:
+    """All runs. The limits are taken within each, so that other load falls on them and on the moves alike."""
+    measured = Measured()
+    with Pair() as hosts:
+        for run in range(1, runs + 1):
+            tell(f"run {run} of {runs}")
+            measured.take(run, "pump", partial(limits.pump, sizes.large * MIB, rounds=1))
+            measured.take(run, "bare", partial(limits.bare_fault, sizes.faults))
+            for mib in (sizes.small, sizes.large):
+                measured.take(run, f"still {mib}", partial(moves.standing_still, hosts, mib))
+            for order in ORDERS:
+                measured.take(run, order, partial(moves.touching, hosts, sizes.large, order))
+    return measured
+
+
+def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
+    """The rows; what has not been measured has none."""
+    spread = measured.spread
+    pump = spread("pump", "seconds")
+    large = f"{sizes.large} MiB" if sizes.large < 1024 else f"{sizes.large // 1024} GiB"
+
+    def row(
+        group: str,
+        name: str,
+        unit: str,
+        found: Spread | None,
+        *,
+        limit: tuple[str, Spread | None] = ("", None),
+        target: float | None = None,
+    ) -> Iterator[Figure]:
+        if found is not None:
+            yield Figure(group, name, unit, found, limit[0], limit[1], target)
+
+    for mib, size, target in ((sizes.small, f"{sizes.small} MiB", None), (sizes.large, large, STANDSTILL_TARGET)):
+        still = f"still {mib}"
+        yield from row("still", f"stand-still, {size}", "ms", spread(still, "seen_seconds"), target=target)
+        yield from row("still", "  as dump says", "ms", spread(still, "standstill_seconds"))
+        yield from row("still", "  the largest gap before the move", "ms", spread(still, "quiet_seconds"))
+    for order in ORDERS:
+        touched = spread(order, "program", "seconds")
+        target = RANDOM_TARGET if order == "random" else None
+        yield from row("touch", f"touching {large}, {order}", "s", touched, limit=("pump", pump), target=target)
+        yield from row("touch", "  the loop alone", "s", spread(order, "program", "loop_seconds"))
+    median = ("bare fault", spread("bare", "median_us"))
+    yield from row(
+        "fault", "fault p50, random", "us", spread("random", "program", "p50"), limit=median, target=P50_TARGET
+    )
+    rare = ("bare fault p99", spread("bare", "p99_us"))
+    yield from row("fault", "fault p99, random", "us", spread("random", "program", "p99"), limit=rare)
+    yield from row("fault", "fault p99.9, random", "us", spread("random", "program", "p99.9"))
+    yield from row("fault", "fault max, random", "us", spread("random", "program", "max"))
+    still = f"still {sizes.large}"
+    for name, while_ in ((still, "nothing touched"), *((order, f"touched in {order} order") for order in ORDERS)):
+        drained = spread(name, "drain_seconds")
+        yield from row("drain", f"until the last page, {large}, {while_}", "s", drained, limit=("pump", pump))
+    for role in moves.ROLES.values():
+        found = measured.peak((still, *ORDERS), role)
+        yield from row("memory", f"peak RSS, {large}, {role}", "B", found, target=MEMORY_TARGET)
+    largest = measured.peak([f"still {sizes.small}"])
+    yield from row("memory", f"peak RSS, {sizes.small} MiB, the largest of all", "B", largest, target=MEMORY_TARGET)
+    yield from row("others", "CPUs busy with other work before a measurement", "CPUs", measured.others())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    models = [line.split(": ", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
+        "cpu_model": models[0] if models else "unknown",
+        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
+        "python": platform.python_version(),
+        "transparent_hugepages": Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip(),
+    }
+
+
+def main() -> int:
+    """Measure, print, write; 0 if every move went well, whatever it took."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--runs", type=int, default=None, help="runs of everything (5; with --quick 1)")
+    parser.add_argument("--quick", action="store_true", help="one run, smaller sizes: the targets are not meant for it")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for the JSON file")
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        tell("make bench: root is needed, to make the two hosts and to move a process")
+        return 1
+    runs = max(options.runs if options.runs is not None else 1 if options.quick else 5, 1)
+    sizes = QUICK if options.quick else FULL
+    began = datetime.datetime.now(datetime.UTC)
+    measured = measure(runs, sizes)
+    figures = list(rows(measured, sizes))
+    facts = machine()
+    caption = f"{runs} run{'s' if runs > 1 else ''}; kernel {facts['kernel']}, {facts['cpus']} CPUs ({facts['cpu_model']}), Python {facts['python']}"
+    if options.quick:
+        caption += "\nA quick look at smaller sizes: the targets are meant for 1 GiB."
+    print_table(figures, caption)
+    path = options.output / f"{began:%Y%m%dT%H%M%S}.json"
+    content = {
+        "began": began.isoformat(timespec="seconds"),
+        "machine": facts,
+        "runs": runs,
+        "quick": options.quick,
+        "figures": [figure.as_json() for figure in figures],
+        "failures": measured.failures,
+        "raw": measured.raw,
+    }
+    write_json(path, content)
+    print(f"written to {path}")
+    if measured.failures:
+        tell(f"{len(measured.failures)} moves FAILED")
+    return 1 if measured.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""One move of a measuring program between two hosts, with the two commands, and what it cost."""
+
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.hosts import Pair, Process
+from tests.migrate import Migration, move
+
+PROGRAMS = Path(__file__).with_name("programs")
+PID = 1000
+TIMEOUT = 300.0
+# Seconds between two looks at the memory of our processes; each look costs about 0.5 ms.
+SAMPLE_EVERY = 0.025
+# Time for the moved program to be seen running before and after.
+SETTLED = 0.3
+
+#: Our processes, by the side and by the name the kernel knows them under; None is the control process.
+ROLES = {
+    ("dump", None): "dump: control",
+    ("dump", "postcopy-demand"): "dump: demand server",
+    ("dump", "postcopy-bulk"): "dump: bulk streamer",
+    ("dump", "postcopy-guard"): "dump: guard",
+    ("dump", "postcopy-smaps"): "dump: reader of smaps",
+    ("restore", None): "restore: control",
+    ("restore", "postcopy-watch"): "restore: watchdog",
+    ("restore", "postcopy-faults"): "restore: fault handler",
+    # The kernel keeps 15 characters of a name.
+    ("restore", "postcopy-receiv"): "restore: bulk receiver",
+}
+
+
+class PeakMemory:
+    """The peak resident memory (bytes) of each of our processes; what has ended between two samples keeps its last."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def sample(self, side: str, control: Process) -> None:
+        """Look at one command's processes once."""
+        self._look(side, control.outer_pid, None)
+
+    def _look(self, side: str, pid: int, name: str | None) -> None:
+        try:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if name is not None:
+            name = status["Name"]
+        role = ROLES.get((side, name))
+        # A role that has not named itself yet is a copy of its parent; a zombie has no memory.
+        if role is None or "VmHWM" not in status:
+            return
+        self.bytes[role] = max(self.bytes.get(role, 0), int(status["VmHWM"].split()[0]) << 10)
+        for child in children:
+            self._look(side, int(child), "")
+
+
+def _wait(what: str, condition: Callable[[], bool], sample: Callable[[], None] | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {TIMEOUT:.0f} s: {what}")
+        if sample is not None:
+            sample()
+        time.sleep(SAMPLE_EVERY)
+
+
+def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signals) -> dict[str, Any]:
+    """Start, move, tell the program when every page is in; what the program and both commands say of it."""
+    memory = PeakMemory()
+    with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory, contextlib.ExitStack() as stack:
+        ready, result = Path(directory, "ready"), Path(directory, "result")
+        argv = [sys.executable, "-I", "-S", str(PROGRAMS / f"{program}.py"), *arguments, str(ready), str(result)]
+        process = hosts.a.popen(argv, pid=PID)
+        stack.callback(process.kill)
+        _wait(f"{program} is prepared", lambda: ready.exists() or process.poll() is not None)
+        time.sleep(SETTLED)
+        migration = move(hosts.a, hosts.b, PID)
+        restore = migration.restore
+        assert restore is not None
+        stack.callback(migration.dump.kill)
+        stack.callback(restore.kill)
+
+        def sample() -> None:
+            memory.sample("dump", migration.dump)
+            memory.sample("restore", restore)
+
+        def ended() -> bool:
+            return migration.dump.poll() is not None or restore.poll() is not None
+
+        _wait("every page is in", ended, sample)
+        migration.wait_drained()
+        time.sleep(SETTLED)
+        hosts.b.kill(PID, told)
+        if (status := restore.wait(TIMEOUT)) != 0:
+            migration.fail(f"restore ended with {status}")
+        figures: dict[str, Any] = json.loads(result.read_text())
+        if not figures["complete"]:
+            migration.fail("the moved program has other memory than before")
+    return {"program": figures, "peak_bytes": memory.bytes, **_of_the_commands(migration)}
+
+
+def _of_the_commands(migration: Migration) -> dict[str, Any]:
+    dumped = {event["event"]: event for event in migration.dump_events}
+    restored = {event["event"]: event for event in migration.restore_events}
+    return {
+        "standstill_seconds": dumped["resumed"]["standstill_ns"] / 1e9,
+        "drain_seconds": restored["statistics"]["drain_ns"] / 1e9,
+        "statistics": restored["statistics"],
+    }
+
+
+def standing_still(hosts: Pair, mib: int) -> dict[str, Any]:
+    """Move a program that reads the clock all the time."""
+    figures = _run(hosts, "ticking", [str(mib)], signal.SIGTERM)
+    gaps = figures["program"]["gaps"]
+    before = [gap for gap, host in gaps if host == hosts.a.name]
+    after = [gap for gap, host in gaps if host == hosts.b.name]
+    figures["seen_seconds"] = max(gap for gap, _ in gaps) / 1e9
+    figures["quiet_seconds"] = max(before, default=0) / 1e9
+    figures["move_seconds"] = after[0] / 1e9
+    figures["program"]["gaps"] = [gap for gap, _ in gaps][-20:]
+    return figures
+
+
+def touching(hosts: Pair, mib: int, order: str) -> dict[str, Any]:
+    """Move a program that touches its memory in this order as soon as it has moved."""
+    return _run(hosts, "touching", [str(mib), order], signal.SIGUSR1)
