@@ -106,6 +106,14 @@ class Signals:
 
 
 @dataclass(frozen=True, slots=True)
+class LateSignal:
+    """A signal that came after the state was collected: siginfo (128 bytes), to thread ``tid`` or (0) the process."""
+
+    tid: Unsigned
+    siginfo: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Timers:
     """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each)."""
 

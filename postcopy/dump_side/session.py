@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from postcopy import roles
 from postcopy.deadline import Interrupted, deadline, uninterrupted
-from postcopy.dump_side import memory, sleepers
+from postcopy.dump_side import memory, signals, sleepers
 from postcopy.dump_side.collect import Sleepers, collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.guard import Guard
@@ -34,7 +34,7 @@ from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
-from postcopy.state import Manifest, Tree
+from postcopy.state import Manifest, Process, Tree
 from postcopy.transport import Channels, Listener
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
@@ -145,17 +145,18 @@ class _Handoff:
                 began = time.monotonic_ns()
                 frozen.freeze()
                 smaps.begin()
-                self._hand_over(frozen, smaps, sleeping)
+                collected = self._hand_over(frozen, smaps, sleeping)
                 self._control.expect(Kind.READY, control.Nothing)
                 self._reporter.event("ready")
                 guard.stopping()
                 frozen.stop_durably()
+                go = control.Go(signals.late(frozen, collected))
                 self._reporter.event("stopped")
             with uninterrupted():
                 # Whoever dies from here on: nobody wakes the tree, since nobody can know whether GO arrived.
                 guard.committing()
                 committed = True
-                self._control.send(Kind.GO)
+                self._control.send(Kind.GO, go)
             self._control.expect(Kind.RESUMED, control.Nothing)
             self._resumed_at = time.monotonic_ns()
             self._standstill = self._resumed_at - began
@@ -176,7 +177,7 @@ class _Handoff:
             guard.dismiss()
             frozen.close()
 
-    def _hand_over(self, frozen: Frozen, smaps: memory.SmapsReader, sleeping: Sleepers) -> None:
+    def _hand_over(self, frozen: Frozen, smaps: memory.SmapsReader, sleeping: Sleepers) -> Process:
         """Collect and send the state, and start the servers."""
         self._reporter.event("frozen", threads=len(frozen.threads))
         process, pages, needed = collect(frozen, _SPACE, smaps, self._trusted_pipes, sleeping)
@@ -188,6 +189,7 @@ class _Handoff:
         # Forked while the destination builds: this costs no stand-still.
         self._start_servers(frozen, pages.lazy)
         self._reporter.event("state", boot_bytes=len(content), lazy_pages=pages.lazy.total_pages)
+        return process
 
     def _start_servers(self, frozen: Frozen, lazy: PageRanges) -> None:
         sources, board = {_SPACE: FrozenProcess(frozen.pid, frozen.memory)}, self._board

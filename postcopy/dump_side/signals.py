@@ -1,11 +1,18 @@
 """Signal actions and the shared queue of pending signals."""
 
+import struct
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import ptrace
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
-from postcopy.state import Signals
+from postcopy.state import LateSignal, Process, Signals
+
+_SI_CODE = struct.Struct("<8xi")  # the third field of siginfo
+_SIGSTOP, _SIGCONT = 19, 18
 
 ACTION_SIZE = 32  # struct kernel_sigaction of x86-64: handler, flags, restorer, mask
 _SIGNALS = 64
@@ -29,3 +36,24 @@ class Question:
         """The signals of the frozen process ``pid``."""
         actions = [answers.read(room, ACTION_SIZE) for room in self.actions]
         return Signals(actions, ptrace.pending_signals(pid, shared=True))
+
+
+def late(frozen: Frozen, collected: Process) -> list[LateSignal]:
+    """Signals that somebody has sent since the state was collected; the destination queues them before it resumes.
+
+    Those that the kernel raised (timers) are left out: what raises them has been moved and will raise them there.
+    """
+    leader = frozen.threads[0].tid
+    found = [LateSignal(0, siginfo) for siginfo in _new(leader, True, collected.signals.pending)]
+    for thread, state in zip(frozen.threads, collected.threads, strict=True):
+        found += [LateSignal(state.tid, siginfo) for siginfo in _new(thread.tid, False, state.pending)]
+    return found
+
+
+def _new(tid: int, shared: bool, before: list[bytes]) -> Iterator[bytes]:
+    known = Counter(before)
+    for siginfo in ptrace.pending_signals(tid, shared):
+        if known[siginfo]:
+            known[siginfo] -= 1
+        elif _SI_CODE.unpack_from(siginfo)[0] <= 0 and siginfo[0] not in (_SIGSTOP, _SIGCONT):
+            yield siginfo

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from postcopy.errors import RestoreError
@@ -35,7 +36,7 @@ from postcopy.restore_side import (
     timers,
 )
 from postcopy.restore_side.own import own_credentials
-from postcopy.state import Process
+from postcopy.state import LateSignal, Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
@@ -64,8 +65,11 @@ class Built:
         """The PID as we see it."""
         return self.newborn.pid
 
-    def resume(self) -> None:
-        """Let it run: from here on it no longer depends on us."""
+    def resume(self, late: Iterable[LateSignal] = ()) -> None:
+        """Let it run: from here on it no longer depends on us. ``late``: signals that came last."""
+        tids = dict(zip((thread.tid for thread in self.state.threads), self.tids, strict=True))
+        for each in late:
+            signals.send(each, self.pid, tids.get(each.tid))
         if self.state.stopped_by:
             os.kill(self.pid, self.state.stopped_by)
         for tid in self.tids:

@@ -106,6 +106,7 @@ class _Takeover:
         self._resumed_at = 0
         self._boot_bytes = 0
         self._lazy_pages = 0
+        self._go = control.Go([])
 
     # -- before commit ------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class _Takeover:
             self._hand_over(process)
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
             self._channels.control.send(Kind.READY)
-            self._channels.control.expect(Kind.GO, control.Nothing)
+            self._go = self._channels.control.expect(Kind.GO, control.Go)
 
     def _only(self, tree: Tree) -> Process:
         if len(tree.processes) != 1:
@@ -211,7 +212,7 @@ class _Takeover:
             os.write(self._orders, COMMITTED)
             if self._namespace:
                 self._namespace.entrust(self._built.state.pid)
-            self._built.resume()
+            self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
             os.write(self._orders, RESUMED)

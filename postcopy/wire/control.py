@@ -11,7 +11,7 @@ from postcopy import __version__
 from postcopy.errors import ProtocolError
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
-from postcopy.state import decode, encode
+from postcopy.state import LateSignal, decode, encode
 
 PROTOCOL_VERSION = 1
 MAGIC = b"POSTCOPY"
@@ -67,6 +67,13 @@ class Failed:
 
     message: str
     hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """The tree is the destination's from here on; with the signals that came last."""
+
+    signals: list[LateSignal]
 
 
 @dataclass(frozen=True, slots=True)
