@@ -22,6 +22,14 @@ class Role:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
 
+    def ended_badly(self) -> bool:
+        """Whether it has ended, and not well."""
+        try:
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return found is not None and found.si_status != 0
+
     def kill(self) -> None:
         """End it and wait for its end."""
         with contextlib.suppress(ProcessLookupError):

@@ -216,7 +216,7 @@ class _Handoff:
             if poll.poll(_PROGRESS_SECONDS * 1000):
                 return self._control.expect(Kind.DRAINED, control.Drained)
             for server in self._servers:
-                if _ended_badly(server):
+                if server.ended_badly():
                     raise ConnectionLost(f"{server.name} ended before the destination had every page")
             sent = self._board.demand_bytes + self._board.bulk_bytes
             self._reporter.event(
@@ -268,12 +268,3 @@ class _Handoff:
             f"{what}; process {pid} stays stopped here, with all its memory as it was at the hand-over",
             f"only if it is certain that it does not run at the destination: kill -CONT {pid}",
         )
-
-
-def _ended_badly(server: Role) -> bool:
-    """Whether a server has ended with an error; a streamer that has sent everything ends well."""
-    try:
-        found = os.waitid(os.P_PIDFD, server.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return found is not None and found.si_status != 0

@@ -147,7 +147,16 @@ class _Takeover:
             self._hand_over(process)
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
             self._channels.control.send(Kind.READY)
-            self._go = self._channels.control.expect(Kind.GO, control.Go)
+            self._go = self._await_go()
+
+    def _await_go(self) -> control.Go:
+        assert self._watchdog is not None
+        poll = select.poll()
+        for fd in (self._watchdog.pidfd, self._channels.control.fileno()):
+            poll.register(fd, select.POLLIN)
+        if any(fd == self._watchdog.pidfd for fd, _ in poll.poll()):
+            raise RestoreError("the daemon that would fetch the program's memory has died")
+        return self._channels.control.expect(Kind.GO, control.Go)
 
     def _only(self, tree: Tree) -> Process:
         if len(tree.processes) != 1:
@@ -209,7 +218,14 @@ class _Takeover:
         """GO has arrived: only this host may run the tree now."""
         assert self._built is not None
         with uninterrupted():
-            os.write(self._orders, COMMITTED)
+            try:
+                os.write(self._orders, COMMITTED)
+            except BrokenPipeError:
+                self.undo()
+                raise LostAfterCommit(
+                    "the daemon that fetches the program's memory died at commit: the program was never resumed here",
+                    "the source keeps it stopped, with all its memory; see there",
+                ) from None
             if self._namespace:
                 self._namespace.entrust(self._built.state.pid)
             self._built.resume(self._go.signals)

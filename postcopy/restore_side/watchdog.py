@@ -1,7 +1,8 @@
 """The watchdog: keeps the destination's program from ever seeing a wrong byte, and speaks for it after commit.
 
 It holds a duplicate of every userfaultfd: as long as one is open, a thread that waits for a missing page waits on. If
-pages can no longer come, the tree is killed first and the descriptors are closed after.
+pages can no longer come, the tree is killed first and the descriptors are closed after. If the watchdog itself dies, the
+fault handler, which has them too, does the same.
 """
 
 import contextlib
@@ -14,13 +15,16 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import msgpack
 
 from postcopy import roles
 from postcopy.errors import ConnectionLost, LostAfterCommit, PostcopyError
 from postcopy.kernel import procfs, userfaultfd
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import syscall
+from postcopy.kernel.prctl import PR_SET_PDEATHSIG
 from postcopy.restore_side.bulk_receiver import receive_bulk
 from postcopy.restore_side.fault_handler import Background, FaultHandler
 from postcopy.restore_side.handover import Handover
@@ -33,6 +37,7 @@ log = logging.getLogger("postcopy")
 
 _REPORT_SIZE = 65536
 _MOST_PASSED = 8
+_WATCHDOG_DIED = signal.SIGUSR1
 COMMITTED, RESUMED = b"c", b"r"
 
 
@@ -67,7 +72,7 @@ class Watchdog:
         from_watchdog.close()
         receiver = roles.start("postcopy-receive", self._receiver_body(ring), dies_with_parent=True)
         handlers_end.close()
-        self._reports, self._handler = reports, handler
+        self._reports, self._handler, self._receiver = reports, handler, receiver
         try:
             self._watch()
         except PostcopyError as error:
@@ -77,11 +82,14 @@ class Watchdog:
                 role.kill()
 
     def _handler_body(self, ring: Ring, reports: socket.socket, handovers: socket.socket) -> Callable[[], None]:
+        watchdog = os.getpid()
+
         def body() -> None:
             demand = self.channels.demand.socket
             self.channels.bulk.close()
             self._to_handler.close()
             if tree := Handover.receive(handovers):
+                _take_over_at_death_of(watchdog, tree, self.namespace_init)
                 FaultHandler(tree.spaces, demand, ring, reports, self.background, [tree.root_pidfd]).run()
 
         return body
@@ -94,7 +102,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll = select.poll()
-        for fd in (self.orders, self.handovers.fileno(), self._reports.fileno(), self._handler.pidfd):
+        roles_ends = (self._handler.pidfd, self._receiver.pidfd)
+        for fd in (self.orders, self.handovers.fileno(), self._reports.fileno(), *roles_ends):
             poll.register(fd, select.POLLIN)
         self.channels.demand.close()
         self.channels.bulk.close()
@@ -116,6 +125,10 @@ class Watchdog:
                         if self._take_report():
                             return
                     raise LostAfterCommit("the fault handler has died")
+                elif fd == self._receiver.pidfd:
+                    if self._receiver.ended_badly():
+                        raise LostAfterCommit("the bulk receiver has died")
+                    poll.unregister(fd)
                 else:
                     # On this channel nothing is due any more but a failure, or the end of the connection.
                     self.channels.control.receive({})
@@ -205,15 +218,44 @@ class Watchdog:
                 self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
         if self.tree is not None:
             kill_tree(self.tree.root_pid, self.tree.root_pidfd, self.namespace_init)
-        while self.uffds and any(userfaultfd.mm_exists(fd) for fd in self.uffds):
-            # A process of the tree that we could not find keeps waiting: better than reading zeros.
-            time.sleep(0.05)
+        _wait_for_end_of(self.uffds)
         self._tell({"event": "lost", "reason": error.message})
+
+
+def _take_over_at_death_of(watchdog: int, tree: Handover, namespace_init: int | None) -> None:
+    """In the fault handler: when the watchdog dies, end the tree before the last userfaultfd is closed."""
+
+    def end(*_: object) -> NoReturn:
+        log.error("the watchdog has died; the program is killed here, it never saw a wrong byte")
+        kill_tree(tree.root_pid, tree.root_pidfd, namespace_init)
+        _wait_for_end_of(_own_userfaultfds())
+        os._exit(1)
+
+    signal.signal(_WATCHDOG_DIED, end)
+    syscall("following the watchdog", NUMBERS["prctl"], PR_SET_PDEATHSIG, _WATCHDOG_DIED)
+    if os.getppid() != watchdog:
+        end()
+
+
+def _own_userfaultfds() -> list[int]:
+    found = []
+    for fd in procfs.descriptors(os.getpid()):
+        with contextlib.suppress(OSError):
+            if procfs.link(os.getpid(), f"fd/{fd}") == "anon_inode:[userfaultfd]":
+                found.append(fd)
+    return found
+
+
+def _wait_for_end_of(uffds: list[int]) -> None:
+    """Until the address spaces are gone. A process of the tree that could not be found waits on: better than zeros."""
+    while any(userfaultfd.mm_exists(fd) for fd in uffds):
+        time.sleep(0.01)
 
 
 def kill_tree(root_pid: int, root_pidfd: int, namespace_init: int | None) -> None:
     """SIGKILL the root and all its descendants; with a PID namespace of its own, everything in it."""
-    descendants = _descendants(root_pid)
+    # Once the root has ended, its PID may be somebody else's.
+    descendants = [] if select.select([root_pidfd], [], [], 0)[0] else _descendants(root_pid)
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(root_pidfd, signal.SIGKILL)
     if namespace_init is not None:
