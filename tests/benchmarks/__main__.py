@@ -21,6 +21,7 @@ from tests.benchmarks.report import MIB, Figure, Spread, print_table, write_json
 from tests.hosts import Pair
 from tests.migrate import MigrationFailed
 
+HERE = Path(__file__).parent
 ORDERS = ("random", "sequential")
 STANDSTILL_TARGET = 0.050
 RANDOM_TARGET = 3.0
@@ -56,7 +57,7 @@ class Measured:
         began = time.monotonic()
         try:
             figures = measure()
-        except (MigrationFailed, TimeoutError, subprocess.TimeoutExpired) as failure:
+        except (MigrationFailed, OSError, subprocess.TimeoutExpired) as failure:
             self.failures.append(f"run {run}, {name}: {failure}")
             tell(f"  {name} FAILED: {failure}")
             return
@@ -83,6 +84,20 @@ class Measured:
                 for value in values:
                     peaks[figures["run"]] = max(peaks.get(figures["run"], 0), value)
         return Spread.of(list(peaks.values())) if peaks else None
+
+    def pump(self) -> Spread | None:
+        """Of the pump's seconds in pieces of the size that is best over all runs, not the luckiest size of each."""
+        sizes: dict[int, list[float]] = {}
+        for figures in self.raw.get("pump", []):
+            for kib, seconds in figures["all"].items():
+                sizes.setdefault(kib, []).append(seconds)
+        return min(map(Spread.of, sizes.values()), key=lambda spread: spread.median) if sizes else None
+
+    def roles(self) -> list[str]:
+        """Every role whose memory has been seen, the known ones first."""
+        seen = {role for runs in self.raw.values() for each in runs for role in each.get("peak_bytes", ())}
+        known = [role for role in moves.ROLES.values() if role in seen]
+        return known + sorted(seen.difference(known))
 
     def others(self) -> Spread | None:
         """Of the CPUs that others kept busy before each measurement."""
@@ -128,7 +143,7 @@ def measure(runs: int, sizes: Sizes) -> Measured:
 def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
     """The rows; what has not been measured has none."""
     spread = measured.spread
-    pump = spread("pump", "seconds")
+    pump = measured.pump()
     large = f"{sizes.large} MiB" if sizes.large < 1024 else f"{sizes.large // 1024} GiB"
 
     def row(
@@ -162,15 +177,26 @@ def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
     yield from row("fault", "fault p99.9, random", "us", spread("random", "program", "p99.9"))
     yield from row("fault", "fault max, random", "us", spread("random", "program", "max"))
     still = f"still {sizes.large}"
-    for name, while_ in ((still, "nothing touched"), *((order, f"touched in {order} order") for order in ORDERS)):
+    for name, while_ in ((still, "nothing touched"), *((order, f"{order} touching") for order in ORDERS)):
         drained = spread(name, "drain_seconds")
-        yield from row("drain", f"until the last page, {large}, {while_}", "s", drained, limit=("pump", pump))
-    for role in moves.ROLES.values():
+        yield from row("drain", f"last page in, {large}, {while_}", "s", drained, limit=("pump", pump))
+    for role in measured.roles():
         found = measured.peak((still, *ORDERS), role)
         yield from row("memory", f"peak RSS, {large}, {role}", "B", found, target=MEMORY_TARGET)
     largest = measured.peak([f"still {sizes.small}"])
     yield from row("memory", f"peak RSS, {sizes.small} MiB, the largest of all", "B", largest, target=MEMORY_TARGET)
-    yield from row("others", "CPUs busy with other work before a measurement", "CPUs", measured.others())
+    yield from row("others", "other work just before each measurement", "CPUs", measured.others())
+
+
+def revision() -> str:
+    """The commit of this checkout, and whether it has been changed since."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, cwd=HERE, check=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.decode().strip()
 
 
 def machine() -> dict[str, Any]:
@@ -203,13 +229,17 @@ def main() -> int:
     measured = measure(runs, sizes)
     figures = list(rows(measured, sizes))
     facts = machine()
-    caption = f"{runs} run{'s' if runs > 1 else ''}; kernel {facts['kernel']}, {facts['cpus']} CPUs ({facts['cpu_model']}), Python {facts['python']}"
+    where = f"kernel {facts['kernel']}, {facts['cpus']} CPUs ({facts['cpu_model']}), Python {facts['python']}"
+    caption = f"{runs} run{'s' if runs > 1 else ''}; {where}"
     if options.quick:
         caption += "\nA quick look at smaller sizes: the targets are meant for 1 GiB."
+    if measured.failures:
+        caption += f"\n{len(measured.failures)} of the moves FAILED; they are in no figure."
     print_table(figures, caption)
     path = options.output / f"{began:%Y%m%dT%H%M%S}.json"
     content = {
         "began": began.isoformat(timespec="seconds"),
+        "revision": revision(),
         "machine": facts,
         "runs": runs,
         "quick": options.quick,
@@ -219,8 +249,6 @@ def main() -> int:
     }
     write_json(path, content)
     print(f"written to {path}")
-    if measured.failures:
-        tell(f"{len(measured.failures)} moves FAILED")
     return 1 if measured.failures else 0
 
 

@@ -16,18 +16,19 @@ from tests.migrate import Migration, move
 PROGRAMS = Path(__file__).with_name("programs")
 PID = 1000
 TIMEOUT = 300.0
-# Seconds between two looks at the memory of our processes; each look costs about 0.5 ms.
-SAMPLE_EVERY = 0.025
+# Seconds between two looks at the memory of our processes; each look takes about 1 ms of a processor.
+SAMPLE_EVERY = 0.1
 # Time for the moved program to be seen running before and after.
 SETTLED = 0.3
 
-#: Our processes, by the side and by the name the kernel knows them under; None is the control process.
+OURS = "postcopy-"
+
+#: Our processes that live on after the move, by side and by the kernel's name for them; None is the control process.
 ROLES = {
     ("dump", None): "dump: control",
     ("dump", "postcopy-demand"): "dump: demand server",
     ("dump", "postcopy-bulk"): "dump: bulk streamer",
     ("dump", "postcopy-guard"): "dump: guard",
-    ("dump", "postcopy-smaps"): "dump: reader of smaps",
     ("restore", None): "restore: control",
     ("restore", "postcopy-watch"): "restore: watchdog",
     ("restore", "postcopy-faults"): "restore: fault handler",
@@ -54,10 +55,10 @@ class PeakMemory:
             return
         if name is not None:
             name = status["Name"]
-        role = ROLES.get((side, name))
-        # A role that has not named itself yet is a copy of its parent; a zombie has no memory.
-        if role is None or "VmHWM" not in status:
+        # Others are the moved program, or a role that has not named itself yet. A zombie has no memory.
+        if (name is not None and not name.startswith(OURS)) or "VmHWM" not in status:
             return
+        role = ROLES.get((side, name), f"{side}: {name}")
         self.bytes[role] = max(self.bytes.get(role, 0), int(status["VmHWM"].split()[0]) << 10)
         for child in children:
             self._look(side, int(child), "")
@@ -73,21 +74,32 @@ def _wait(what: str, condition: Callable[[], bool], sample: Callable[[], None] |
         time.sleep(SAMPLE_EVERY)
 
 
+def _clear(hosts: Pair) -> None:
+    """Leave nothing of this move to the next. TimeoutError if something cannot be killed."""
+
+    def empty() -> bool:
+        left = [(host, pid) for host in hosts for pid in host.pids() if pid != 1]
+        for host, pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                host.kill(pid)
+        return not left
+
+    _wait("nothing is left of the move", empty)
+
+
 def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signals) -> dict[str, Any]:
     """Start, move, tell the program when every page is in; what the program and both commands say of it."""
     memory = PeakMemory()
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory, contextlib.ExitStack() as stack:
+        stack.callback(_clear, hosts)
         ready, result = Path(directory, "ready"), Path(directory, "result")
         argv = [sys.executable, "-I", "-S", str(PROGRAMS / f"{program}.py"), *arguments, str(ready), str(result)]
         process = hosts.a.popen(argv, pid=PID)
-        stack.callback(process.kill)
         _wait(f"{program} is prepared", lambda: ready.exists() or process.poll() is not None)
         time.sleep(SETTLED)
         migration = move(hosts.a, hosts.b, PID)
         restore = migration.restore
         assert restore is not None
-        stack.callback(migration.dump.kill)
-        stack.callback(restore.kill)
 
         def sample() -> None:
             memory.sample("dump", migration.dump)
@@ -99,7 +111,10 @@ def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signa
         _wait("every page is in", ended, sample)
         migration.wait_drained()
         time.sleep(SETTLED)
-        hosts.b.kill(PID, told)
+        try:
+            hosts.b.kill(PID, told)
+        except ProcessLookupError:
+            migration.fail("the moved program has ended before it was told to")
         if (status := restore.wait(TIMEOUT)) != 0:
             migration.fail(f"restore ended with {status}")
         figures: dict[str, Any] = json.loads(result.read_text())

@@ -76,7 +76,7 @@ class Figure:
 def print_table(figures: Iterable[Figure], caption: str) -> None:
     """Print the figures, one section for each group."""
     table = Table(title="postcopy: what a move costs", caption=caption, caption_justify="left")
-    for header in ("figure", "median", "min to max", "limit in the same runs", "ratio", "target", "reached"):
+    for header in ("figure", "median", "min to max", "limit, same runs", "ratio", "target", "reached"):
         table.add_column(header, justify="left" if header in ("figure", "reached") else "right", no_wrap=True)
     group = ""
     for figure in figures:
