@@ -5,7 +5,6 @@ The states and messages stand in docs/protocol.md.
 
 import contextlib
 import logging
-import os
 import select
 import signal
 import time

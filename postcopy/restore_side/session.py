@@ -105,6 +105,7 @@ class _Takeover:
         self._news: socket.socket | None = None
         self._resumed_at = 0
         self._boot_bytes = 0
+        self._drained = False
         self._lazy_pages = 0
         self._go = control.Go([])
 
@@ -261,6 +262,8 @@ class _Takeover:
                 else:
                     poll.unregister(self._news.fileno())
                     watching = False
+                    if not self._drained:
+                        lost = lost or "the watchdog has died"
                 continue
             if self._pidfd() in ready:
                 break
@@ -294,6 +297,7 @@ class _Takeover:
         if name == "lost":
             return str(news["reason"])
         if name == "drained":
+            self._drained = True
             self._reporter.event("drained")
             self._reporter.event(
                 "statistics",

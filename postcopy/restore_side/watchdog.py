@@ -1,8 +1,8 @@
 """The watchdog: keeps the destination's program from ever seeing a wrong byte, and speaks for it after commit.
 
 It holds a duplicate of every userfaultfd: as long as one is open, a thread that waits for a missing page waits on. If
-pages can no longer come, the tree is killed first and the descriptors are closed after. If the watchdog itself dies, the
-fault handler, which has them too, does the same.
+pages can no longer come, the tree is killed first and the descriptors are closed after. If the watchdog itself dies,
+the fault handler, which has them too, does the same.
 """
 
 import contextlib
