@@ -75,9 +75,8 @@ class Frozen:
             order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
             self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
         except BaseException:
-            for tid in stopped:
-                with contextlib.suppress(OSError):
-                    ptrace.detach(tid, stopped[tid])
+            for tid, group_stop in stopped.items():
+                _give_back(tid, group_stop)
             raise
         if not self.threads or self.threads[0].tid != self.pid:
             self.thaw()
@@ -86,8 +85,7 @@ class Frozen:
     def thaw(self) -> None:
         """Let the process run on as if nothing had happened."""
         for thread in self.threads:
-            with contextlib.suppress(OSError):
-                ptrace.detach(thread.tid, thread.group_stop)
+            _give_back(thread.tid, thread.group_stop)
         if self.durable and not self.stopped_by:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
@@ -96,8 +94,7 @@ class Frozen:
     def let_go(self) -> None:
         """Stop tracing a durably stopped process; it stays stopped."""
         for thread in self.threads:
-            with contextlib.suppress(OSError):
-                ptrace.detach(thread.tid, 0)
+            _give_back(thread.tid)
         self.threads = []
 
     def close(self) -> None:
@@ -185,6 +182,16 @@ class Frozen:
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
         return result
+
+
+def _give_back(tid: int, signal_to_deliver: int = 0) -> None:
+    try:
+        ptrace.detach(tid, signal_to_deliver)
+    except OSError:
+        # It has been killed meanwhile: nobody else is told of its end before we have waited for it.
+        with contextlib.suppress(ChildProcessError):
+            while ptrace.wait(tid).ended is None:
+                pass
 
 
 def _is_group_stop(stop: ptrace.Stop) -> bool:
