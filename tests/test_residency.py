@@ -33,7 +33,6 @@ class Naive:
     def __init__(self, lazy: set[int]) -> None:
         self.at = {place: place for place in lazy}
         self.states = dict.fromkeys(lazy, ABSENT)
-        self.vacated: list[tuple[int, int]] = []
 
     def fork(self) -> "Naive":
         child = Naive(set())
@@ -52,13 +51,6 @@ class Naive:
         moved = {place - old + new: self.at.pop(place) for place in range(old, old + pages) if place in self.at}
         self.drop(new, new + pages, unmap=True)
         self.at |= moved
-        self.vacated.append((old, old + pages))
-
-    def unmap(self, start: int, end: int) -> None:
-        if (start, end) in self.vacated:
-            self.vacated.remove((start, end))
-        else:
-            self.drop(start, end, unmap=True)
 
     def missing(self, source: int, pages: int) -> dict[int, int]:
         """Source page -> place."""
@@ -130,21 +122,139 @@ def test_residency_agrees_with_a_dictionary(lazy: set[int], done: list[tuple[str
         elif operation == "remap":
             old, new, pages = arguments
             if abs(old - new) >= pages:
+                space.unmap(new * PAGE_SIZE, (new + pages) * PAGE_SIZE)
                 space.remap(old * PAGE_SIZE, new * PAGE_SIZE, pages * PAGE_SIZE)
+                space.unmap(old * PAGE_SIZE, (old + pages) * PAGE_SIZE)
                 naive.remap(old, new, pages)
         else:
             start, pages = arguments
             getattr(space, operation)(start * PAGE_SIZE, (start + pages) * PAGE_SIZE)
             if operation == "unmap":
-                naive.unmap(start, start + pages)
+                naive.drop(start, start + pages, unmap=True)
             else:
                 naive.drop(start, start + pages, unmap=False)
         for each in spaces:
             check(*each)
 
 
+class Kernel:
+    """Threads that change one layout: what it is, and the events that each of them has still to queue.
+
+    A change is made at once; its events come one by one, and a thread does nothing else until all have been read.
+    """
+
+    def __init__(self, lazy: set[int], registered: set[int]) -> None:
+        self.pages: dict[int, int | None] = {place: place if place in lazy else None for place in registered}
+        self.left: dict[int, int | None] = {}
+        self.due: list[list[tuple[str, int, int, int]]] = [[] for _ in range(THREADS)]
+
+    def unmap(self, thread: int, start: int, pages: int) -> None:
+        if self.can_act(thread, start, pages) and any(place in self.pages for place in range(start, start + pages)):
+            self.take(start, pages)
+            self.due[thread].append(("unmap", start, start + pages, 0))
+
+    def move(self, thread: int, old: int, new: int, pages: int, keep: bool) -> None:
+        there = [place in self.pages for place in range(old, old + pages)]
+        if abs(old - new) < pages or not all(there):
+            return
+        if not self.can_act(thread, old, pages) or not self.can_act(thread, new, pages):
+            return
+        if self.take(new, pages):
+            self.due[thread].append(("unmap", new, new + pages, 0))
+        for place, content in self.take(old, pages).items():
+            self.pages[place - old + new] = content
+            if keep:
+                self.pages[place] = None
+        self.due[thread].append(("remap", old, new, pages))
+        if not keep:
+            self.due[thread].append(("unmap", old, old + pages, 0))
+
+    def take(self, start: int, pages: int) -> dict[int, int | None]:
+        taken = {place: self.pages.pop(place) for place in range(start, start + pages) if place in self.pages}
+        self.left |= taken
+        return taken
+
+    def can_act(self, thread: int, start: int, pages: int) -> bool:
+        """A thread that waits cannot; nor does one touch what another, which has not come back, moves or unmaps.
+
+        To move something to a place just left is another matter: the kernel may have chosen it. Only a place that
+        never had a page leaves no trace in the residency.
+        """
+        touched = range(start, start + pages)
+        busy = set()
+        for event, first, second, length in (event for due in self.due for event in due):
+            busy |= {*range(first, second if event == "unmap" else first + length), *range(second, second + length)}
+        if not any(place in self.pages for place in touched):
+            busy = {place for place in busy if self.left.get(place) is None}
+        return not self.due[thread] and busy.isdisjoint(touched)
+
+    def deliver(self, thread: int, space: AddressSpace) -> None:
+        if self.due[thread]:
+            event, first, second, pages = self.due[thread].pop(0)
+            if event == "unmap":
+                space.unmap(first * PAGE_SIZE, second * PAGE_SIZE)
+            else:
+                space.remap(first * PAGE_SIZE, second * PAGE_SIZE, pages * PAGE_SIZE)
+
+    def check(self, space: AddressSpace) -> None:
+        """With no event due, every page is where it is; one too many is only where nothing could be filled."""
+        at = {content: place for place, content in self.pages.items() if content is not None}
+        seen = {}
+        for run in space.missing_runs(0, PLACES):
+            for number in range(run.pages):
+                place = space.source_address(run.ordinal + number) // PAGE_SIZE
+                seen[place] = run.address // PAGE_SIZE + number
+        assert at.items() <= seen.items()
+        assert not (seen.keys() - at.keys()) or space.unsettled
+        assert all(seen[content] not in self.pages for content in seen.keys() - at.keys())
+
+
+THREADS = 3
+thread = st.integers(0, THREADS - 1)
+few = st.integers(1, 4)
+spot = st.integers(0, 11)
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("deliver"), thread),
+        st.tuples(st.just("unmap"), thread, spot, few),
+        st.tuples(st.just("move"), thread, spot, spot, few, st.booleans()),
+        st.tuples(st.just("settle")),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.sets(spot, min_size=1), st.sets(spot), changes)
+def test_events_of_several_threads_may_come_in_another_order_than_the_changes(
+    lazy: set[int], registered: set[int], done: list[tuple[str, int, int, int, int, bool]]
+) -> None:
+    kernel = Kernel(lazy, registered | lazy)
+    space = AddressSpace(1, PageRanges.from_pairs((each * PAGE_SIZE, (each + 1) * PAGE_SIZE) for each in lazy))
+    for operation, *arguments in done:
+        if operation == "deliver":
+            kernel.deliver(arguments[0], space)
+        elif operation != "settle":
+            getattr(kernel, operation)(*arguments)
+        elif not any(kernel.due):
+            space.settle()
+        if not any(kernel.due):
+            # The handler fills nothing while it cannot be sure.
+            settled = space.fork() if space.unsettled else space
+            kernel.check(settled)
+    for number in range(THREADS):
+        while kernel.due[number]:
+            kernel.deliver(number, space)
+    space.settle()
+    kernel.check(space)
+
+
+def pages_of(*ranges: tuple[int, int]) -> PageRanges:
+    return PageRanges.from_pairs((start * PAGE_SIZE, end * PAGE_SIZE) for start, end in ranges)
+
+
 def test_the_unmap_event_of_a_move_does_not_hit_what_was_moved_there_meanwhile() -> None:
-    space = AddressSpace(1, PageRanges.from_pairs([(0, 4 * PAGE_SIZE), (16 * PAGE_SIZE, 20 * PAGE_SIZE)]))
+    space = AddressSpace(1, pages_of((0, 4), (16, 20)))
     space.remap(0, 64 * PAGE_SIZE, 4 * PAGE_SIZE)
     space.remap(16 * PAGE_SIZE, 0, 4 * PAGE_SIZE)
     space.unmap(0, 4 * PAGE_SIZE)
@@ -152,6 +262,32 @@ def test_the_unmap_event_of_a_move_does_not_hit_what_was_moved_there_meanwhile()
     space.unmap(16 * PAGE_SIZE, 20 * PAGE_SIZE)
     space.unmap(0, 4 * PAGE_SIZE)
     assert space.absent_pages == 4
+
+
+def test_an_unmap_event_that_never_came_is_not_expected_for_ever() -> None:
+    space = AddressSpace(1, pages_of((0, 4), (16, 20)))
+    space.remap(0, 64 * PAGE_SIZE, 4 * PAGE_SIZE)
+    space.settle()
+    space.remap(16 * PAGE_SIZE, 0, 4 * PAGE_SIZE)
+    space.unmap(16 * PAGE_SIZE, 20 * PAGE_SIZE)
+    space.unmap(0, 4 * PAGE_SIZE)
+    assert space.absent_pages == 4
+    assert space.lookup(0) == -1
+
+
+def test_an_unmap_event_that_is_overtaken_by_a_move_there_spares_what_came() -> None:
+    space = AddressSpace(1, pages_of((0, 4), (16, 18)))
+    space.remap(16 * PAGE_SIZE, PAGE_SIZE, 2 * PAGE_SIZE)
+    space.unmap(0, 4 * PAGE_SIZE)
+    assert [(run.address // PAGE_SIZE, run.pages) for run in space.missing_runs(0, 32)] == [(1, 2)]
+
+
+def test_a_move_that_is_overtaken_by_another_to_the_same_place_takes_the_older_pages() -> None:
+    space = AddressSpace(1, pages_of((0, 4), (16, 20)))
+    space.remap(16 * PAGE_SIZE, 0, 4 * PAGE_SIZE)
+    space.remap(0, 64 * PAGE_SIZE, 4 * PAGE_SIZE)
+    found = {space.source_address(run.ordinal): run.address for run in space.missing_runs(0, 32)}
+    assert found == {0: 64 * PAGE_SIZE, 16 * PAGE_SIZE: 0}
 
 
 def test_a_child_goes_its_own_way() -> None:
@@ -169,6 +305,7 @@ def test_thousands_of_fragments_stay_correct() -> None:
     space = AddressSpace(1, PageRanges.from_pairs([(0, 2 * count * PAGE_SIZE)]))
     for at in range(count):
         space.remap(2 * at * PAGE_SIZE, (10 * count + 3 * (count - at)) * PAGE_SIZE, PAGE_SIZE)
+        space.unmap(2 * at * PAGE_SIZE, (2 * at + 1) * PAGE_SIZE)
     for at in range(count):
         assert space.source_address(space.lookup((10 * count + 3 * (count - at)) * PAGE_SIZE)) == 2 * at * PAGE_SIZE
         assert space.lookup(2 * at * PAGE_SIZE) == -1

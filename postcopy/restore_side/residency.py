@@ -19,7 +19,8 @@ ABSENT, REQUESTED, PRESENT, REMOVED = range(4)
 _missing = re.compile(b"[\x00\x01]+").finditer
 _absent = re.compile(b"\x00+").match
 
-_MOST_VACATED = 64
+# Above all user addresses: where pages are kept whose place is taken before the event that says where they went.
+_SHADOW = 1 << 62
 
 
 class Run(NamedTuple):
@@ -57,6 +58,10 @@ class AddressSpace:
         self._by_ordinal_start = self._starts[:]
         # Ranges that mremap has emptied and whose unmap event is still to come, oldest first.
         self._vacated: list[tuple[int, int]] = []
+        # Ranges that pages were moved to before it was told that others had left them; those are in the shadow.
+        self._overtaken: list[tuple[int, int]] = []
+        # Whether an event may be due that is older than one that has been applied; see `settle`.
+        self.unsettled = False
 
     def fork(self) -> "AddressSpace":
         """The address space of a child, with residency of its own."""
@@ -72,6 +77,9 @@ class AddressSpace:
         child._by_ordinal_pages = self._by_ordinal_pages[:]
         child._by_ordinal_start = self._by_ordinal_start[:]
         child._vacated = []
+        child._overtaken = []
+        child.unsettled = False
+        child._leave_the_shadow()
         return child
 
     def lookup(self, address: int) -> int:
@@ -140,26 +148,77 @@ class AddressSpace:
             self.mark(ordinal, pages, REMOVED)
 
     def unmap(self, start: int, end: int) -> None:
-        """start-end is no longer mapped.
-
-        A plain mremap(2) sends two events, the move and the unmapping of the old range, and waits between them: by
-        then another thread may have moved other pages to the old range. So the second one is recognised and ignored.
-        """
+        """start-end has been unmapped, perhaps before the last events applied; see `settle`."""
         if (start, end) in self._vacated:
             self._vacated.remove((start, end))
             return
-        for _, ordinal, pages in self._cut(start, end):
+        for _, ordinal, pages in self._meant(start, end):
             self.mark(ordinal, pages, REMOVED)
 
     def remap(self, old: int, new: int, length: int) -> None:
-        """``length`` bytes have been moved from ``old`` to ``new``; what was at ``new`` is gone."""
-        moved = self._cut(old, old + length)
-        for _, ordinal, pages in self._cut(new, new + length):
-            self.mark(ordinal, pages, REMOVED)
+        """``length`` bytes have been moved from ``old`` to ``new``, perhaps before the last events applied."""
+        moved = self._meant(old, old + length)
+        if overtaken := self._cut(new, new + length):
+            self._drop(new + _SHADOW, new + length + _SHADOW)
+            for address, ordinal, pages in overtaken:
+                self._insert(address + _SHADOW, ordinal, pages)
+            self._overtaken.append((new, new + length))
         for address, ordinal, pages in moved:
             self._insert(address - old + new, ordinal, pages)
         self._vacated.append((old, old + length))
-        del self._vacated[:-_MOST_VACATED]
+        self.unsettled = True
+
+    def settle(self) -> None:
+        """Every layout change that the kernel has begun has been applied: what is expected now will not come.
+
+        The kernel changes the layout first and tells of it when the lock is free again: another thread may have
+        changed it once more by then, and even told so. So events about one place can come in the wrong order, and what
+        they mean follows from these rules:
+
+        1. A plain mremap(2) tells of the move and then, when that has been read, of the unmapping of the old range.
+           By then others may have moved pages there, which must stay: the unmap event of exactly the range that was
+           left is ignored, once. If it is that of a later munmap(2) instead, the other is still to come and means the
+           same; nothing else can have gone there in between without the move onto pages of rule 2.
+        2. A move onto pages that are still there, by what we know, is told before the event that says where those
+           went: a munmap(2) by another thread, or a move. (An mremap(2) that replaces them itself tells of the
+           unmapping first.) They are kept in the shadow; the next event about the place means them and not the pages
+           that have come.
+           A place that never had a page of the source leaves no trace here, so it is not recognised by this rule.
+        3. A move by MREMAP_DONTUNMAP never tells of an unmapping, and an expectation that is not met must not hit a
+           munmap(2) years later. The kernel counts, per address space, the changes that it has begun and whose events
+           have not been read (``mmap_changing`` in fs/userfaultfd.c), before it lets go of the lock that the change
+           was made under; with the count above zero every UFFDIO_COPY fails with EAGAIN. One that did not fail is
+           proof that no event is due which is older than it: then this is called.
+
+        Until it is proven, an expectation stays: to ignore one unmapping too many costs nothing (a page that is filled
+        where nothing is registered is refused with ENOENT), to apply one too many would lose pages.
+        """
+        self._vacated.clear()
+        self._overtaken.clear()
+        self._leave_the_shadow()
+        self.unsettled = False
+
+    def _leave_the_shadow(self) -> None:
+        if self._starts and self._starts[-1] >= _SHADOW:
+            self._drop(_SHADOW, 2 * _SHADOW)
+
+    def _meant(self, start: int, end: int) -> list[Run]:
+        """Take the pages that an event about start-end means out of the segments."""
+        shadows = self._cut(start + _SHADOW, end + _SHADOW) if self._overtaken else []
+        if not shadows:
+            return self._cut(start, end)
+        meant = [Run(address - _SHADOW, ordinal, pages) for address, ordinal, pages in shadows]
+        for low, high in sorted(self._overtaken):
+            if start < min(low, end):
+                meant += self._cut(start, min(low, end))
+            start = max(start, high)
+        if start < end:
+            meant += self._cut(start, end)
+        return meant
+
+    def _drop(self, start: int, end: int) -> None:
+        for _, ordinal, pages in self._cut(start, end):
+            self.mark(ordinal, pages, REMOVED)
 
     def _overlapping(self, start: int, end: int) -> list[Run]:
         at = max(bisect_right(self._starts, start) - 1, 0)
