@@ -17,7 +17,8 @@ from postcopy.errors import DumpError, ProtocolError
 from postcopy.kernel.libc import syscall
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
-from postcopy.restore_side.fault_handler import Background, LatencyHistogram
+from postcopy.restore_side.fault_handler import Background
+from postcopy.restore_side.latency import LatencyHistogram
 from postcopy.wire import pages as wire
 from tests.benchmarks.page_path import (
     BASE,
@@ -37,6 +38,7 @@ SIZE = 4 * MIB
 REGION = PageRange(BASE, BASE + SIZE)
 ELSEWHERE = BASE + (1 << 36)
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+SYS_MLOCK = 149
 ZEROS = bytes(PAGE_SIZE)
 MODES = [Background("eager"), Background("idle", 0.05), Background("off")]
 
@@ -203,6 +205,20 @@ def test_mappings_split_without_an_event_are_filled_all_the_same() -> None:
         expect(BASE, SIZE // PAGE_SIZE, BASE)
 
     run(program, Background("idle", 0.0))
+
+
+@pytest.mark.parametrize("background", MODES, ids=lambda mode: mode.mode)
+def test_locked_memory_that_grows_by_a_move_is_populated_before_the_move_is_told(background: Background) -> None:
+    def program() -> None:
+        syscall("mlock", SYS_MLOCK, BASE, MIB // 4)
+        mremap(BASE, MIB // 4, MIB // 2, ELSEWHERE)
+        # Still one mapping, as the program knows it.
+        mremap(ELSEWHERE, MIB // 2, MIB // 2, ELSEWHERE + MIB)
+        expect(ELSEWHERE + MIB, 64, BASE)
+        expect(ELSEWHERE + MIB + MIB // 4, 64, None)
+        expect(BASE + MIB // 4, 960, BASE + MIB // 4)
+
+    run(program, background)
 
 
 def _in_child(body: Callable[[], None]) -> int:

@@ -251,4 +251,16 @@ def mm_exists(fd: int) -> bool:
     return True
 
 
+def settled(fd: int) -> bool:
+    """Whether every layout change that the kernel has begun has been read; the same probe, refused with EAGAIN or not.
+
+    See ``mmap_changing`` in fs/userfaultfd.c: counted before the lock is given up that the change was made under.
+    """
+    try:
+        copy(fd, _PROBED_ADDRESS, 0, PAGE_SIZE)
+    except OSError as error:
+        return error.errno != errno.EAGAIN
+    return True
+
+
 _PROBED_ADDRESS = 0x10000

@@ -5,7 +5,6 @@ here needs a lock. An ioctl that meets an unread layout change fails with EAGAIN
 read the change: events are thus applied in the order of reading and never from within a fill.
 """
 
-import errno
 import gc
 import logging
 import mmap
@@ -16,8 +15,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -26,9 +24,11 @@ import msgpack
 from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
-from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE, page_down
+from postcopy.kernel.page import PAGE_SHIFT, page_down
 from postcopy.page_ranges import PageRanges
-from postcopy.restore_side.residency import ABSENT, PRESENT, REMOVED, REQUESTED, AddressSpace
+from postcopy.restore_side.filling import Cause, Filling, Lost, Mm
+from postcopy.restore_side.latency import LatencyHistogram
+from postcopy.restore_side.residency import ABSENT, REMOVED, REQUESTED, AddressSpace
 from postcopy.restore_side.ring import Ring
 from postcopy.wire import pages as wire
 
@@ -41,11 +41,7 @@ _TICK_NS = 200_000_000
 _PROBE_NS = 1_000_000_000
 # The thread that changes the layout still has to run before EAGAIN ends; it usually does so within these many polls.
 _HOT_RETRIES = 20
-_OUT_OF_MEMORY_NS = 10_000_000_000
 _STREAMS = 16
-
-_SUB_BITS = 4
-_SUB = 1 << _SUB_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,58 +59,6 @@ class Background:
 
     mode: Literal["eager", "idle", "off"] = "eager"
     idle_delay: float = 1.0
-
-
-class Cause(Enum):
-    """Why a page was filled."""
-
-    DEMAND = "bytes_demand"
-    BULK = "bytes_bulk"
-    ZERO = "bytes_zero"
-
-
-class LatencyHistogram:
-    """Durations in nanoseconds; each power of two is divided into 16 buckets, so quantiles are 6 % off at the most."""
-
-    def __init__(self) -> None:
-        """No durations yet."""
-        self.count = 0
-        self.longest = 0
-        self._buckets = [0] * (_SUB * 64)
-
-    def add(self, duration: int) -> None:
-        """Count one duration, below 2**63 ns."""
-        self.count += 1
-        if duration > self.longest:
-            self.longest = duration
-        shift = max(duration.bit_length() - _SUB_BITS - 1, 0)
-        self._buckets[(shift << _SUB_BITS) + (duration >> shift)] += 1
-
-    def quantile(self, part: float) -> int:
-        """The duration that this part of all does not exceed; 0 when there are none."""
-        rank = part * self.count
-        seen = 0
-        for bucket, count in enumerate(self._buckets):
-            seen += count
-            if count and seen >= rank:
-                shift = max((bucket >> _SUB_BITS) - 1, 0)
-                return min((bucket - (shift << _SUB_BITS) + 1 << shift) - 1, self.longest)
-        return self.longest
-
-
-class _Lost(Exception):
-    """No more pages will come."""
-
-
-@dataclass(eq=False, slots=True)
-class _Mm:
-    """One address space of the destination, while it exists."""
-
-    uffd: int
-    residency: AddressSpace
-    gone: bool = False
-    # Fault-around: the ordinal at which a sequential reader will fault next -> the pages it was given last.
-    streams: dict[int, int] = field(default_factory=dict)
 
 
 class _Answer(NamedTuple):
@@ -147,14 +91,10 @@ class FaultHandler:
         self._reports = reports
         self._background = background
         self._exit_watch = exit_watch
-        self._mms: dict[int, _Mm] = {}
-        self._families: dict[int, list[_Mm]] = {}
-        self._incomplete: set[_Mm] = set()
-        for each in spaces:
-            mm = _Mm(each.uffd, AddressSpace(each.space, each.lazy))
-            self._families.setdefault(each.space, [])
-            self._adopt(mm)
         self._epoll: select.epoll | None = None
+        self._filling = Filling(self._forgotten)
+        for each in spaces:
+            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy))
 
         self._answers = mmap.mmap(-1, 1 << 20)
         self._answers_view = memoryview(self._answers)
@@ -172,12 +112,10 @@ class FaultHandler:
         # Faulted pages that have been asked for, by (space, source address): when the fault was read.
         self._waiting: dict[tuple[int, int], int] = {}
         self._put_off: deque[_Answer] = deque()
-        self._put_off_faults: dict[tuple[_Mm, int], int] = {}
+        self._put_off_faults: dict[tuple[Mm, int], int] = {}
         self._retries = 0
-        self._out_of_memory_since = 0
 
         self._faults = 0
-        self._filled = dict.fromkeys(Cause, 0)
         self._latency = LatencyHistogram()
         self._background_on = False
         self._last_fault = monotonic_ns()
@@ -197,7 +135,7 @@ class FaultHandler:
         try:
             self._serve()
             self._finish()
-        except (_Lost, PostcopyError) as error:
+        except (Lost, PostcopyError) as error:
             self._wait_for_death(str(error))
         except Exception as error:
             log.exception("fault handler")
@@ -214,14 +152,14 @@ class FaultHandler:
 
     def _serve(self) -> None:
         epoll = self._epoll = select.epoll()
-        for fd in (*self._mms, self._demand.fileno(), self._ring.filled, *self._exit_watch):
+        for fd in (*self._filling.mms, self._demand.fileno(), self._ring.filled, *self._exit_watch):
             epoll.register(fd, select.EPOLLIN)
         self._demand.setblocking(False)
         if self._background.mode == "eager":
             self._start_background()
         demand_fd = self._demand.fileno()
-        mms = self._mms
-        while self._incomplete:
+        mms = self._filling.mms
+        while self._filling.incomplete:
             ready = epoll.poll(self._patience())
             for fd, _ in ready:
                 mm = mms.get(fd)
@@ -233,10 +171,10 @@ class FaultHandler:
                     self._slots_filled += self._ring.take_filled()
                 elif fd in self._exit_watch:
                     epoll.unregister(fd)
-                    self._probe()
+                    self._filling.probe()
             if self._put_off or self._put_off_faults or self._bulk_stalled:
                 self._retry()
-            elif not ready and self._slots_filled:
+            if self._slots_filled and not ready and not self._bulk_stalled:
                 self._fill_piece()
             now = monotonic_ns()
             if now - self._last_tick >= _TICK_NS:
@@ -246,47 +184,38 @@ class FaultHandler:
 
     def _patience(self) -> float:
         """How long the main loop may sleep, in seconds."""
-        if self._put_off or self._put_off_faults or self._bulk_stalled:
-            return 0 if self._retries < _HOT_RETRIES else 0.001
-        if self._slots_filled:
+        if self._slots_filled and not self._bulk_stalled:
             return 0
+        if self._put_off or self._put_off_faults or self._bulk_stalled:
+            return 0 if self._retries < _HOT_RETRIES and not self._filling.waits_for_memory else 0.001
         return _TICK_NS / 1e9
 
-    def _adopt(self, mm: _Mm) -> None:
-        self._mms[mm.uffd] = mm
-        self._families[mm.residency.source].append(mm)
-        if mm.residency.absent_pages:
-            self._incomplete.add(mm)
-
-    def _forget(self, mm: _Mm) -> None:
-        """The process of this address space has ended or executed another program."""
-        if mm.gone:
-            return
-        mm.gone = True
-        self._incomplete.discard(mm)
-        self._families[mm.residency.source].remove(mm)
-        del self._mms[mm.uffd]
+    def _forgotten(self, mm: Mm) -> None:
         if self._epoll is not None:
             self._epoll.unregister(mm.uffd)
-        os.close(mm.uffd)
         self._report({"event": "gone", "uffd": mm.uffd})
 
     # Faults and layout changes
 
-    def _read_messages(self, mm: _Mm) -> None:
+    def _read_messages(self, mm: Mm) -> None:
+        """Apply what is queued, events first: once they are read, nothing keeps us from filling by an old layout."""
         now = monotonic_ns()
+        faults = []
         for message in uffdio.read_messages(mm.uffd):
             if type(message) is uffdio.PageFault:
-                self._faults += 1
-                self._last_fault = now
-                self._fault(mm, page_down(message.address), now)
+                faults.append(message.address)
             else:
                 self._retries = 0
                 self._change_layout(mm, message)
-            if mm.gone:
-                return
+        if faults:
+            self._faults += len(faults)
+            self._last_fault = now
+            for address in faults:
+                self._fault(mm, page_down(address), now)
+                if mm.gone:
+                    return
 
-    def _fault(self, mm: _Mm, address: int, now: int) -> None:
+    def _fault(self, mm: Mm, address: int, now: int) -> None:
         residency = mm.residency
         ordinal = residency.lookup(address)
         state = residency.states[ordinal] if ordinal >= 0 else REMOVED
@@ -300,11 +229,11 @@ class FaultHandler:
             self._waiting[key] = now
             residency.mark(ordinal, pages, REQUESTED)
             self._send(wire.request(residency.source, source_address, pages))
-        elif state != REQUESTED:
+        elif state != REQUESTED and not self._filling.zero(mm, address):
             # Never at the source, dropped since, or filled since the fault: in the last case it is there (EEXIST).
-            self._zero(mm, address, now)
+            self._put_off_faults[mm, address] = now
 
-    def _fault_around(self, mm: _Mm, ordinal: int) -> int:
+    def _fault_around(self, mm: Mm, ordinal: int) -> int:
         """How many pages to ask for: more and more for a reader that goes on where its last pages ended."""
         streams = mm.streams
         wanted = min(streams.pop(ordinal, 0) * 4 or 1, wire.MOST_DEMAND_PAGES)
@@ -314,24 +243,7 @@ class FaultHandler:
             del streams[next(iter(streams))]
         return pages
 
-    def _zero(self, mm: _Mm, address: int, now: int) -> None:
-        try:
-            uffdio.zeropage(mm.uffd, address, PAGE_SIZE)
-            self._filled[Cause.ZERO] += PAGE_SIZE
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                self._put_off_faults[mm, address] = now
-            elif error.errno in (errno.EEXIST, errno.ENOENT):
-                # EEXIST wakes nobody. ENOENT: no longer registered, the thread must find that out by itself.
-                uffdio.wake(mm.uffd, address, PAGE_SIZE)
-            elif error.errno == errno.ESRCH:
-                self._forget(mm)
-            elif not self._out_of_memory(error):
-                raise _Lost(f"UFFDIO_ZEROPAGE at {address:#x}: {error.strerror}") from error
-            else:
-                self._put_off_faults[mm, address] = now
-
-    def _change_layout(self, mm: _Mm, message: uffdio.Message) -> None:
+    def _change_layout(self, mm: Mm, message: uffdio.Message) -> None:
         """Threads blocked in a range that changed try again: a fault may be older or younger than the event."""
         match message:
             case uffdio.Fork(fd):
@@ -346,12 +258,13 @@ class FaultHandler:
             case uffdio.Unmap(start, end):
                 mm.residency.unmap(start, end)
                 uffdio.wake(mm.uffd, start, end - start)
+        self._filling.event_read(mm)
         if not mm.residency.absent_pages:
-            self._incomplete.discard(mm)
+            self._filling.incomplete.discard(mm)
 
-    def _fork(self, mm: _Mm, uffd: int) -> None:
+    def _fork(self, mm: Mm, uffd: int) -> None:
         os.set_blocking(uffd, False)
-        self._adopt(_Mm(uffd, mm.residency.fork()))
+        self._filling.adopt(uffd, mm.residency.fork())
         assert self._epoll is not None
         self._epoll.register(uffd, select.EPOLLIN)
         self._report({"event": "forked", "uffd": uffd}, uffd)
@@ -366,9 +279,9 @@ class FaultHandler:
         except BlockingIOError:
             return
         except OSError as error:
-            raise _Lost(f"demand channel: {error.strerror}") from error
+            raise Lost(f"demand channel: {error.strerror}") from error
         if not received:
-            raise _Lost("the source has closed the demand channel")
+            raise Lost("the source has closed the demand channel")
         end = have + received
         at = 0
         while end - at >= wire.HEADER_SIZE:
@@ -380,7 +293,7 @@ class FaultHandler:
             if header.kind == wire.PAGES:
                 self._answer(header, payload)
             elif header.kind == wire.FAILED:
-                raise _Lost(wire.reason_of(self._answers[payload:after]))
+                raise Lost(wire.reason_of(self._answers[payload:after]))
             else:
                 raise ProtocolError("END on the demand channel")
             at = after
@@ -392,7 +305,7 @@ class FaultHandler:
         _, space, address, pages, length = header
         if self._asked_rest == (space, address):
             self._asked_rest = None
-        if not self._fill(space, address, pages, self._answers_at + payload, Cause.DEMAND):
+        if not self._filling.fill(space, address, pages, self._answers_at + payload, Cause.DEMAND):
             content = self._answers[payload : payload + length]
             self._put_off.append(_Answer(space, address, pages, content))
             self._retries = 0
@@ -410,16 +323,18 @@ class FaultHandler:
             self._frame_pages_done = 0
         if header.kind == wire.FAILED:
             reason = self._ring.slot(slot)[self._slot_at : self._slot_at + header.length]
-            raise _Lost(wire.reason_of(reason))
+            raise Lost(wire.reason_of(reason))
         if header.kind == wire.END:
             self._bulk_ended = True
-            self._probe()
+            self._filling.probe()
         else:
             done = self._frame_pages_done
             pages = min(PIECE_PAGES, header.pages - done)
             address = header.address + (done << PAGE_SHIFT)
             data = self._ring.address(slot) + self._slot_at + (done << PAGE_SHIFT)
-            self._bulk_stalled = not self._fill(header.space, address, pages, data, Cause.BULK)
+            filled = self._filling.fill(header.space, address, pages, data, Cause.BULK)
+            # What an address space does not take that is stuck will be asked for at the end.
+            self._bulk_stalled = not filled and not self._filling.others_wait()
             if self._bulk_stalled:
                 return
             self._frame_pages_done += pages
@@ -432,80 +347,6 @@ class FaultHandler:
             self._slots_filled -= 1
             self._ring.release()
 
-    def _fill(self, space: int, address: int, pages: int, data: int, cause: Cause) -> bool:
-        """Put pages where they are missing, in every descendant; False when some have to be put off."""
-        family = self._families.get(space)
-        if family is None:
-            raise ProtocolError(f"the source has sent pages of an address space {space}, which there is not")
-        complete = True
-        for mm in tuple(family):
-            residency = mm.residency
-            if not residency.absent_pages:
-                continue
-            for run in residency.missing_runs(address, pages):
-                offset = residency.lazy.address(run.ordinal) - address
-                if not self._copy(mm, run.address, run.ordinal, run.pages, data + offset, cause):
-                    complete = False
-                    break
-            if not residency.absent_pages:
-                self._incomplete.discard(mm)
-        return complete
-
-    def _copy(self, mm: _Mm, address: int, ordinal: int, pages: int, data: int, cause: Cause) -> bool:
-        """UFFDIO_COPY of one run; False when it has to be put off."""
-        while pages and not mm.gone:
-            try:
-                done = uffdio.copy(mm.uffd, address, data, pages << PAGE_SHIFT) >> PAGE_SHIFT
-            except OSError as error:
-                if error.errno == errno.ENOENT and pages > 1:
-                    # The run may cross the border of two mappings, which mprotect can split without any event.
-                    half = pages >> 1
-                    rest = half << PAGE_SHIFT
-                    return self._copy(mm, address, ordinal, half, data, cause) and self._copy(
-                        mm, address + rest, ordinal + half, pages - half, data + rest, cause
-                    )
-                if not self._copy_refused(mm, address, ordinal, error):
-                    return False
-                done = 1
-            else:
-                mm.residency.mark(ordinal, done, PRESENT)
-                self._filled[cause] += done << PAGE_SHIFT
-            address += done << PAGE_SHIFT
-            data += done << PAGE_SHIFT
-            ordinal += done
-            pages -= done
-        return True
-
-    def _copy_refused(self, mm: _Mm, address: int, ordinal: int, error: OSError) -> bool:
-        """Whether the page needs nothing more."""
-        if error.errno == errno.EAGAIN:
-            return False
-        if error.errno == errno.ESRCH:
-            self._forget(mm)
-        elif error.errno == errno.EEXIST:
-            # Nobody but us puts pages there, so its content cannot be right.
-            raise _Lost(f"a page at {address:#x} was there before its content had come")
-        elif error.errno == errno.ENOENT:
-            # Not registered, so no thread can wait for it: MADV_DONTFORK, or an unmap event that is on its way.
-            mm.residency.mark(ordinal, 1, REMOVED)
-            uffdio.wake(mm.uffd, address, PAGE_SIZE)
-        elif self._out_of_memory(error):
-            return False
-        else:
-            raise _Lost(f"UFFDIO_COPY to {address:#x}: {error.strerror}") from error
-        return True
-
-    def _out_of_memory(self, error: OSError) -> bool:
-        """Whether to try again: a memory cgroup at its limit can recover, and the page is still at the source."""
-        if error.errno != errno.ENOMEM:
-            return False
-        now = monotonic_ns()
-        self._retries = _HOT_RETRIES
-        self._out_of_memory_since = self._out_of_memory_since or now
-        if now - self._out_of_memory_since > _OUT_OF_MEMORY_NS:
-            raise _Lost("the destination has no memory left for the pages of the program") from error
-        return True
-
     def _retry(self) -> None:
         """Try again what was put off; the events that it waited for may have been read."""
         self._retries += 1
@@ -515,12 +356,13 @@ class FaultHandler:
                 self._fault(mm, address, since)
         for _ in range(len(self._put_off)):
             answer = self._put_off.popleft()
-            if not self._fill(answer.space, answer.address, answer.pages, address_of(answer.content), Cause.DEMAND):
+            data = address_of(answer.content)
+            if not self._filling.fill(answer.space, answer.address, answer.pages, data, Cause.DEMAND):
                 self._put_off.append(answer)
         if self._bulk_stalled:
             self._fill_piece()
         if not self._put_off and not self._put_off_faults and not self._bulk_stalled:
-            self._out_of_memory_since = 0
+            self._filling.nothing_put_off()
 
     # Asking
 
@@ -532,7 +374,7 @@ class FaultHandler:
             except BlockingIOError:
                 select.select([], [self._demand], [])
             except OSError as error:
-                raise _Lost(f"demand channel: {error.strerror}") from error
+                raise Lost(f"demand channel: {error.strerror}") from error
 
     def _start_background(self) -> None:
         self._background_on = True
@@ -540,7 +382,9 @@ class FaultHandler:
 
     def _ask_for_rest(self) -> None:
         """Ask for a missing page that the bulk stream, which has ended, did not bring."""
-        for mm in self._incomplete:
+        for mm in self._filling.incomplete:
+            if mm.stalled_since:
+                continue
             ordinal = mm.residency.next_absent()
             if ordinal >= 0:
                 pages = mm.residency.window(ordinal, wire.MOST_DEMAND_PAGES)
@@ -552,28 +396,25 @@ class FaultHandler:
 
     # Keeping watch and telling
 
-    def _probe(self) -> None:
-        """Forget the address spaces that are gone."""
-        self._last_probe = monotonic_ns()
-        for mm in tuple(self._mms.values()):
-            if not uffdio.mm_exists(mm.uffd):
-                self._forget(mm)
-
     def _tick(self, now: int) -> None:
         self._last_tick = now
         if now - self._last_probe >= _PROBE_NS:
-            self._probe()
+            self._filling.probe()
+            self._last_probe = now
+        for mm in tuple(self._filling.mms.values()):
+            if mm.residency.unsettled:
+                self._filling.settled(mm)
         idle = now - self._last_fault >= self._background.idle_delay * 1e9
         if self._background.mode == "idle" and not self._background_on and idle:
             self._start_background()
-        pages_left = sum(mm.residency.absent_pages for mm in self._incomplete)
+        pages_left = sum(mm.residency.absent_pages for mm in self._filling.incomplete)
         progress = (pages_left, self._faults)
         if progress != self._last_progress:
             self._last_progress = progress
             self._report({"event": "progress", "pages_left": pages_left, **self._figures()}, lossy=True)
 
     def _figures(self) -> dict[str, int]:
-        return {"faults": self._faults} | {cause.value: filled for cause, filled in self._filled.items()}
+        return {"faults": self._faults} | {cause.value: filled for cause, filled in self._filling.filled.items()}
 
     def _finish(self) -> None:
         self._report(
@@ -587,12 +428,12 @@ class FaultHandler:
         )
         try:
             self._send(wire.finish())
-        except _Lost as error:
+        except Lost as error:
             # Nothing is lost any more: every page is here.
             log.warning("the source was not told that every page has arrived: %s", error)
-        for uffd in self._mms:
+        for uffd in self._filling.mms:
             os.close(uffd)
-        self._mms.clear()
+        self._filling.mms.clear()
 
     def _report(self, message: dict[str, Any], *fds: int, lossy: bool = False) -> None:
         packed = msgpack.packb(message)

@@ -1,0 +1,262 @@
+"""Putting pages into the address spaces of the destination, and what the kernel may answer to that.
+
+Only the fault handler's process does it, and it does so from its main loop: an ioctl that meets an unread layout
+change fails with EAGAIN and is put off until the loop has read the change.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from time import monotonic_ns
+
+from postcopy.errors import ProtocolError
+from postcopy.kernel import userfaultfd as uffdio
+from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
+from postcopy.page_ranges import PageRanges
+from postcopy.restore_side.populating import populating
+from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace
+
+_OUT_OF_MEMORY_NS = 10_000_000_000
+# EAGAIN ends when the thread that changes the layout has run and its event has been read; that is a matter of 10 us.
+_STUCK_NS = 60_000_000
+_ASK_AGAIN_NS = 200_000_000
+
+
+class Lost(Exception):
+    """No more pages will come."""
+
+
+class Cause(Enum):
+    """Why a page was filled."""
+
+    DEMAND = "bytes_demand"
+    BULK = "bytes_bulk"
+    ZERO = "bytes_zero"
+
+
+@dataclass(eq=False, slots=True)
+class Mm:
+    """One address space of the destination, while it exists."""
+
+    uffd: int
+    residency: AddressSpace
+    gone: bool = False
+    # Fault-around: the ordinal at which a sequential reader will fault next -> the pages it was given last.
+    streams: dict[int, int] = field(default_factory=dict)
+    # Since when the kernel answers EAGAIN without an event to read; 0: it does not.
+    stalled_since: int = 0
+    # In a stall: when to look next for a thread that populates, and whether one was found.
+    look_at: int = 0
+    populating: bool = False
+    # Pages that were taken out of the userfaultfd's hands, to be given back with the next event.
+    unregistered: list[int] = field(default_factory=list)
+
+    def end_stall(self) -> None:
+        """The kernel has answered something else than EAGAIN, or may do so now."""
+        self.stalled_since = self.look_at = 0
+        self.populating = False
+
+    @property
+    def stuck(self) -> bool:
+        """Whether EAGAIN has gone on for so long that others should not wait for its end."""
+        return bool(self.stalled_since) and monotonic_ns() - self.stalled_since > _STUCK_NS
+
+
+class Filling:
+    """The address spaces, and how to fill them; ``forgotten`` is called with each that turns out to be gone."""
+
+    def __init__(self, forgotten: Callable[[Mm], None]) -> None:
+        """No address spaces yet."""
+        self.mms: dict[int, Mm] = {}
+        # Those that lack pages.
+        self.incomplete: set[Mm] = set()
+        self.filled = dict.fromkeys(Cause, 0)
+        self.waits_for_memory = False
+        self._forgotten = forgotten
+        self._families: dict[int, list[Mm]] = {}
+        self._out_of_memory_since = 0
+
+    def adopt(self, uffd: int, residency: AddressSpace) -> None:
+        """One more address space."""
+        mm = self.mms[uffd] = Mm(uffd, residency)
+        self._families.setdefault(residency.source, []).append(mm)
+        if residency.absent_pages:
+            self.incomplete.add(mm)
+
+    def forget(self, mm: Mm) -> None:
+        """The process of this address space has ended or executed another program."""
+        if mm.gone:
+            return
+        mm.gone = True
+        self.incomplete.discard(mm)
+        self._families[mm.residency.source].remove(mm)
+        del self.mms[mm.uffd]
+        self._forgotten(mm)
+        os.close(mm.uffd)
+
+    def probe(self) -> None:
+        """Forget the address spaces that are gone."""
+        for mm in tuple(self.mms.values()):
+            if not uffdio.mm_exists(mm.uffd):
+                self.forget(mm)
+
+    def event_read(self, mm: Mm) -> None:
+        """A layout change was read, which may have been what a stall was waiting for."""
+        mm.end_stall()
+        if mm.unregistered:
+            # Else the mapping would stay in pieces, and an mremap(2) of all of it fail with EFAULT.
+            for each in PageRanges.from_pairs((page, page + PAGE_SIZE) for page in mm.unregistered):
+                with suppress(OSError):
+                    uffdio.register(mm.uffd, each.start, each.end - each.start, uffdio.UFFDIO_REGISTER_MODE_MISSING)
+            mm.unregistered.clear()
+
+    def fill(self, space: int, address: int, pages: int, data: int, cause: Cause) -> bool:
+        """Put pages where they are missing, in every descendant; False when some have to be put off.
+
+        ``address`` is where they were at the source, ``data`` where they are in this process.
+        """
+        family = self._families.get(space)
+        if family is None:
+            raise ProtocolError(f"the source has sent pages of an address space {space}, which there is not")
+        complete = True
+        for mm in tuple(family):
+            residency = mm.residency
+            if not residency.absent_pages:
+                continue
+            if residency.unsettled and not self.settled(mm):
+                complete = False
+                continue
+            for run in residency.missing_runs(address, pages):
+                offset = residency.lazy.address(run.ordinal) - address
+                if not self._copy(mm, run.address, run.ordinal, run.pages, data + offset, cause):
+                    complete = False
+                    break
+            if not residency.absent_pages:
+                self.incomplete.discard(mm)
+        return complete
+
+    def settled(self, mm: Mm) -> bool:
+        """Whether every layout change that the kernel has begun has been read; see `AddressSpace.settle`."""
+        if not uffdio.settled(mm.uffd):
+            mm.stalled_since = mm.stalled_since or monotonic_ns()
+            return False
+        mm.end_stall()
+        mm.residency.settle()
+        if not mm.residency.absent_pages:
+            self.incomplete.discard(mm)
+        return True
+
+    def _copy(self, mm: Mm, address: int, ordinal: int, pages: int, data: int, cause: Cause) -> bool:
+        """UFFDIO_COPY of one run; False when it has to be put off."""
+        while pages and not mm.gone:
+            try:
+                done = uffdio.copy(mm.uffd, address, data, pages << PAGE_SHIFT) >> PAGE_SHIFT
+            except OSError as error:
+                if error.errno == errno.ENOENT and pages > 1:
+                    # The run may cross the border of two mappings, which mprotect can split without any event.
+                    half = pages >> 1
+                    rest = half << PAGE_SHIFT
+                    return self._copy(mm, address, ordinal, half, data, cause) and self._copy(
+                        mm, address + rest, ordinal + half, pages - half, data + rest, cause
+                    )
+                if not self._copy_refused(mm, address, ordinal, error):
+                    return False
+                done = 1
+            else:
+                if mm.stalled_since:
+                    mm.end_stall()
+                mm.residency.mark(ordinal, done, PRESENT)
+                self.filled[cause] += done << PAGE_SHIFT
+            address += done << PAGE_SHIFT
+            data += done << PAGE_SHIFT
+            ordinal += done
+            pages -= done
+        return True
+
+    def _copy_refused(self, mm: Mm, address: int, ordinal: int, error: OSError) -> bool:
+        """Whether the page needs nothing more."""
+        if error.errno == errno.EAGAIN:
+            mm.stalled_since = mm.stalled_since or monotonic_ns()
+            return False
+        if error.errno == errno.ESRCH:
+            self.forget(mm)
+        elif error.errno == errno.EEXIST:
+            # Nobody but us puts pages there, so its content cannot be right.
+            raise Lost(f"a page at {address:#x} was there before its content had come")
+        elif error.errno == errno.ENOENT:
+            # Not registered, so no thread can wait for it: MADV_DONTFORK, or an unmap event that is on its way.
+            mm.residency.mark(ordinal, 1, REMOVED)
+            uffdio.wake(mm.uffd, address, PAGE_SIZE)
+        elif self._out_of_memory(error):
+            return False
+        else:
+            raise Lost(f"UFFDIO_COPY to {address:#x}: {error.strerror}") from error
+        return True
+
+    def zero(self, mm: Mm, address: int) -> bool:
+        """Put a page of zeros, if there is none, and wake who waits for it; False when it has to be put off."""
+        try:
+            uffdio.zeropage(mm.uffd, address, PAGE_SIZE)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                return self._populated(mm, address)
+            if error.errno in (errno.EEXIST, errno.ENOENT):
+                # EEXIST wakes nobody. ENOENT: no longer registered, the thread must find that out by itself.
+                uffdio.wake(mm.uffd, address, PAGE_SIZE)
+            elif error.errno == errno.ESRCH:
+                self.forget(mm)
+            elif self._out_of_memory(error):
+                return False
+            else:
+                raise Lost(f"UFFDIO_ZEROPAGE at {address:#x}: {error.strerror}") from error
+            return True
+        if mm.stalled_since:
+            mm.end_stall()
+        self.filled[Cause.ZERO] += PAGE_SIZE
+        return True
+
+    def _populated(self, mm: Mm, address: int) -> bool:
+        """A page that was never at the source must wait for an event: let the kernel fill it, if else it waits for us.
+
+        It may be a page of locked memory that grows by a move: see `populating`. Out of the userfaultfd's hands the
+        page becomes zeros, which is what it must be, and its thread goes on to queue the event.
+        """
+        now = monotonic_ns()
+        mm.stalled_since = mm.stalled_since or now
+        if mm.residency.lookup(address) >= 0 or now - mm.stalled_since < _STUCK_NS:
+            return False
+        if not mm.populating:
+            if now < mm.look_at:
+                return False
+            # The one event that could not be read yet may be a move of missing pages to this address.
+            mm.populating = populating(address)
+            mm.look_at = now + _ASK_AGAIN_NS
+        if mm.populating:
+            with suppress(OSError):
+                uffdio.unregister(mm.uffd, address, PAGE_SIZE)
+                mm.unregistered.append(address)
+            uffdio.wake(mm.uffd, address, PAGE_SIZE)
+        return mm.populating
+
+    def _out_of_memory(self, error: OSError) -> bool:
+        """Whether to try again: a memory cgroup at its limit can recover, and the page is still at the source."""
+        if error.errno != errno.ENOMEM:
+            return False
+        now = monotonic_ns()
+        self.waits_for_memory = True
+        self._out_of_memory_since = self._out_of_memory_since or now
+        if now - self._out_of_memory_since > _OUT_OF_MEMORY_NS:
+            raise Lost("the destination has no memory left for the pages of the program") from error
+        return True
+
+    def others_wait(self) -> bool:
+        """Whether an address space lacks pages and is not stuck."""
+        return any(not mm.stuck for mm in self.incomplete)
+
+    def nothing_put_off(self) -> None:
+        """Everything that was put off has been done: whatever it waited for, it is there."""
+        self.waits_for_memory = False
+        self._out_of_memory_since = 0
