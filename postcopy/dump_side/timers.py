@@ -1,5 +1,6 @@
 """Interval timers (setitimer(2)). POSIX timers are refused by the survey."""
 
+import struct
 from dataclasses import dataclass
 
 from postcopy.kernel import procfs
@@ -7,7 +8,7 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.state import Timers
 
-_ITIMERVAL_SIZE = 32
+_ITIMERVAL = struct.Struct("<4q")  # interval, then what is left, as seconds and microseconds
 _WHICH = (0, 1, 2)  # ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
 
 
@@ -27,11 +28,20 @@ class Question:
     @classmethod
     def ask(cls, batch: Batch) -> "Question":
         """Add the calls to a batch of the leader's."""
-        rooms = [batch.room(_ITIMERVAL_SIZE) for _ in _WHICH]
+        rooms = [batch.room(_ITIMERVAL.size) for _ in _WHICH]
         for which, room in zip(_WHICH, rooms, strict=True):
             batch.add(call("getitimer", which, room), f"reading interval timer {which}")
         return cls(rooms)
 
     def answered(self, answers: Answers) -> Timers:
         """The timers with what is left of them at this moment."""
-        return Timers([answers.read(room, _ITIMERVAL_SIZE) for room in self.rooms])
+        return Timers([_rearmed(answers.read(room, _ITIMERVAL.size)) for room in self.rooms])
+
+
+def _rearmed(timer: bytes) -> bytes:
+    """The kernel arms ITIMER_REAL again when its signal is taken, and until then shows nothing left.
+
+    Set like that it would be off (kernel/time/itimer.c), so it begins a whole interval.
+    """
+    *interval, seconds, microseconds = _ITIMERVAL.unpack(timer)
+    return timer if seconds or microseconds else _ITIMERVAL.pack(*interval, *interval)
