@@ -108,6 +108,7 @@ class _Takeover:
         self._drained = False
         self._lazy_pages = 0
         self._go = control.Go([])
+        self._terminal_is_lent = False
 
     # -- before commit ------------------------------------------------------------------------------------------------
 
@@ -229,6 +230,7 @@ class _Takeover:
                 ) from None
             if self._namespace:
                 self._namespace.entrust(self._built.state.pid)
+            self._lend_terminal(self._built)
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
@@ -240,6 +242,21 @@ class _Takeover:
             self._options.pidfile.write_text(f"{pid}\n")
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
+
+    def _lend_terminal(self, built: Built) -> None:
+        """Make a process group of its own, which was in the foreground of its terminal, the foreground of ours."""
+        lineage = built.state.lineage
+        if lineage.foreground and lineage.process_group and not lineage.session and os.isatty(0):
+            # A background process that sets the foreground group is stopped, unless it ignores this.
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            with contextlib.suppress(OSError):
+                os.tcsetpgrp(0, built.pid)
+            self._terminal_is_lent = True
+
+    def _take_terminal_back(self) -> None:
+        if self._terminal_is_lent:
+            with contextlib.suppress(OSError):
+                os.tcsetpgrp(0, os.getpgrp())
 
     def stay(self) -> int:
         """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
@@ -268,6 +285,7 @@ class _Takeover:
             if self._pidfd() in ready:
                 break
         _, status = os.waitpid(self._built.pid, 0)
+        self._take_terminal_back()
         if watching:
             lost = self._hear_the_rest() or lost
         if lost:
