@@ -279,8 +279,7 @@ class _Takeover:
                 else:
                     poll.unregister(self._news.fileno())
                     watching = False
-                    if not self._drained:
-                        lost = lost or "the watchdog has died"
+                    lost = lost or self._silence()
                 continue
             if self._pidfd() in ready:
                 break
@@ -307,7 +306,11 @@ class _Takeover:
         lost = ""
         while content := self._news.recv(_NEWS_SIZE):
             lost = self._hear(msgpack.unpackb(content)) or lost
-        return lost
+        return lost or self._silence()
+
+    def _silence(self) -> str:
+        """What it means that the watchdog says no more."""
+        return "" if self._drained else "the watchdog has died"
 
     def _hear(self, news: dict[str, object]) -> str:
         """Pass an event of the watchdog on; its reason if it is a loss."""
