@@ -21,6 +21,7 @@ from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.programs import witness
 
 PID = 6000
+PORT = 27100
 SECONDS = 20
 LOST_LINK_SECONDS = 30
 ROUNDS = int(os.environ.get("POSTCOPY_TEST_KILL_ROUNDS", "12"))
@@ -60,7 +61,7 @@ class Side:
         )
         assert self.process.poll() is None, f"ended before {step} with {self.process.returncode}: {self.text}"
 
-    def ends(self, *codes: int, seconds: float = SECONDS) -> None:
+    def ends(self, *codes: int, seconds: float = SECONDS) -> int:
         """It ends in time, with one of these exit codes and one error in its log, and no traceback."""
         try:
             code = self.process.wait(seconds)
@@ -72,80 +73,86 @@ class Side:
         said = [line for line in self.text.splitlines() if f"[{self.process.pid}] ERROR" in line]
         errors = [line for line in said if "what to do" not in line]
         assert len(errors) == 1, self.text
+        return code
 
 
-class Scene:
-    """Two hosts, a witness on the first, and the commands that try to move it."""
+class Watched:
+    """A witness on the first host, and the commands that try to move it."""
 
-    def __init__(self, hosts: Pair, directory: Path) -> None:
+    def __init__(self, hosts: Pair, directory: Path, pid: int, port: int, *options: str) -> None:
         self.hosts = hosts
-        self.directory = directory
-        self._count = 0
-        self.start_witness()
-
-    def start_witness(self, pid: int = PID) -> None:
-        """A new witness with a new log."""
-        self._count += 1
         self.pid = pid
-        self.log = self.directory / f"witness{self._count}.log"
-        command = [sys.executable, "-m", "tests.programs.witness", "--log", str(self.log)]
-        with open(self.log.with_suffix(".err"), "wb") as errors:
-            self.program = self.hosts.a.popen(command, pid=pid, stderr=errors)
-        wait_until(lambda: self.ticks() > 50, SECONDS, "the witness ticks")
-        self.pids = (set(self.hosts.a.pids()), set(self.hosts.b.pids()))
-        self.mappings = self._mappings()
+        self._directory = directory
+        self._port = port
+        self._count = 0
+        self.log = directory / "witness.log"
+        command = [sys.executable, "-m", "tests.programs.witness", "--log", str(self.log), *options]
+        with open(directory / "witness.err", "wb") as errors:
+            self.program = hosts.a.popen(command, pid=pid, stderr=errors)
+        wait_until(lambda: self.ticks() > 10, SECONDS, "the witness ticks")
+        self._mappings = self.mappings()
 
     def ticks(self) -> int:
         """How many records there are."""
         return len(witness.records(self.log))
 
-    def command(self, host: Host, name: str, pause: str | None, options: tuple[str, ...]) -> Side:
-        """Start a command of ours; with ``pause`` it stops itself at this event."""
+    def _command(self, host: Host, name: str, pause: str | None, options: tuple[str, ...]) -> Side:
         self._count += 1
-        errors = self.directory / f"{name}{self._count}.err"
+        errors = self._directory / f"{name}{self._count}.err"
         environment = {**os.environ, PAUSE_AT: pause} if pause else None
         with open(errors, "wb") as stderr, open(errors.with_suffix(".out"), "wb") as stdout:
-            address = ["--address", self.hosts.a.address, "--json"]
+            address = ["--address", self.hosts.a.address, "--port", str(self._port), "--json"]
             argv = [*postcopy_command(), name, "--lazy-pages", *address, *options]
             return Side(host.popen(argv, stdout=stdout, stderr=stderr, env=environment), errors)
 
     def dump(self, *options: str, pause: str | None = None) -> Side:
-        """Start dump on the first host."""
-        return self.command(self.hosts.a, "dump", pause, ("-t", str(self.pid), *options))
+        """Start dump on the first host; with ``pause`` it stops itself at this event."""
+        return self._command(self.hosts.a, "dump", pause, ("-t", str(self.pid), *options))
 
     def restore(self, *options: str, pause: str | None = None) -> Side:
         """Start restore on the second host."""
-        return self.command(self.hosts.b, "restore", pause, options)
+        return self._command(self.hosts.b, "restore", pause, options)
 
-    def both(self, victim: str, step: str, *options: str) -> tuple[Side, Side]:
-        """Start both commands and wait until ``victim`` pauses at ``step``: the victim and the other."""
+    def start_both(self, victim: str, step: str, *options: str) -> tuple[Side, Side]:
+        """Start both commands, ``victim`` with a pause at ``step``: the victim and the other."""
         source = self.dump(*options, pause=step if victim == "dump" else None)
         if step == "listening":
             source.await_pause(step)
         destination = self.restore(*options, pause=step if victim == "restore" else None)
-        sides = (source, destination) if victim == "dump" else (destination, source)
+        return (source, destination) if victim == "dump" else (destination, source)
+
+    def both(self, victim: str, step: str, *options: str) -> tuple[Side, Side]:
+        """Start both commands and wait until ``victim`` pauses at ``step``: the victim and the other."""
+        sides = self.start_both(victim, step, *options)
         sides[0].await_pause(step)
         return sides
 
-    def _mappings(self) -> list[str]:
+    def mappings(self) -> list[str]:
+        """The layout of the program's memory."""
         content = (self.hosts.a.proc / str(self.pid) / "maps").read_text()
         return [line.split()[0] + line.split()[1] for line in content.splitlines() if "[heap]" not in line]
 
-    def runs_on(self, *, same_mappings: bool = True) -> None:
-        """The program is at the source as if nothing had happened, and nothing of ours is left anywhere."""
+    def goes_on(self, *, same_mappings: bool = True) -> None:
+        """The program is at the source as if nothing had happened."""
         host, pid = self.hosts.a, self.pid
-        wait_until(lambda: set(self.hosts.b.pids()) <= self.pids[1], SECONDS, "nothing is left at the destination")
-        wait_until(lambda: set(host.pids()) <= self.pids[0], SECONDS, "nothing of ours is left at the source")
         before = self.ticks()
         wait_until(lambda: self.ticks() > before + 10 or not host.alive(pid), SECONDS, "the program goes on")
         assert host.alive(pid), self.explain()
         threads = (host.proc / str(pid) / "task").iterdir()
         for status in [(thread / "status").read_text() for thread in threads]:
-            assert "\nTracerPid:\t0\n" in status and "\nState:\tT" not in status and "\nState:\tt" not in status
+            assert "\nTracerPid:\t0\n" in status
+            assert "\nState:\tT" not in status
+            assert "\nState:\tt" not in status
         assert {record.host for record in witness.records(self.log)} == {"alpha"}
         self.ran_once()
         if same_mappings:
-            assert self._mappings() == self.mappings
+            assert self.mappings() == self._mappings
+
+    def stays_stopped(self) -> None:
+        """The program is at the source, stopped, and nobody traces it."""
+        wait_until(lambda: self.hosts.a.proc_state(self.pid) == "T", SECONDS, "the source is stopped")
+        status = (self.hosts.a.proc / str(self.pid) / "status").read_text()
+        assert "\nTracerPid:\t0\n" in status
 
     def ran_once(self) -> None:
         """The program never found anything wrong, and every number is in its log once."""
@@ -156,40 +163,77 @@ class Scene:
     def explain(self) -> str:
         """What the witness says."""
         wrong = [record.wrong for record in witness.records(self.log) if record.wrong]
-        return f"{self.program.poll()}, {wrong}, {self.log.with_suffix('.err').read_text()}"
+        return f"{self.program.poll()}, {wrong}, {(self._directory / 'witness.err').read_text()}"
 
     def finish(self) -> None:
         """End the program: it checks everything for the last time."""
         self.program.terminate()
         assert self.program.wait(SECONDS) == 0, self.explain()
-        self.ran_once()
+
+
+class Scene:
+    """Two hosts, with a watched program on the first."""
+
+    def __init__(self, hosts: Pair, directory: Path) -> None:
+        self.hosts = hosts
+        self._directory = directory
+        self._count = 0
+        self._pids = [set(host.pids()) for host in hosts]
+        self.watched: list[Watched] = []
+
+    def watch(self, *options: str) -> Watched:
+        """A new program."""
+        self._count += 1
+        directory = self._directory / str(self._count)
+        directory.mkdir()
+        new = Watched(self.hosts, directory, PID + 20 * self._count, PORT + self._count, *options)
+        self.watched.append(new)
+        return new
+
+    def nothing_is_left(self) -> None:
+        """No process of ours is on either host, nor a program at the destination."""
+        own = {watched.pid for watched in self.watched}
+        for host, before, more in zip(self.hosts, self._pids, (own, set()), strict=True):
+            name = f"nothing is left on {host.name}"
+            wait_until(lambda host=host, all=before | more: set(host.pids()) <= all, SECONDS, name)  # type: ignore[misc]
+
+    def end(self, watched: Watched) -> None:
+        """The program has been moved, or is lost, or must simply go."""
+        watched.program.kill()
+        watched.program.wait(SECONDS)
+        self.watched.remove(watched)
+
+    def clear(self) -> None:
+        """Kill everything."""
+        for host, before in zip(self.hosts, self._pids, strict=True):
+            for pid in set(host.pids()) - before:
+                with contextlib.suppress(ProcessLookupError):
+                    host.kill(pid)
+        self.watched = []
+        self.nothing_is_left()
 
 
 @pytest.fixture(scope="module")
-def shared_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """The scene of those tests after which the program is as it was before."""
+def scene_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """The two hosts."""
     with Pair() as pair:
-        scene = Scene(pair, tmp_path_factory.mktemp("failures"))
-        yield scene
-        scene.finish()
+        yield Scene(pair, tmp_path_factory.mktemp("failures"))
 
 
 @pytest.fixture
-def scene(shared_scene: Scene) -> Iterator[Scene]:
-    """The shared scene; after a failure with another program and an empty stage."""
-    yield shared_scene
-    with contextlib.suppress(AssertionError, TimeoutError):
-        shared_scene.runs_on(same_mappings=False)
-        return
-    for host in shared_scene.hosts:
-        for pid in set(host.pids()) - {1}:
-            with contextlib.suppress(ProcessLookupError):
-                host.kill(pid)
-        wait_until(lambda host=host: host.pids() == [1], SECONDS, "the stage is empty")  # type: ignore[misc]
-    shared_scene.start_witness()
+def scene(scene_of_module: Scene, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """The two hosts, empty again after a test that failed."""
+    failed = request.session.testsfailed
+    yield scene_of_module
+    if request.session.testsfailed > failed:
+        scene_of_module.hosts.set_link(True)
+        scene_of_module.clear()
 
 
-# -- before commit -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def watched(scene: Scene) -> Watched:
+    """The program that all tests share after which it is as it was before."""
+    return scene.watched[0] if scene.watched else scene.watch()
 
 
 def handles_sigterm(host: Host, pid: int) -> bool:
@@ -199,7 +243,7 @@ def handles_sigterm(host: Host, pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> signal.SIGTERM - 1 & 1)
 
 
-def other_ends(other: Side, victim: str, step: str, *codes: int) -> None:
+def other_ends(other: Side, victim: str, step: str, *codes: int) -> int:
     """The other side ends by itself, but for those that may wait for somebody else to come."""
     if (victim, step) == ("restore", "connected"):
         left = "left before all its channels were there"
@@ -219,19 +263,164 @@ def other_ends(other: Side, victim: str, step: str, *codes: int) -> None:
 
 
 @every_step
-def test_source_runs_on_when_a_side_is_killed_before_commit(scene: Scene, victim: str, step: str) -> None:
-    killed, other = scene.both(victim, step)
+def test_source_runs_on_when_a_side_is_killed_before_commit(
+    scene: Scene, watched: Watched, victim: str, step: str
+) -> None:
+    killed, other = watched.both(victim, step)
     killed.process.kill()
     other_ends(other, victim, step, 7)
     assert killed.process.wait(SECONDS) == -signal.SIGKILL
-    scene.runs_on()
+    scene.nothing_is_left()
+    watched.goes_on()
 
 
 @every_step
-def test_source_runs_on_when_a_side_is_told_to_end_before_commit(scene: Scene, victim: str, step: str) -> None:
-    told, other = scene.both(victim, step)
+def test_source_runs_on_when_a_side_is_told_to_end_before_commit(
+    scene: Scene, watched: Watched, victim: str, step: str
+) -> None:
+    told, other = watched.both(victim, step)
     told.process.send_signal(signal.SIGINT if step in ("connected", "frozen", "built") else signal.SIGTERM)
     told.process.send_signal(signal.SIGCONT)
     told.ends(130)
     other_ends(other, victim, step, 7, 10)
-    scene.runs_on()
+    scene.nothing_is_left()
+    watched.goes_on()
+
+
+MAY_HAVE_SENT_GO = [("dump", "state"), ("dump", "ready"), ("dump", "stopped")]
+
+
+# Several at once, since each takes as long as --timeout says.
+@pytest.mark.parametrize("steps", [STEPS[1:5], STEPS[5:9], STEPS[9:]], ids=["early", "late", "destination"])
+def test_source_runs_on_when_the_link_is_cut_before_commit(scene: Scene, steps: list[tuple[str, str]]) -> None:
+    programs = [scene.watch("--alone") for _ in steps]
+    sides = [program.start_both(*step, "--timeout", "2") for program, step in zip(programs, steps, strict=True)]
+    for (paused, _), (_, step) in zip(sides, steps, strict=True):
+        paused.await_pause(step)
+    scene.hosts.set_link(False)
+    try:
+        for paused, _ in sides:
+            paused.process.send_signal(signal.SIGCONT)
+        for (paused, other), program, step in zip(sides, programs, steps, strict=True):
+            # 8: it has sent GO, and nobody can know whether it arrived, so the program must not run here.
+            # 10 and 4: the other side had not waited any longer, and said so; and the program's files went on changing.
+            code = paused.ends(4, 7, 10, 11, *[8] * (step in MAY_HAVE_SENT_GO))
+            other.ends(7, 10, 11)
+            if code == 8:
+                program.stays_stopped()
+                program.program.send_signal(signal.SIGCONT)
+    finally:
+        scene.hosts.set_link(True)
+    scene.nothing_is_left()
+    for program in programs:
+        program.goes_on()
+        program.finish()
+        scene.watched.remove(program)
+
+
+# -- after commit ------------------------------------------------------------------------------------------------------
+
+
+def of_role(host: Host, name: str) -> int:
+    """The PID of a process of ours."""
+    for pid in host.pids():
+        with contextlib.suppress(OSError):
+            if (host.proc / str(pid) / "comm").read_text().strip() == name[:15]:
+                return pid
+    raise AssertionError(f"no {name} on {host.name}")
+
+
+def resumed(scene: Scene, *options: str) -> tuple[Watched, Side, Side]:
+    """A program that runs at the destination, with most of its pages still at the source."""
+    program = scene.watch()
+    source = program.dump("--timeout", "2")
+    destination = program.restore("--timeout", "2", *options)
+    destination.await_event("running")
+    before = program.ticks()
+    wait_until(
+        lambda: program.ticks() > before + 5 or not scene.hosts.b.alive(program.pid), SECONDS, "the program runs there"
+    )
+    program.ran_once()
+    return program, source, destination
+
+
+def ended_there(scene: Scene, program: Watched, source: Side) -> None:
+    """The program ends at the destination; the source keeps it stopped and says so, and it is whole."""
+    source.ends(8)
+    assert "stays stopped" in source.text
+    wait_until(lambda: not scene.hosts.b.alive(program.pid), SECONDS, "the program has ended at the destination")
+    scene.nothing_is_left()
+    program.stays_stopped()
+    program.ran_once()
+    # A user who has made sure lets it run on from where it left.
+    log = witness.records(program.log)
+    assert {record.host for record in log} == {"alpha", "beta"}
+    program.program.send_signal(signal.SIGCONT)
+    wait_until(lambda: program.ticks() > len(log) + 20, SECONDS, "the program goes on at the source")
+    program.program.terminate()
+    assert program.program.wait(SECONDS) == 0, program.explain()
+    handed_over = sum(record.host == "alpha" for record in log)
+    assert witness.records(program.log)[len(log)].number == handed_over + 1
+    scene.watched.remove(program)
+
+
+@pytest.mark.parametrize("role", ["postcopy-demand", "postcopy-bulk"])
+def test_program_ends_before_it_reads_zeros_when_a_server_dies(scene: Scene, role: str) -> None:
+    program, source, destination = resumed(scene, "--background", "off")
+    scene.hosts.a.kill(of_role(scene.hosts.a, role))
+    ended_there(scene, program, source)
+    destination.ends(8)
+
+
+def test_program_ends_before_it_reads_zeros_when_dump_dies(scene: Scene) -> None:
+    program, source, destination = resumed(scene, "--background", "off")
+    source.process.kill()
+    destination.ends(8)
+    scene.nothing_is_left()
+    program.stays_stopped()
+    program.ran_once()
+    scene.end(program)
+
+
+@pytest.mark.parametrize("role", ["postcopy-faults", "postcopy-receive", "postcopy-watch"])
+def test_program_ends_before_it_reads_zeros_when_a_process_of_restore_dies(scene: Scene, role: str) -> None:
+    program, source, destination = resumed(scene, "--background", "off")
+    scene.hosts.b.kill(of_role(scene.hosts.b, role))
+    ended_there(scene, program, source)
+    destination.ends(8)
+
+
+@pytest.mark.parametrize("background", ["eager", "off"])
+def test_program_ends_before_it_reads_zeros_when_the_link_is_cut(scene: Scene, background: str) -> None:
+    scene.hosts.set_rate("20mbit")
+    try:
+        program, source, destination = resumed(scene, "--background", background)
+    finally:
+        scene.hosts.set_rate(None)
+    scene.hosts.set_link(False)
+    try:
+        destination.ends(8)
+        ended_there(scene, program, source)
+    finally:
+        scene.hosts.set_link(True)
+
+
+def test_source_stays_stopped_when_dump_is_told_to_end_after_commit(scene: Scene) -> None:
+    program, source, destination = resumed(scene, "--background", "off")
+    source.process.terminate()
+    ended_there(scene, program, source)
+    destination.ends(8)
+
+
+def test_program_lives_on_when_restore_itself_is_killed_after_commit(scene: Scene) -> None:
+    program, source, destination = resumed(scene, "--background", "idle", "--idle-delay", "0.5")
+    destination.process.kill()
+    assert source.process.wait(SECONDS) == 0, source.text
+    assert scene.hosts.b.alive(program.pid)
+    before = program.ticks()
+    wait_until(lambda: program.ticks() > before + 20, SECONDS, "the program goes on at the destination")
+    scene.hosts.b.kill(program.pid, signal.SIGTERM)
+    wait_until(lambda: scene.hosts.b.orphan_status(program.pid) == 0, SECONDS, "the program ends well")
+    program.ran_once()
+    scene.watched.remove(program)
+    scene.nothing_is_left()

@@ -162,7 +162,9 @@ class Signals:
 class Witness:
     """The program."""
 
-    def __init__(self, log: Path, pages: int) -> None:
+    def __init__(self, log: Path, pages: int, pause: float) -> None:
+        """``pause``: seconds between two ticks."""
+        self._pause = pause
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._pages = Pages(pages)
         self._signals = Signals()
@@ -198,7 +200,7 @@ class Witness:
                 self._signals.check()
                 self._number += 1
                 self._record()
-                time.sleep(TICK_SECONDS)
+                time.sleep(self._pause)
             self._pages.check_all()
         except Wrong as wrong:
             self._wrong = str(wrong)
@@ -217,9 +219,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=4)
+    parser.add_argument("--alone", action="store_true", help="one of many programs: fewer threads, fewer ticks")
     options = parser.parse_args()
-    witness = Witness(options.log, (options.megabytes << 20) // mmap.PAGESIZE)
+    pause = 0.02 if options.alone else TICK_SECONDS
+    witness = Witness(options.log, (options.megabytes << 20) // mmap.PAGESIZE, pause)
     witness.start(sleep_in_the_kernel())
+    if options.alone:
+        return witness.run()
     witness.start(compute_in_vector_registers())
     witness.start(compute_in_float_registers())
     return witness.run()
