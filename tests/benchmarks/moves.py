@@ -23,12 +23,14 @@ SETTLED = 0.3
 
 OURS = "postcopy-"
 
-#: Our processes that live on after the move, by side and by the kernel's name for them; None is the control process.
+#: Our processes, by side and by the kernel's name for them; None is the control process.
 ROLES = {
     ("dump", None): "dump: control",
     ("dump", "postcopy-demand"): "dump: demand server",
     ("dump", "postcopy-bulk"): "dump: bulk streamer",
     ("dump", "postcopy-guard"): "dump: guard",
+    # Ends before the move is over: seen only when it is slow.
+    ("dump", "postcopy-smaps"): "dump: reader of smaps",
     ("restore", None): "restore: control",
     ("restore", "postcopy-watch"): "restore: watchdog",
     ("restore", "postcopy-faults"): "restore: fault handler",
