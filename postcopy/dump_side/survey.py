@@ -20,7 +20,7 @@ _SECCOMP = {"1": "strict", "2": "filter"}
 
 
 def check_target(pid: int) -> None:
-    """That there is a process to move. Raises DumpError with the reason if not."""
+    """That there is a process to move. Raises DumpError with the reason if not, ProblemsError if it cannot be seen."""
     if not procfs.exists(pid):
         raise DumpError(f"there is no process {pid}", "look for its PID with ps or pgrep")
     fields, status = procfs.stat(pid), procfs.status(pid)
@@ -38,14 +38,31 @@ def check_target(pid: int) -> None:
             f"process {pid} ({name}) is traced by process {status['TracerPid']} (a debugger or strace)",
             "detach it there and try again",
         )
+    if fields[3] in "ZX":
+        # Nothing else can be seen of it: what a process has, /proc shows by its main thread.
+        raise ProblemsError(
+            ["its main thread has ended while others go on, which cannot be moved yet"],
+            f"process {pid} ({name}) cannot be moved",
+        )
 
 
 def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
     """What the destination must have, and the pipes (inodes) that are known not to leave the process.
 
-    Raises ProblemsError with everything that cannot be moved."""
+    Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
+    """
     capabilities.require({"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"})
-    check_target(pid)
+    try:
+        check_target(pid)
+        return _survey(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        # Files come and go too; only a process that is gone makes nonsense of all the rest.
+        if procfs.exists(pid) and procfs.stat(pid)[3] not in "ZX":
+            raise
+        raise DumpError(f"process {pid} ended while it was being looked at: {error.strerror}") from None
+
+
+def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
     layout = memory.layout(pid)
     problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
     slots, table = descriptors.collect(pid, problems)
@@ -90,10 +107,8 @@ def _exe(pid: int, problems: list[str]) -> list[FileIdentity]:
 
 
 def _of_process(pid: int) -> Iterator[str]:
-    """What stands in ``status`` and in the thread list."""
+    """What stands in ``status``, and in what namespaces and by what program it runs."""
     status = procfs.status(pid)
-    if procfs.stat(pid)[3] in "ZX":
-        yield "its main thread has ended while others go on, which cannot be moved yet"
     if mode := _SECCOMP.get(status.get("Seccomp", "0")):
         yield f"it is confined by seccomp ({mode} mode), which cannot be moved yet"
     if "shstk" in status.get("x86_Thread_features", ""):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from postcopy.kernel import cpu, procfs
+from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.state import FileIdentity, Manifest
@@ -52,10 +52,13 @@ def _vdso(manifest: Manifest) -> Iterator[str]:
     own = next(line for line in procfs.for_each_vma(os.getpid()) if line.name == "[vdso]")
     memory = ProcessMemory(os.getpid())
     try:
-        if memory.read(own.start, own.end - own.start) != manifest.vdso:
-            yield "this kernel's vdso differs from the source's: use the same kernel on both hosts"
+        image = memory.read(own.start, own.end - own.start)
     finally:
         memory.close()
+    # Behind what is used, a dump that was killed may have left the executor's stub in the source's.
+    used = vdso.slack(image).start
+    if len(image) != len(manifest.vdso) or image[:used] != manifest.vdso[:used]:
+        yield "this kernel's vdso differs from the source's: use the same kernel on both hosts"
 
 
 def _cpu(manifest: Manifest) -> Iterator[str]:
