@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 GREETING_SECONDS = 5.0
 DEFAULT_PORT = 27027
+_STEP = 16 * 1024 * 1024  # bytes
 CHANNELS = ("control", "demand", "bulk")
 
 
@@ -77,16 +78,21 @@ class Channel:
         return memoryview(self._exactly(length))
 
     def _exactly(self, length: int) -> bytearray:
-        content = bytearray(length)
-        view = memoryview(content)
-        while view:
-            try:
-                count = self.socket.recv_into(view)
-            except OSError as error:
-                raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
-            if not count:
-                raise ConnectionLost(f"{self.peer} closed the connection")
-            view = view[count:]
+        content = bytearray()
+        while len(content) < length:
+            # Memory is taken as the bytes arrive: a length that is only claimed costs nothing.
+            start = len(content)
+            content.extend(bytes(min(length - start, _STEP)))
+            view = memoryview(content)[start:]
+            while view:
+                try:
+                    count = self.socket.recv_into(view)
+                except OSError as error:
+                    raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
+                if not count:
+                    raise ConnectionLost(f"{self.peer} closed the connection")
+                view = view[count:]
+            view.release()
         return content
 
     def close(self) -> None:
