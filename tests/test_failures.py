@@ -301,10 +301,10 @@ def test_source_runs_on_when_the_link_is_cut_before_commit(scene: Scene, steps: 
     try:
         for paused, _ in sides:
             paused.process.send_signal(signal.SIGCONT)
-        for (paused, other), program, step in zip(sides, programs, steps, strict=True):
+        for (paused, other), program, at in zip(sides, programs, steps, strict=True):
             # 8: it has sent GO, and nobody can know whether it arrived, so the program must not run here.
             # 10 and 4: the other side had not waited any longer, and said so; and the program's files went on changing.
-            code = paused.ends(4, 7, 10, 11, *[8] * (step in MAY_HAVE_SENT_GO))
+            code = paused.ends(4, 7, 10, 11, *[8] * (at in MAY_HAVE_SENT_GO))
             other.ends(7, 10, 11)
             if code == 8:
                 program.stays_stopped()

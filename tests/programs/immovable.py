@@ -1,0 +1,230 @@
+"""A program that has one of everything that cannot be moved yet.
+
+Writes the names of what it could make, one a line, to the file it is told, and then waits.
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+SYS_TIMER_CREATE, SYS_SECCOMP, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 317, 425, 462
+SYS_INOTIFY_INIT1, SYS_SIGNALFD4, SYS_TIMERFD_CREATE, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 289, 283, 300, 323
+MAP_HUGETLB = 0x40000
+PR_SET_NO_NEW_PRIVS = 38
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.shmat.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+kept: list[object] = []
+
+
+class Unavailable(Exception):
+    """This kernel has no such thing."""
+
+
+def checked(result: int) -> int:
+    """The result of a system call. Raises Unavailable."""
+    if result in (-1, None):
+        raise Unavailable(os.strerror(ctypes.get_errno()))
+    return result
+
+
+def child(directory: Path) -> None:
+    kept.append(subprocess.Popen(["sleep", "1000"], close_fds=True))
+
+
+def tcp_socket(directory: Path) -> None:
+    kept.append(socket.socket())
+
+
+def unix_socket(directory: Path) -> None:
+    kept.append(socket.socketpair())
+
+
+def pipe_that_leaves(directory: Path) -> None:
+    read_end, write_end = os.pipe()
+    kept.append(subprocess.Popen(["sleep", "1000"], stdin=read_end))
+    os.close(read_end)
+    kept.append(write_end)
+
+
+def fifo(directory: Path) -> None:
+    os.mkfifo(directory / "fifo")
+    kept.append(os.open(directory / "fifo", os.O_RDWR))
+
+
+def packet_pipe(directory: Path) -> None:
+    kept.append(os.pipe2(os.O_DIRECT))
+
+
+def open_deleted_file(directory: Path) -> None:
+    path = directory / "open-deleted"
+    kept.append(os.open(path, os.O_WRONLY | os.O_CREAT))
+    path.unlink()
+
+
+def replaced_file(directory: Path) -> None:
+    path = directory / "replaced"
+    path.touch()
+    kept.append(os.open(path, os.O_RDONLY))
+    path.unlink()
+    path.write_text("another")
+
+
+def mapped_deleted_file(directory: Path) -> None:
+    path = directory / "mapped-deleted"
+    path.write_bytes(bytes(4096))
+    with open(path, "r+b") as file:
+        kept.append(mmap.mmap(file.fileno(), 4096))
+    path.unlink()
+
+
+def locked_file(directory: Path) -> None:
+    fd = os.open(directory / "locked", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    kept.append(fd)
+
+
+def file_of_proc(directory: Path) -> None:
+    kept.append(os.open("/proc/self/stat", os.O_RDONLY))
+
+
+def eventfd(directory: Path) -> None:
+    kept.append(os.eventfd(0))
+
+
+def epoll(directory: Path) -> None:
+    kept.append(select.epoll())
+
+
+def timerfd(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_TIMERFD_CREATE, 0, 0)))
+
+
+def signalfd(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_SIGNALFD4, -1, ctypes.byref(ctypes.c_uint64(0)), 8, 0)))
+
+
+def inotify(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_INOTIFY_INIT1, 0)))
+
+
+def pidfd(directory: Path) -> None:
+    kept.append(os.pidfd_open(os.getpid()))
+
+
+def io_uring(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_IO_URING_SETUP, 4, ctypes.create_string_buffer(120))))
+
+
+def own_userfaultfd(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_USERFAULTFD, 0)))
+
+
+def terminal(directory: Path) -> None:
+    kept.append(os.openpty()[1])
+
+
+def memfd(directory: Path) -> None:
+    fd = os.memfd_create("immovable")
+    os.ftruncate(fd, 4096)
+    kept.append(mmap.mmap(fd, 4096))
+
+
+def shared_anonymous(directory: Path) -> None:
+    kept.append(mmap.mmap(-1, 4096))
+
+
+def system_v(directory: Path) -> None:
+    number = checked(libc.shmget(0, 4096, 0o600))
+    checked(libc.shmat(number, None, 0))
+    libc.shmctl(number, 0, None)
+
+
+def hugetlb(directory: Path) -> None:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB
+    if libc.mmap(None, 2 << 20, 3, flags, -1, 0) == ctypes.c_void_p(-1).value:
+        raise Unavailable("no huge pages are reserved")
+
+
+def sealed(directory: Path) -> None:
+    address = libc.mmap(None, 4096, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    checked(libc.syscall(SYS_MSEAL, ctypes.c_void_p(address), ctypes.c_size_t(4096), 0))
+
+
+def posix_timer(directory: Path) -> None:
+    checked(libc.syscall(SYS_TIMER_CREATE, 1, None, ctypes.byref(ctypes.c_int())))
+
+
+def deleted_directory(directory: Path) -> None:
+    (directory / "cwd").mkdir()
+    os.chdir(directory / "cwd")
+    (directory / "cwd").rmdir()
+
+
+def seccomp(directory: Path) -> None:
+    allow = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
+    program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", 1, ctypes.addressof(allow)))
+    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    checked(libc.syscall(SYS_SECCOMP, 1, 0, program))
+
+
+#: What is made, and what dump says of it.
+KINDS: dict[Callable[[Path], None], str] = {
+    child: "it has children (",
+    tcp_socket: "socket:[",
+    unix_socket: "socket:[",
+    pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
+    fifo: "/fifo: FIFOs cannot be moved yet",
+    packet_pipe: "packet mode (O_DIRECT)",
+    open_deleted_file: "/open-deleted (deleted): deleted files cannot be moved yet",
+    replaced_file: "/replaced (deleted): deleted files cannot be moved yet",
+    mapped_deleted_file: "/mapped-deleted (deleted)): the file has been deleted",
+    locked_file: "/locked: file locks and leases cannot be moved yet",
+    file_of_proc: "files of the kernel's own filesystems cannot be moved yet",
+    eventfd: "anon_inode:[eventfd]: descriptors of this kind cannot be moved yet",
+    epoll: "anon_inode:[eventpoll]: descriptors of this kind cannot be moved yet",
+    timerfd: "anon_inode:[timerfd]: descriptors of this kind cannot be moved yet",
+    signalfd: "anon_inode:[signalfd]: descriptors of this kind cannot be moved yet",
+    inotify: "inotify: descriptors of this kind cannot be moved yet",
+    pidfd: "[pidfd]: descriptors of this kind cannot be moved yet",
+    io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
+    own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
+    terminal: "a terminal that is not one of the standard streams cannot be moved yet",
+    memfd: "memfd memory cannot be moved yet",
+    shared_anonymous: "shared anonymous memory cannot be moved yet",
+    system_v: "System V shared memory cannot be moved yet",
+    hugetlb: "huge pages (hugetlb) cannot be moved yet",
+    sealed: "sealed mappings (mseal) cannot be moved yet",
+    posix_timer: "it has POSIX timers (timer_create), which cannot be moved yet",
+    deleted_directory: "its cwd directory",
+    seccomp: "it is confined by seccomp (filter mode)",
+}
+
+
+def main() -> None:
+    """Make all of it, say so, wait for SIGTERM."""
+    directory, ready = Path(sys.argv[1]), Path(sys.argv[2])
+    made = []
+    for kind in KINDS:
+        try:
+            kind(directory)
+            made.append(kind.__name__)
+        except (Unavailable, OSError) as reason:
+            print(f"{kind.__name__}: {reason}", file=sys.stderr)
+    Path(f"{ready}.new").write_text("\n".join(made))
+    os.rename(f"{ready}.new", ready)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
