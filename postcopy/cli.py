@@ -2,6 +2,7 @@
 
 import enum
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,8 +75,7 @@ def dump(
     display_stats: Statistics = False,
 ) -> None:
     """Hand a process over: listen for a destination, freeze the process, serve its memory until all of it is there."""
-    reporting.configure_logging(verbose, log_file)
-    end_on_signals()
+    _begin(verbose, log_file, status_fd)
     _need_lazy(lazy_pages, "dump")
     from postcopy.dump_side import session
 
@@ -111,9 +111,10 @@ def restore(
     display_stats: Statistics = False,
 ) -> None:
     """Take a process over: it runs here at once, its memory follows. Ends with the exit status of the program."""
-    reporting.configure_logging(verbose, log_file)
-    end_on_signals()
+    _begin(verbose, log_file, status_fd)
     _need_lazy(lazy_pages, "restore")
+    if pidfile and not os.access(pidfile.parent, os.W_OK):
+        raise UsageError(f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to")
     from postcopy.restore_side import session
     from postcopy.restore_side.fault_handler import Background
 
@@ -155,6 +156,20 @@ def check(
         reporting.show_movable(manifest, as_json)
 
 
+def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
+    """Log, end on signals, and refuse descriptors and files that are not there before anything is begun."""
+    try:
+        reporting.configure_logging(verbosity, log_file)
+    except OSError as error:
+        raise UsageError(f"cannot log to {log_file}: {error.strerror}") from None
+    end_on_signals()
+    if status_fd is not None:
+        try:
+            os.fstat(status_fd)
+        except OSError:
+            raise UsageError(f"--status-fd {status_fd} is not an open descriptor") from None
+
+
 def _need_lazy(lazy_pages: bool, command: str) -> None:
     if not lazy_pages:
         raise UsageError(
@@ -177,5 +192,9 @@ def main() -> None:
         if error.hint:
             log.error("what to do: %s", error.hint)
         sys.exit(error.exit_code)
+    except OSError as error:
+        log.error("%s", error)
+        log.debug("where it happened:", exc_info=True)
+        sys.exit(PostcopyError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -55,11 +55,10 @@ def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
     try:
         check_target(pid)
         return _survey(pid)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        # Files come and go too; only a process that is gone makes nonsense of all the rest.
-        if procfs.exists(pid) and procfs.stat(pid)[3] not in "ZX":
-            raise
-        raise DumpError(f"process {pid} ended while it was being looked at: {error.strerror}") from None
+    except OSError as error:
+        if not procfs.exists(pid) or procfs.stat(pid)[3] in "ZX":
+            raise DumpError(f"process {pid} ended while it was being looked at") from None
+        raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
 
 def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:

@@ -239,7 +239,10 @@ class _Takeover:
         scheduling()
         pid = self._built.pid
         if self._options.pidfile:
-            self._options.pidfile.write_text(f"{pid}\n")
+            try:
+                self._options.pidfile.write_text(f"{pid}\n")
+            except OSError as error:
+                log.error("the program runs, but its PID cannot be written to %s: %s", error.filename, error.strerror)
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
 
@@ -280,6 +283,8 @@ class _Takeover:
                     poll.unregister(self._news.fileno())
                     watching = False
                     lost = lost or self._silence()
+                    if self._watchdog:
+                        self._watchdog.wait()
                 continue
             if self._pidfd() in ready:
                 break
