@@ -4,8 +4,10 @@ import ctypes
 import mmap
 import os
 import select
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +16,18 @@ import pytest
 from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.serve import Board, serve_demand
 from postcopy.errors import DumpError, ProtocolError
-from postcopy.kernel.libc import syscall
+from postcopy.kernel import userfaultfd as uffdio
+from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.restore_side.fault_handler import Background
+from postcopy.restore_side.filling import Cause, Filling
 from postcopy.restore_side.latency import LatencyHistogram
+from postcopy.restore_side.residency import AddressSpace
 from postcopy.wire import pages as wire
 from tests.benchmarks.page_path import (
     BASE,
+    FEATURES,
     SYS_MADVISE,
     SYS_MMAP,
     SYS_MPROTECT,
@@ -29,6 +35,7 @@ from tests.benchmarks.page_path import (
     SYS_MUNMAP,
     PagePath,
     content,
+    map_memory,
 )
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd for system calls needs root")
@@ -302,6 +309,58 @@ def test_exec_ends_the_need_for_pages() -> None:
     with PagePath([REGION], lambda: os.execv("/bin/sleep", ["sleep", "100"]), Background("off")) as path:
         path.resume()
         path.report("drained")
+
+
+def _unmaps_and_waits(unmapped: bool) -> tuple[int, int]:
+    """A child with lazy memory at BASE, and its userfaultfd; its munmap(2) ends when its event is read."""
+    here, there = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)
+        uffdio.api(uffd, FEATURES)
+        map_memory(BASE, MIB)
+        uffdio.register(uffd, BASE, MIB, uffdio.UFFDIO_REGISTER_MODE_MISSING)
+        socket.send_fds(there, [b"u"], [uffd])
+        if unmapped:
+            syscall("munmap", SYS_MUNMAP, BASE + MIB // 2, MIB // 2)
+        signal.pause()
+    _, fds, _, _ = socket.recv_fds(here, 1, 1)
+    here.close()
+    there.close()
+    return pid, fds[0]
+
+
+def test_an_address_space_in_the_middle_of_a_change_does_not_hold_up_the_others_for_ever() -> None:
+    lazy = PageRanges.from_pairs([(BASE, BASE + MIB // 4)])
+    pages = mmap.mmap(-1, MIB // 4)
+    filling = Filling(lambda mm: None)
+    children = [_unmaps_and_waits(unmapped) for unmapped in (True, False)]
+    try:
+        changing, calm = children
+        while not select.select([changing[1]], [], [], 1)[0]:
+            pass
+        for _, uffd in children:
+            filling.adopt(uffd, AddressSpace(0, lazy))
+        assert not filling.fill(0, BASE, 1, address_of(pages), Cause.BULK)
+        assert [mm.residency.absent_pages for mm in filling.mms.values()] == [64, 63]
+        assert not filling.others_wait()
+        time.sleep(0.1)
+        assert filling.mms[changing[1]].stuck
+        assert not filling.mms[calm[1]].stuck
+        assert filling.others_wait()
+        filling.fill(0, BASE, 64, address_of(pages), Cause.BULK)
+        assert filling.incomplete == {filling.mms[changing[1]]}
+        assert not filling.others_wait()
+        assert uffdio.read_messages(changing[1])
+        filling.event_read(filling.mms[changing[1]])
+        while not filling.fill(0, BASE, 64, address_of(pages), Cause.BULK):
+            pass
+        assert not filling.incomplete
+    finally:
+        for pid, uffd in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(uffd)
 
 
 def _never_wakes(path: PagePath) -> None:

@@ -253,8 +253,9 @@ class Filling:
         return True
 
     def others_wait(self) -> bool:
-        """Whether an address space lacks pages and is not stuck."""
-        return any(not mm.stuck for mm in self.incomplete)
+        """Whether all that keeps pages from being filled is stuck, and other address spaces lack pages too."""
+        stalled = [mm for mm in self.incomplete if mm.stalled_since]
+        return 0 < len(stalled) < len(self.incomplete) and all(mm.stuck for mm in stalled)
 
     def nothing_put_off(self) -> None:
         """Everything that was put off has been done: whatever it waited for, it is there."""
