@@ -114,7 +114,9 @@ def restore(
     _begin(verbose, log_file, status_fd)
     _need_lazy(lazy_pages, "restore")
     if pidfile and not os.access(pidfile.parent, os.W_OK):
-        raise UsageError(f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to")
+        raise UsageError(
+            f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to"
+        )
     from postcopy.restore_side import session
     from postcopy.restore_side.fault_handler import Background
 
