@@ -86,7 +86,7 @@ def collect(thread: FrozenThread, seen: Observation | None, memory: ProcessMemor
             left = _nanoseconds(memory, place)
         else:
             left = _nanoseconds(memory, registers["rdi" if number == _NANOSLEEP else "rdx"]) - elapsed
-    elif number == _POLL:
+    elif number == _POLL and registers["rsi"] <= _MOST_POLLED:
         left = (registers["rdx"] & 0x7FFF_FFFF) * 1_000_000 - elapsed
     elif number == _FUTEX and registers["rsi"] & _FUTEX_COMMAND == _FUTEX_WAIT:
         left = _nanoseconds(memory, registers["r10"]) - elapsed

@@ -77,7 +77,7 @@ def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
         reader.close()
     manifest = Manifest(
         pid=int(procfs.status(pid)["NSpid"].split()[-1]),
-        tids=[int(procfs.status(pid, tid)["NSpid"].split()[-1]) for tid in procfs.tids(pid)],
+        tids=list(_inner_tids(pid)),
         name=procfs.stat(pid)[2],
         files=[*memory.identities(layout), *table.needed, *exe],
         vdso=vdso,
@@ -86,6 +86,14 @@ def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
         highest_fd=max((slot.fd for slot in slots.slots), default=0),
     )
     return manifest, frozenset(table.pipe_numbers)
+
+
+def _inner_tids(pid: int) -> Iterator[int]:
+    """The threads as the process itself sees them."""
+    for tid in procfs.tids(pid):
+        # A thread may end while we look.
+        with contextlib.suppress(OSError):
+            yield int(procfs.status(pid, tid)["NSpid"].split()[-1])
 
 
 def _own_line() -> Iterator[int]:
