@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
-from postcopy.kernel.calls import Call, call
+from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.executor import (
     CODE_SIZE,
     Executor,
@@ -22,6 +22,7 @@ from postcopy.kernel.executor import (
     signal_bit,
     stop_signal,
 )
+from postcopy.kernel.libc import syscall
 from postcopy.kernel.page import PAGE_SIZE, page_up
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.ptrace import Registers
@@ -112,12 +113,16 @@ class Frozen:
             return
         self.durable = True
         leader, *others = self.threads
-        os.kill(self.pid, signal.SIGSTOP)
-        # Blocked, no other signal can come first; a thread left alone takes its mask back with the stop.
-        ptrace.set_signal_mask(leader.tid, _ALL)
+        # A thread's own queue is looked at before that of the process: only what waits there could come first.
+        own = ptrace.pending_signals(leader.tid, shared=False)
+        blocks = any(not leader.signal_mask & signal_bit(int.from_bytes(info[:4], "little")) for info in own)
+        syscall("stopping a thread", NUMBERS["tgkill"], self.pid, leader.tid, signal.SIGSTOP)
+        if blocks:
+            ptrace.set_signal_mask(leader.tid, _ALL)
         ptrace.cont(leader.tid)
         self._expect(leader.tid, lambda stop: stop.signal == signal.SIGSTOP and not stop.event)
-        ptrace.set_signal_mask(leader.tid, leader.signal_mask)
+        if blocks:
+            ptrace.set_signal_mask(leader.tid, leader.signal_mask)
         ptrace.cont(leader.tid, signal.SIGSTOP)
         # Only when the leader has arrived is the stop pending for the others: let go before, they would run on.
         self._expect(leader.tid, _is_group_stop)
