@@ -11,11 +11,18 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from postcopy.dump_side import freeze, memory, sleepers
+from postcopy.dump_side.collect import collect
+from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.guard import Guard
+from postcopy.kernel import procfs, ptrace
+from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.reporting import PAUSE_AT
 from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.programs import witness
@@ -316,6 +323,99 @@ def test_source_runs_on_when_the_link_is_cut_before_commit(scene: Scene, steps: 
         program.goes_on()
         program.finish()
         scene.watched.remove(program)
+
+
+# -- between two events: killed at each single step of the freeze -----------------------------------------------------
+
+
+class Steps:
+    """Counts what is done to the target, and dies before a given step; only in a process made for that."""
+
+    def __init__(self, last: int) -> None:
+        self._left = last
+
+    def count(self, owner: object, name: str) -> None:
+        """Let a function be a step."""
+        function = getattr(owner, name)
+
+        def counted(*arguments: object) -> object:
+            if not self._left:
+                signal.raise_signal(signal.SIGKILL)
+            self._left -= 1
+            return function(*arguments)
+
+        setattr(owner, name, counted)
+
+
+def freeze_and_die(pid: int, steps: int) -> None:
+    """All that dump does to a process before commit, but for so many steps; then it is given back."""
+    counter = Steps(steps)
+    for owner, name in ((ptrace, "_ptrace"), (ptrace, "wait"), (ProcessMemory, "write"), (freeze, "syscall")):
+        counter.count(owner, name)
+    frozen = Frozen(pid)
+    guard = Guard(frozen.pidfd)
+    smaps = memory.SmapsReader(pid)
+    sleeping = sleepers.observe(pid)
+    frozen.freeze()
+    smaps.begin()
+    collect(frozen, 0, smaps, frozenset(), sleeping)
+    guard.stopping()
+    frozen.stop_durably()
+    frozen.thaw()
+    smaps.close()
+    guard.dismiss()
+
+
+def die_after(pid: int, steps: int) -> bool:
+    """Do so in a process of its own; whether it came to the end."""
+    child = os.fork()
+    if not child:
+        try:
+            freeze_and_die(pid, steps)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), f"after {steps} steps: {status}"
+    return status == 0
+
+
+def blocked_signals(pid: int) -> set[str]:
+    """The signal masks of all threads."""
+    return {procfs.status(pid, tid)["SigBlk"] for tid in procfs.tids(pid)}
+
+
+def test_program_runs_on_untouched_after_dump_is_killed_at_any_step(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "tests.programs.witness", "--megabytes", "1", "--few", "--log", str(log)]
+    null = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=null, stdout=null, stderr=null) as program:
+        try:
+            wait_until(lambda: len(witness.records(log)) > 10, SECONDS, "the witness ticks")
+            masks = blocked_signals(program.pid)
+            steps = 0
+            done = False
+            while not done:
+                done = die_after(program.pid, steps)
+                after = f"after {steps} steps"
+                # The guard may still have to wake it.
+                wait_until(lambda: procfs.status(program.pid)["State"][0] in "SR", SECONDS, f"it runs {after}")
+                # A thread that is still on its way out of the executor has its mask back when it ticks.
+                before = log.stat().st_size
+                wait_until(lambda: log.stat().st_size > before or program.poll(), SECONDS, f"ticks {after}")  # noqa: B023
+                wait_until(lambda: blocked_signals(program.pid) == masks, SECONDS, f"its masks are as before {after}")
+                assert procfs.status(program.pid)["TracerPid"] == "0"
+                assert program.poll() is None, f"{after}: {witness.records(log)[-1]}"
+                steps += 1
+            assert steps > 50
+            program.terminate()
+            assert program.wait(SECONDS) == 0, witness.records(log)[-1]
+            found = witness.records(log)
+            assert [record.number for record in found] == list(range(1, len(found) + 1))
+        finally:
+            program.kill()
 
 
 # -- after commit ------------------------------------------------------------------------------------------------------

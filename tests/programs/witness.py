@@ -220,11 +220,12 @@ def main() -> int:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=4)
     parser.add_argument("--alone", action="store_true", help="one of many programs: fewer threads, fewer ticks")
+    parser.add_argument("--few", action="store_true", help="fewer threads")
     options = parser.parse_args()
     pause = 0.02 if options.alone else TICK_SECONDS
     witness = Witness(options.log, (options.megabytes << 20) // mmap.PAGESIZE, pause)
     witness.start(sleep_in_the_kernel())
-    if options.alone:
+    if options.alone or options.few:
         return witness.run()
     witness.start(compute_in_vector_registers())
     witness.start(compute_in_float_registers())
