@@ -151,6 +151,9 @@ class _Handoff:
                 frozen.stop_durably()
                 go = control.Go(signals.late(frozen, collected))
                 self._reporter.event("stopped")
+                if select.select([self._control], [], [], 0)[0]:
+                    # Nothing is due but that the destination has given up: the last moment to hear it.
+                    self._control.receive({})
             with uninterrupted():
                 # Whoever dies from here on: nobody wakes the tree, since nobody can know whether GO arrived.
                 guard.committing()

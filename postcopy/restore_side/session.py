@@ -148,17 +148,20 @@ class _Takeover:
             self._boot_bytes = len(pages)
             self._hand_over(process)
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
+            self._check_daemon()
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
 
     def _await_go(self) -> control.Go:
         assert self._watchdog is not None
-        poll = select.poll()
-        for fd in (self._watchdog.pidfd, self._channels.control.fileno()):
-            poll.register(fd, select.POLLIN)
-        if any(fd == self._watchdog.pidfd for fd, _ in poll.poll()):
-            raise RestoreError("the daemon that would fetch the program's memory has died")
+        select.select([self._watchdog.pidfd, self._channels.control], [], [])
+        self._check_daemon()
         return self._channels.control.expect(Kind.GO, control.Go)
+
+    def _check_daemon(self) -> None:
+        assert self._watchdog is not None
+        if select.select([self._watchdog.pidfd], [], [], 0)[0]:
+            raise RestoreError("the daemon that would fetch the program's memory has died")
 
     def _only(self, tree: Tree) -> Process:
         if len(tree.processes) != 1:
