@@ -154,7 +154,7 @@ class _Takeover:
 
     def _await_go(self) -> control.Go:
         assert self._watchdog is not None
-        select.select([self._watchdog.pidfd, self._channels.control], [], [])
+        select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
         self._check_daemon()
         return self._channels.control.expect(Kind.GO, control.Go)
 
