@@ -8,9 +8,11 @@ run: the witness's numbers would stand twice in its log.
 import contextlib
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -416,6 +418,55 @@ def test_program_runs_on_untouched_after_dump_is_killed_at_any_step(tmp_path: Pa
             assert [record.number for record in found] == list(range(1, len(found) + 1))
         finally:
             program.kill()
+
+
+def test_program_survives_kills_at_random_moments_and_can_be_moved_afterwards(scene: Scene) -> None:
+    choose = random.Random(SEED)
+    program = scene.watch()
+    survived = 0
+    for _ in range(ROUNDS):
+        source, destination = program.dump(), program.restore()
+        source.await_event("prepared")
+        # The one wait by the clock: the moment is what is random.
+        time.sleep(choose.uniform(0, 0.06))
+        source.process.kill()
+        source.process.wait(SECONDS)
+        if '"event": "stopped"' in source.errors.with_suffix(".out").read_text():
+            # Too late: GO may have been sent, and what happens then is for other tests.
+            destination.process.kill()
+            scene.clear()
+            program = scene.watch()
+            continue
+        destination.ends(7)
+        scene.nothing_is_left()
+        program.goes_on(same_mappings=False)
+        survived += 1
+    assert survived > ROUNDS / 3
+    source, destination = program.dump(), program.restore()
+    assert source.process.wait(SECONDS) == 0, source.text
+    destination.await_event("running")
+    scene.hosts.b.kill(program.pid, signal.SIGTERM)
+    assert destination.process.wait(SECONDS) == 0, program.explain()
+    program.ran_once()
+    scene.watched.remove(program)
+
+
+@pytest.mark.parametrize("role", ["postcopy-faults", "postcopy-receive", "postcopy-watch"])
+def test_source_runs_on_when_the_daemon_dies_before_commit(scene: Scene, watched: Watched, role: str) -> None:
+    destination, source = watched.both("restore", "built")
+    scene.hosts.b.kill(of_role(scene.hosts.b, role))
+    if role != "postcopy-watch":
+        wait_until(
+            lambda: scene.hosts.b.proc_state(of_role(scene.hosts.b, "postcopy-watch")) == "Z", SECONDS, "it ends"
+        )
+    destination.process.send_signal(signal.SIGCONT)
+    destination.process.wait(SECONDS)
+    source.process.wait(SECONDS)
+    assert "Traceback" not in destination.text + source.text
+    assert destination.process.returncode == 4, destination.text
+    assert source.process.returncode == 10, source.text
+    scene.nothing_is_left()
+    watched.goes_on()
 
 
 # -- after commit ------------------------------------------------------------------------------------------------------
