@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from postcopy.dump_side import collect, memory
+from postcopy.dump_side import collect, freeze, memory
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.signals import late
+from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.calls import call
 from tests.hosts import wait_until
@@ -172,3 +173,164 @@ def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
         finally:
             frozen.thaw()
             frozen.close()
+
+
+@contextlib.contextmanager
+def frozen_threads(pid: int) -> Iterator[Frozen]:
+    """A process that is frozen inside."""
+    frozen = Frozen(pid)
+    try:
+        frozen.freeze()
+        yield frozen
+    finally:
+        frozen.thaw()
+        frozen.close()
+
+
+def pending(pid: int) -> set[int]:
+    """The signals that wait for a process as a whole."""
+    return {info[0] for info in ptrace.pending_signals(pid, shared=True)}
+
+
+@pytest.mark.parametrize("while_calling", [False, True])
+def test_signals_that_come_while_calls_are_made_stay_pending(while_calling: bool) -> None:
+    with program(SPINNING) as process, frozen_threads(process.pid) as frozen:
+        if not while_calling:
+            process.send_signal(signal.SIGUSR1)
+        with frozen.executors(vdso_of(process.pid)) as executors:
+            batch = executors[0].batch()
+            batch.add(call("rt_sigprocmask", 0, 0, batch.room(8), 8))
+            if while_calling:
+                process.send_signal(signal.SIGUSR1)
+            executors[0].run(batch)
+        assert pending(process.pid) == {signal.SIGUSR1}
+        # The program has no handler for it.
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("while_calling", [False, True])
+def test_sigstop_that_comes_while_calls_are_made_is_not_lost(while_calling: bool) -> None:
+    # It cannot be blocked, so it comes between our calls.
+    with program(SPINNING) as process:
+        with frozen_threads(process.pid) as frozen:
+            if not while_calling:
+                process.send_signal(signal.SIGSTOP)
+            with frozen.executors(vdso_of(process.pid)) as executors:
+                if while_calling:
+                    process.send_signal(signal.SIGSTOP)
+                for executor in executors:
+                    batch = executor.batch()
+                    number = batch.add(call("rt_sigprocmask", 0, 0, batch.room(8), 8))
+                    assert executor.run(batch).value(number) == 0
+            assert pending(process.pid) == {signal.SIGSTOP}
+        wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: state(process.pid) in "RS", 5, "it runs again")
+
+
+def test_no_sigcont_wakes_a_process_that_has_been_let_go_after_commit() -> None:
+    with program(SPINNING) as process:
+        frozen = Frozen(process.pid)
+        frozen.freeze()
+        frozen.stop_durably()
+        process.send_signal(signal.SIGCONT)
+        before = [ptrace.get_registers(thread.tid) for thread in frozen.threads]
+        tids = [thread.tid for thread in frozen.threads]
+        frozen.let_go()
+        frozen.close()
+        wait_until(lambda: {procfs.status(process.pid, tid)["State"][0] for tid in tids} == {"T"}, 5, "it is stopped")
+        with frozen_threads(process.pid) as again:
+            assert [ptrace.get_registers(thread.tid) for thread in again.threads] == before
+
+
+def test_job_that_is_continued_while_it_is_frozen_runs_after_the_thaw() -> None:
+    with program(SPINNING) as process:
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
+        with frozen_threads(process.pid) as frozen:
+            assert frozen.stopped_by == signal.SIGSTOP
+            with frozen.executors(vdso_of(process.pid)) as executors:
+                for executor in executors:
+                    executor.run(executor.batch())
+            process.send_signal(signal.SIGCONT)
+        wait_until(lambda: state(process.pid) in "RS", 5, "it runs again")
+
+
+def test_job_that_was_stopped_is_stopped_again_after_the_thaw() -> None:
+    with program(SPINNING) as process:
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
+        with frozen_threads(process.pid) as frozen, frozen.executors(vdso_of(process.pid)) as executors:
+            for executor in executors:
+                executor.run(executor.batch())
+        tids = procfs.tids(process.pid)
+        wait_until(lambda: {procfs.status(process.pid, tid)["State"][0] for tid in tids} == {"T"}, 5, "it is stopped")
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: state(process.pid) in "RS", 5, "it runs again")
+
+
+def test_trap_flag_of_the_program_does_not_step_through_our_calls() -> None:
+    # A SIGTRAP while it is blocked makes the kernel take the program's handler away, and kill it with the next.
+    source = f"import signal; signal.signal(signal.SIGTRAP, lambda *_: None)\n{SPINNING}"
+    with program(source) as process, frozen_threads(process.pid) as frozen:
+        caught = procfs.status(process.pid)["SigCgt"]
+        plain = [thread.registers for thread in frozen.threads]
+        for thread in frozen.threads:
+            thread.registers = thread.registers.changed(eflags=thread.registers["eflags"] | 0x100)
+            ptrace.set_registers(thread.tid, thread.registers)
+        with frozen.executors(vdso_of(process.pid)) as executors:
+            for executor in executors:
+                executor.run(executor.batch())
+        assert [ptrace.get_registers(thread.tid) for thread in frozen.threads] == [
+            thread.registers for thread in frozen.threads
+        ]
+        assert procfs.status(process.pid)["SigCgt"] == caught
+        for thread, registers in zip(frozen.threads, plain, strict=True):
+            ptrace.set_registers(thread.tid, registers)
+
+
+def test_threads_already_stopped_are_given_back_when_another_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with program(SPINNING) as process:
+        last = procfs.tids(process.pid)[-1]
+        seize = freeze._seize
+
+        def refuse(pid: int, tid: int) -> bool:
+            if tid == last:
+                raise DumpError("no")
+            return seize(pid, tid)
+
+        monkeypatch.setattr(freeze, "_seize", refuse)
+        frozen = Frozen(process.pid)
+        with pytest.raises(DumpError):
+            frozen.freeze()
+        frozen.close()
+        assert {procfs.status(process.pid, tid)["TracerPid"] for tid in procfs.tids(process.pid)} == {"0"}
+
+
+def test_freeze_is_not_hindered_by_threads_that_come_and_go() -> None:
+    source = SPINNING.replace("print", "threading.Thread(target=churn, daemon=True).start()\nprint", 1)
+    churn = "def churn():\n    while True:\n        threading.Thread(target=int).start()\n"
+    with program(churn + source) as process:
+        for _ in range(100):
+            with frozen_threads(process.pid) as frozen:
+                assert {thread.tid for thread in frozen.threads} == set(procfs.tids(process.pid))
+
+
+WAITING = """
+import ctypes, signal
+libc = ctypes.CDLL(None)
+wanted = (ctypes.c_ulong * 16)(1 << (signal.SIGUSR1 - 1))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+print("ready", flush=True)
+print(libc.sigwaitinfo(wanted, None), flush=True)
+"""
+
+
+def test_call_that_a_stop_breaks_off_is_begun_again() -> None:
+    with program(WAITING) as process:
+        wait_until(lambda: procfs.read(process.pid, "syscall").startswith(b"128 "), 5, "it waits")
+        with frozen_threads(process.pid):
+            pass
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{int(signal.SIGUSR1)}\n".encode()

@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,11 +17,13 @@ from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.executor import (
     CODE_SIZE,
+    ERESTARTNOHAND,
     Executor,
     lone_syscall,
     lone_syscall_stub,
     signal_bit,
     stop_signal,
+    untrapped,
 )
 from postcopy.kernel.libc import syscall
 from postcopy.kernel.page import PAGE_SIZE, page_up
@@ -34,6 +37,7 @@ _LEADER_ROOM = 256 * 1024
 _THREAD_ROOM = PAGE_SIZE
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
+_LAST_LOOKS = 50  # of a millisecond each
 
 
 @dataclass
@@ -66,18 +70,23 @@ class Frozen:
     def freeze(self) -> None:
         """Stop every thread; raises DumpError when a thread cannot be had. On an error everything runs on."""
         stopped: dict[int, int] = {}
+        awaited: set[int] = set()
         try:
             while fresh := [tid for tid in procfs.tids(self.pid) if tid not in stopped]:
-                seized = [tid for tid in fresh if _seize(tid)]
-                for tid in seized:
+                for tid in fresh:
+                    if _seize(self.pid, tid):
+                        awaited.add(tid)
+                for tid in sorted(awaited):
                     group_stop = _wait_for_stop(tid)
+                    awaited.remove(tid)
                     if group_stop is not None:
                         stopped[tid] = group_stop
             order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
             self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
         except BaseException:
-            for tid, group_stop in stopped.items():
-                _give_back(tid, group_stop)
+            _give_up(awaited)
+            for tid in sorted(stopped, key=lambda tid: tid == self.pid):
+                _give_back(tid)
             raise
         if not self.threads or self.threads[0].tid != self.pid:
             self.thaw()
@@ -85,8 +94,9 @@ class Frozen:
 
     def thaw(self) -> None:
         """Let the process run on as if nothing had happened."""
-        for thread in self.threads:
-            _give_back(thread.tid, thread.group_stop)
+        # The leader last: where the process has been killed, its end is told when all others have been waited for.
+        for thread in reversed(self.threads):
+            _give_back(thread.tid)
         if self.durable and not self.stopped_by:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
@@ -94,7 +104,8 @@ class Frozen:
 
     def let_go(self) -> None:
         """Stop tracing a durably stopped process; it stays stopped."""
-        for thread in self.threads:
+        self.stay_stopped()
+        for thread in reversed(self.threads):
             _give_back(thread.tid)
         self.threads = []
 
@@ -131,6 +142,15 @@ class Frozen:
         for thread in others:
             self._expect(thread.tid, _is_group_stop)
 
+    def stay_stopped(self) -> None:
+        """See to it that no SIGCONT from anywhere has undone, or will undo, the durable stop.
+
+        SIGCONT ends a group-stop even of threads that a tracer holds; they would run on when we let them go. A SIGSTOP
+        that is still pending then stops them again before they make a step, and takes the place of a pending SIGCONT.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
+
     def _expect(self, tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
         stop = ptrace.wait(tid)
         if not wanted(stop):
@@ -151,21 +171,23 @@ class Frozen:
         size = page_up(_LEADER_ROOM + _THREAD_ROOM * (len(self.threads) - 1))
         leader = self.threads[0]
         self.memory.write(stub, lone_syscall_stub(leader.signal_mask, leader.registers))
-        ptrace.set_registers(leader.tid, leader.registers.changed(rip=stub + 2, orig_rax=_ALL))
-        arena = self._lone(stub, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0))
+        swallowed: list[int] = []
+        ptrace.set_registers(leader.tid, untrapped(leader.registers).changed(rip=stub + 2, orig_rax=_ALL))
+        # First the registers, then the mask: a thread left alone in between heals and takes its mask back.
+        ptrace.set_signal_mask(leader.tid, _ALL)
+        executors: list[Executor] = []
+        arena = 0
         try:
-            executors = []
-            base = arena
+            base = arena = self._map(stub, size, swallowed)
             for thread in self.threads:
                 own = thread.status
                 stop = stop_signal(int(own["SigCgt"], 16), int(own["SigPnd"], 16) | int(own["ShdPnd"], 16))
                 inner = int(own["NStgid"].split()[-1]), int(own["NSpid"].split()[-1])
                 room = _LEADER_ROOM if thread is leader else _THREAD_ROOM
-                executor = Executor(self.pid, thread.tid, self.memory, base, room, stop, inner)
+                executor = Executor(thread.tid, self.memory, base, room, stop, inner)
                 executor.install(thread.signal_mask, thread.registers)
                 executors.append(executor)
                 base += room
-                # First the registers, then the mask: a thread left alone in between heals and takes its mask back.
                 ptrace.set_registers(thread.tid, executor.healing(thread.registers))
                 ptrace.set_signal_mask(thread.tid, _ALL & ~signal_bit(stop))
             yield executors
@@ -173,7 +195,9 @@ class Frozen:
             for thread in self.threads[1:]:
                 ptrace.set_signal_mask(thread.tid, thread.signal_mask)
                 ptrace.set_registers(thread.tid, thread.registers)
-            self._lone(stub, call("munmap", arena, size))
+            ptrace.set_signal_mask(leader.tid, _ALL)
+            if arena:
+                self._lone(stub, call("munmap", arena, size), swallowed)
             # From here get_signal() must be the next thing it does: only there are interrupted calls restarted.
             ptrace.interrupt(leader.tid)
             ptrace.set_signal_mask(leader.tid, leader.signal_mask)
@@ -181,9 +205,21 @@ class Frozen:
             ptrace.cont(leader.tid)
             _wait_for_stop(leader.tid)
             self.memory.write(stub, covered)
+            for number in (*swallowed, *(number for each in executors for number in each.swallowed)):
+                os.kill(self.pid, number)
 
-    def _lone(self, stub: int, made: Call) -> int:
-        result = lone_syscall(self.pid, stub, made)
+    def _map(self, stub: int, size: int, swallowed: list[int]) -> int:
+        """Map memory for the executors."""
+        try:
+            return self._lone(stub, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0), swallowed)
+        except DumpError as error:
+            raise DumpError(
+                f"process {self.pid} has no room for {size} bytes that the dump needs in it: {error.message}",
+                "raise its limits with prlimit(1): --as, --data, --memlock; or vm.max_map_count",
+            ) from None
+
+    def _lone(self, stub: int, made: Call, swallowed: list[int]) -> int:
+        result = lone_syscall(self.pid, stub, made, swallowed)
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
         return result
@@ -203,15 +239,38 @@ def _is_group_stop(stop: ptrace.Stop) -> bool:
     return stop.event == ptrace.PTRACE_EVENT_STOP and stop.signal in _STOPPING
 
 
-def _seize(tid: int) -> bool:
+def _seize(pid: int, tid: int) -> bool:
     try:
         ptrace.seize(tid, _OPTIONS)
         ptrace.interrupt(tid)
     except OSError as error:
-        if error.errno == errno.ESRCH:
+        # A thread that is just ending is refused with EPERM, like one that somebody else traces.
+        if error.errno == errno.ESRCH or (tid != pid and _has_ended(pid, tid)):
             return False
         raise DumpError(f"thread {tid} cannot be traced: {error.strerror}") from None
     return True
+
+
+def _has_ended(pid: int, tid: int) -> bool:
+    try:
+        status = procfs.status(pid, tid)
+    except OSError:
+        return True
+    return status["State"][0] in "XZ" and status["TracerPid"] == "0"
+
+
+def _give_up(awaited: set[int]) -> None:
+    """Let go of threads whose stop has not been seen; what does not stop in time, our death lets go."""
+    for _ in range(_LAST_LOOKS):
+        for tid in list(awaited):
+            stop = ptrace.look(tid)
+            if stop is not None:
+                awaited.remove(tid)
+                if stop.ended is None:
+                    _give_back(tid, stop.signal if not stop.event else 0)
+        if not awaited:
+            break
+        time.sleep(0.001)
 
 
 def _wait_for_stop(tid: int) -> int | None:
@@ -228,11 +287,28 @@ def _wait_for_stop(tid: int) -> int | None:
 
 def _look(pid: int, tid: int, group_stop: int, memory: ProcessMemory) -> FrozenThread:
     registers = ptrace.get_registers(tid)
+    if _is_broken_off(registers):
+        # Where a signal handler is to run the kernel makes EINTR of this, and else begins the call again.
+        registers = registers.changed(rax=-ERESTARTNOHAND & _ALL)
+        ptrace.set_registers(tid, registers)
     rseq = ptrace.rseq_configuration(tid)
     if rseq.pointer:
         registers = _out_of_critical_section(registers, rseq, memory)
     status = procfs.status(pid, tid)
     return FrozenThread(tid, registers, ptrace.get_signal_mask(tid), rseq, group_stop, status)
+
+
+def _is_broken_off(registers: Registers) -> bool:
+    """Whether a call has ended with EINTR, although no signal handler need have run, and can be begun again.
+
+    A few calls give up when their thread is stopped (signal(7)), which the program must not notice. With a timeout
+    they are left as they are: it would begin anew.
+    """
+    timeouts = {NUMBERS["rt_sigtimedwait"]: "rdx", NUMBERS["semtimedop"]: "r10"}
+    number = registers["orig_rax"]
+    if registers["rax"] != -errno.EINTR & _ALL or not (number == NUMBERS["semop"] or number in timeouts):
+        return False
+    return number not in timeouts or not registers[timeouts[number]]
 
 
 def _out_of_critical_section(registers: Registers, rseq: ptrace.RseqConfiguration, memory: ProcessMemory) -> Registers:

@@ -158,12 +158,13 @@ class _Handoff:
                 # Whoever dies from here on: nobody wakes the tree, since nobody can know whether GO arrived.
                 guard.committing()
                 committed = True
+                frozen.stay_stopped()
                 self._control.send(Kind.GO, go)
             self._control.expect(Kind.RESUMED, control.Nothing)
             self._resumed_at = time.monotonic_ns()
             self._standstill = self._resumed_at - began
             self._reporter.event("resumed", standstill_ns=self._standstill)
-            statistics = self._serve()
+            statistics = self._serve(frozen)
             self._end(frozen)
             self._tell(statistics)
         except (PostcopyError, OSError) as error:
@@ -210,8 +211,8 @@ class _Handoff:
         ]
         self._lazy_pages = lazy.total_pages
 
-    def _serve(self) -> control.Drained:
-        """Watch over the servers until the destination says that it has every page."""
+    def _serve(self, frozen: Frozen) -> control.Drained:
+        """Watch over the servers, and over the stop, until the destination says that it has every page."""
         poll = select.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         while True:
@@ -220,6 +221,7 @@ class _Handoff:
             for server in self._servers:
                 if server.ended_badly():
                     raise ConnectionLost(f"{server.name} ended before the destination had every page")
+            frozen.stay_stopped()
             sent = self._board.demand_bytes + self._board.bulk_bytes
             self._reporter.event(
                 "progress",

@@ -12,7 +12,7 @@ from postcopy.kernel.executor import Answers, Batch
 from postcopy.state import LateSignal, Process, Signals
 
 _SI_CODE = struct.Struct("<8xi")  # the third field of siginfo
-_SIGSTOP, _SIGCONT = 19, 18
+_SIGSTOP = 19
 
 ACTION_SIZE = 32  # struct kernel_sigaction of x86-64: handler, flags, restorer, mask
 _SIGNALS = 64
@@ -55,5 +55,5 @@ def _new(tid: int, shared: bool, before: list[bytes]) -> Iterator[bytes]:
     for siginfo in ptrace.pending_signals(tid, shared):
         if known[siginfo]:
             known[siginfo] -= 1
-        elif _SI_CODE.unpack_from(siginfo)[0] <= 0 and siginfo[0] not in (_SIGSTOP, _SIGCONT):
+        elif _SI_CODE.unpack_from(siginfo)[0] <= 0 and siginfo[0] != _SIGSTOP:
             yield siginfo

@@ -60,6 +60,9 @@ def observe(pid: int) -> dict[int, Observation]:
 def places(thread: FrozenThread) -> list[int]:
     """Addresses that the call reads or writes when it is begun again at the destination."""
     registers = thread.registers
+    if interrupted(registers) and registers["orig_rax"] == _FUTEX:
+        # The calls for PI futexes end with EFAULT where userfaultfd would have to make them wait for the page.
+        return [registers["rdi"], registers["r8"]]
     number = _number(thread)
     if number in (_NANOSLEEP, _CLOCK_NANOSLEEP):
         remaining = _remaining_place(thread, number)

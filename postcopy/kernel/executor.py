@@ -23,7 +23,7 @@ The code, with rip-relative places for what healing needs::
             jmp   call
 """
 
-import os
+import errno
 import signal
 import struct
 from collections.abc import Iterable
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 from postcopy.kernel import ptrace
 from postcopy.kernel.calls import Call, call
+from postcopy.kernel.libc import refused
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.ptrace import Registers
 
@@ -51,6 +52,7 @@ _NR_RESTART_SYSCALL = 219
 
 _STOP_SIGNALS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+_TRAP_FLAG = 1 << 8  # of eflags: a SIGTRAP after every instruction
 
 
 def signal_bit(number: int) -> int:
@@ -59,9 +61,23 @@ def signal_bit(number: int) -> int:
 
 
 def stop_signal(caught: int, pending: int) -> int:
-    """The signal that ends a list: ignored by default, best not caught (then nobody notices it), never pending."""
+    """The signal that ends a list: ignored by default, best not caught (then nobody notices it), never pending.
+
+    Raises OSError EBUSY where all of them are pending.
+    """
     free = [s for s in _STOP_SIGNALS if not pending & signal_bit(s)]
+    if not free:
+        names = ", ".join(s.name for s in _STOP_SIGNALS)
+        raise refused(f"stopping a thread after its calls: {names} are all pending", errno.EBUSY)
     return next((s for s in free if not caught & signal_bit(s)), free[0])
+
+
+def untrapped(registers: Registers) -> Registers:
+    """Registers for code of ours: single-stepped by the program's own trap flag, it would raise SIGTRAP.
+
+    A thread that is left alone in our code loses the flag: it heals without it.
+    """
+    return registers.changed(eflags=registers["eflags"] & ~_TRAP_FLAG)
 
 
 def interrupted(registers: Registers) -> int:
@@ -177,11 +193,10 @@ class Executor:
     """A stopped thread with its stub: ``base`` is executable memory of the target, of ``capacity`` bytes."""
 
     def __init__(
-        self, pid: int, tid: int, memory: ProcessMemory, base: int, capacity: int, stop: int, inner: tuple[int, int]
+        self, tid: int, memory: ProcessMemory, base: int, capacity: int, stop: int, inner: tuple[int, int]
     ) -> None:
         """``inner`` is the PID and TID as the thread itself sees them, ``stop`` the signal that ends a list."""
         self.tid = tid
-        self._pid = pid
         self._memory = memory
         self._base = base
         self._capacity = capacity
@@ -189,6 +204,7 @@ class Executor:
         self._last = call("tgkill", *inner, stop)
         self._running: Batch | None = None
         self.born: list[int] = []  # tasks that the calls made, while PTRACE_O_TRACECLONE was on
+        self.swallowed: list[int] = []  # signals of somebody else that came meanwhile, to be sent again
 
     def install(self, mask: int, registers: Registers) -> None:
         """Write the stub, with what a thread without a tracer takes back."""
@@ -196,7 +212,7 @@ class Executor:
 
     def healing(self, registers: Registers) -> Registers:
         """Registers with which the thread, if left alone, goes back to where `install` found it."""
-        return registers.changed(rip=self._base + len(_CALLS), orig_rax=_ALL_SIGNALS)
+        return untrapped(registers).changed(rip=self._base + len(_CALLS), orig_rax=_ALL_SIGNALS)
 
     @property
     def syscall_at(self) -> int:
@@ -213,7 +229,7 @@ class Executor:
         self._memory.write(batch.base, records)
         if top:
             self._memory.write(batch.base + batch.capacity - len(top), top)
-        registers = ptrace.get_registers(self.tid)
+        registers = untrapped(ptrace.get_registers(self.tid))
         # orig_rax -1: the kernel must not take a leftover in rax for an interrupted call and move rip.
         ptrace.set_registers(self.tid, registers.changed(rip=self._base, rbx=batch.base, rax=0, orig_rax=_ALL_SIGNALS))
         self._running = batch
@@ -231,7 +247,6 @@ class Executor:
         """Wait for the end of the started list. Raises OSError ESRCH where the thread ended."""
         batch = self._running
         assert batch is not None
-        foreign = False
         while True:
             stop = stop or ptrace.wait(self.tid)
             if stop.ended is not None:
@@ -243,11 +258,9 @@ class Executor:
                 continue
             if self.at_end(stop):
                 break
-            foreign = True
+            _note(stop, self.swallowed)
             ptrace.cont(self.tid)
             stop = None
-        if foreign:  # somebody else's signal of the same number must not be lost
-            os.kill(self._pid, self._stop)
         self._running = None
         count = len(batch.calls)
         raw = self._memory.read(batch.base, RECORD_SIZE * count)
@@ -267,14 +280,15 @@ def lone_syscall_stub(mask: int, registers: Registers) -> bytes:
     return _SYSCALL_INSTRUCTION + _heal_code(len(_SYSCALL_INSTRUCTION), mask, registers)
 
 
-def lone_syscall(tid: int, at: int, made: Call) -> int:
+def lone_syscall(tid: int, at: int, made: Call, swallowed: list[int] | None = None) -> int:
     """Make one call in a stopped thread by the ``syscall`` instruction at ``at``; leaves it in its syscall-exit-stop.
 
-    The result as the kernel gave it (a negative errno for a refusal). No signal is involved.
+    The result as the kernel gave it (a negative errno for a refusal). The thread should have every signal blocked:
+    what comes all the same is kept from it and added to ``swallowed``, to be sent again.
     """
     names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
     arguments = dict(zip(names, made.arguments, strict=False))
-    before = ptrace.get_registers(tid)
+    before = untrapped(ptrace.get_registers(tid))
     ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
     for _ in ("entry", "exit"):
         while True:
@@ -284,5 +298,12 @@ def lone_syscall(tid: int, at: int, made: Call) -> int:
                 raise ptrace.ended(stop, tid)
             if stop.is_syscall:
                 break
+            if swallowed is not None:
+                _note(stop, swallowed)
     result = ptrace.get_registers(tid)["rax"]
     return result - (1 << 64) if result >> 63 else result
+
+
+def _note(stop: ptrace.Stop, swallowed: list[int]) -> None:
+    if not stop.event:
+        swallowed.append(stop.signal)

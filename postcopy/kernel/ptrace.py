@@ -142,7 +142,16 @@ def detach(tid: int, signal: int = 0) -> None:
 
 def wait(tid: int) -> Stop:
     """Wait for the next stop, or the end, of a traced task."""
-    _, status = os.waitpid(tid, WALL)
+    return _stop(os.waitpid(tid, WALL)[1])
+
+
+def look(tid: int) -> Stop | None:
+    """Like `wait`, but None where the task has neither stopped nor ended."""
+    found, status = os.waitpid(tid, WALL | os.WNOHANG)
+    return _stop(status) if found else None
+
+
+def _stop(status: int) -> Stop:
     if os.WIFSTOPPED(status):
         return Stop(signal=os.WSTOPSIG(status), event=status >> 16)
     return Stop(ended=status)

@@ -10,18 +10,20 @@ import resource
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import pidfd, procfs, ptrace, tiny_elf, userfaultfd, vdso
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import (
+    CODE_SIZE,
     Answers,
     Executor,
     lone_syscall,
     signal_bit,
     stop_signal,
 )
-from postcopy.kernel.page import PAGE_SIZE, page_up
+from postcopy.kernel.page import page_up
 from postcopy.restore_side import (
     attributes,
     birth,
@@ -40,7 +42,6 @@ from postcopy.state import LateSignal, Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
-_THREAD_ROOM = PAGE_SIZE
 _ESTIMATE = 1024 * 1024  # bytes for the leader's calls, beside what grows with the state
 _PER_VMA, _PER_SLOT, _PER_THREAD = 768, 1024, 512
 _UFFD_FEATURES = (
@@ -68,10 +69,11 @@ class Built:
     def resume(self, late: Iterable[LateSignal] = ()) -> None:
         """Let it run: from here on it no longer depends on us. ``late``: signals that came last."""
         tids = dict(zip((thread.tid for thread in self.state.threads), self.tids, strict=True))
-        for each in late:
-            signals.send(each, self.pid, tids.get(each.tid))
         if self.state.stopped_by:
             os.kill(self.pid, self.state.stopped_by)
+        # After the stop: a SIGCONT among them takes it back.
+        for each in late:
+            signals.send(each, self.pid, tids.get(each.tid))
         for tid in self.tids:
             ptrace.detach(tid)
 
@@ -87,6 +89,9 @@ def build(state: Process, pages: memoryview, newborn: birth.Newborn, lazy: bool,
         _Builder(built, parent_stays).run(pages, lazy)
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
+    except (struct.error, ValueError, IndexError) as error:
+        # What is well-formed may still make no sense.
+        raise RestoreError(f"building process {state.pid}: its state cannot be: {error}") from None
     return built
 
 
@@ -99,18 +104,18 @@ class _Builder:
         self._executors: list[Executor] = []
         self._base = 0
         self._asleep: set[int] = set()
-        self._leader_room = page_up(_estimate(self._state))
-        self._size = self._leader_room + _THREAD_ROOM * len(self._state.threads)
+        self._current = own_credentials()
+        rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
+        rooms[0] += _estimate(self._state)
+        self._rooms = [page_up(room) for room in rooms]
+        self._size = sum(self._rooms)
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
     def run(self, pages: memoryview, lazy: bool) -> None:
         pid, state = self._newborn.pid, self._state
-        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        if descriptors.highest(state.descriptors) > (hard if hard >= 0 else _ALL):
-            raise RestoreError("the program's descriptor numbers are above this host's limit", "raise it: ulimit -Hn")
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        self._allow_descriptors()
         self._install()
         self._run_memory()
         memory.write_pages(state.memory, pages, self._newborn.memory)
@@ -127,6 +132,19 @@ class _Builder:
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             threads.finish(tid, thread, tid in self._asleep)
 
+    def _allow_descriptors(self) -> None:
+        """Raise the limit to what building the table takes; the program's own is set in the end."""
+        pid, wanted = self._newborn.pid, descriptors.highest(self._state.descriptors)
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        wanted = max(wanted, len(self._state.memory.files) + 8, hard)
+        try:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, wanted))
+        except (PermissionError, ValueError):
+            raise RestoreError(
+                f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
+                "raise it for restore: ulimit -Hn; at most to fs.nr_open",
+            ) from None
+
     # -- the executor's memory ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
@@ -138,15 +156,15 @@ class _Builder:
         result = lone_syscall(pid, tiny_elf.SYSCALL_AT, made)
         if result != self._base:
             raise RestoreError(f"mapping the executor: {errno.errorcode.get(-result, result)}")
+        self._places = list(accumulate(self._rooms[:-1], initial=self._base))
         self._executors.append(self._executor(0))
 
     def _executor(self, number: int) -> Executor:
         """The executor of thread ``number``, whose task is stopped."""
         tid, thread = self._built.tids[number], self._state.threads[number]
-        base = self._base + (self._leader_room + _THREAD_ROOM * (number - 1) if number else 0)
-        room = _THREAD_ROOM if number else self._leader_room
+        base, room = self._places[number], self._rooms[number]
         inner = self._state.pid, thread.tid
-        executor = Executor(self._newborn.pid, tid, self._newborn.memory, base, room, self._stop, inner)
+        executor = Executor(tid, self._newborn.memory, base, room, self._stop, inner)
         registers = ptrace.get_registers(tid)
         executor.install(0, registers)
         ptrace.set_signal_mask(tid, _ALL & ~signal_bit(self._stop))
@@ -173,7 +191,7 @@ class _Builder:
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
-        high = descriptors.highest(self._state.descriptors) + len(self._state.memory.files) + 1
+        high = len(self._state.memory.files) + 1
         attributes.disable_huge_pages(batch)
         # The standard streams step aside, so that the numbers of what is opened are known beforehand.
         for stream in range(3):
@@ -215,13 +233,12 @@ class _Builder:
         self._executors += [self._executor(number) for number in range(1, len(self._state.threads))]
 
     def _run_threads(self) -> None:
-        current = own_credentials()
         batches = []
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             batch = executor.batch()
             if executor is self._executors[0]:
                 limits.rebuild(self._state.limits, batch)
-            threads.rebuild(thread, self._state.pid, current, self._parent_stays, batch)
+            threads.rebuild(thread, self._state.pid, self._current, self._parent_stays, batch)
             batches.append(batch)
         for executor, batch in zip(self._executors, batches, strict=True):
             executor.start(batch)

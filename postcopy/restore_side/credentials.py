@@ -3,7 +3,7 @@
 import struct
 
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
+from postcopy.kernel.executor import RECORD_SIZE, Batch
 from postcopy.kernel.prctl import (
     PR_CAP_AMBIENT,
     PR_CAP_AMBIENT_RAISE,
@@ -16,7 +16,14 @@ from postcopy.state import Credentials
 _SECBIT_NO_SETUID_FIXUP, _SECBIT_KEEP_CAPS = 1 << 2, 1 << 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAPABILITIES = 64
+_FIXED_ROOM = 1024
 _SETPCAP = 1 << 8
+
+
+def room(state: Credentials, current: Credentials) -> int:
+    """How many bytes of a batch `rebuild` takes at most."""
+    changes = (current.bounding & ~state.bounding).bit_count() + state.ambient.bit_count()
+    return _FIXED_ROOM + RECORD_SIZE * changes + 4 * len(state.groups)
 
 
 def rebuild(state: Credentials, current: Credentials, batch: Batch) -> None:

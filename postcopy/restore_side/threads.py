@@ -9,8 +9,10 @@ from postcopy.kernel.calls import NUMBERS, call
 from postcopy.kernel.executor import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
+    RECORD_SIZE,
     Batch,
     interrupted,
+    untrapped,
 )
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.ptrace import Registers
@@ -26,6 +28,7 @@ _THREAD_FLAGS = (
     | clone3.CLONE_SYSVSEM
 )
 _SS_ONSTACK = 1
+_FIXED_ROOM = 1024
 _NO_CALL = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -35,6 +38,12 @@ def ask_for(others: list[Thread], batch: Batch) -> None:
         wanted = batch.place(struct.pack("<I", thread.tid))
         arguments = batch.place(clone3.arguments(_THREAD_FLAGS, 0, wanted, 1))
         batch.add(call("clone3", arguments, clone3.SIZE), f"making thread {thread.tid}")
+
+
+def room(state: Thread, current: Credentials) -> int:
+    """How many bytes of a batch `rebuild` takes at most."""
+    pending = sum(RECORD_SIZE + len(siginfo) for siginfo in state.pending)
+    return _FIXED_ROOM + pending + credentials.room(state.credentials, current)
 
 
 def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: bool, batch: Batch) -> None:
@@ -79,7 +88,7 @@ def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> b
     }
     if number not in place:
         return False
-    began = registers.changed(rip=syscall_at, rax=number, orig_rax=_NO_CALL, **place[number])
+    began = untrapped(registers).changed(rip=syscall_at, rax=number, orig_rax=_NO_CALL, **place[number])
     ptrace.set_registers(tid, began)
     ptrace.cont_to_syscall(tid)
     _expect(tid, lambda stop: stop.is_syscall)
