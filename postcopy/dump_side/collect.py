@@ -30,7 +30,7 @@ def collect(
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
     pid = frozen.pid
-    problems = [*lineage.problems(pid), *timers.problems(pid)]
+    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *threads.problems(frozen.threads)]
     table, found = descriptors.collect(pid, problems, trusted_pipes)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))

@@ -1,14 +1,36 @@
 """Session and process group, and what ties the process to others."""
 
-from postcopy.kernel import procfs
+from collections.abc import Iterator
+
+from postcopy.dump_side import namespaces
+from postcopy.kernel import kcmp, procfs
 from postcopy.state import Lineage
 
 
-def problems(pid: int) -> list[str]:
-    """What cannot be moved yet: for now, children."""
-    if found := procfs.children(pid):
-        return [f"it has children ({', '.join(map(str, found))}); only single processes can be moved yet"]
-    return []
+def problems(pid: int, frozen: bool = False) -> list[str]:
+    """What cannot be moved yet: children, namespaces, and what single threads have for themselves.
+
+    ``frozen``: all of it has been asked before; what nearly nobody does in between, and takes long, is left out.
+    """
+    others = [tid for tid in procfs.tids(pid) if tid != pid]
+    found = [problem for tid in others for problem in _of_thread(pid, tid)]
+    if not frozen:
+        found += namespaces.problems(pid)
+        found += [problem for tid in others for problem in namespaces.problems_of_thread(pid, tid)]
+    if children := procfs.children(pid):
+        found.append(f"it has children ({', '.join(map(str, children))}); only single processes can be moved yet")
+    return found
+
+
+def _of_thread(pid: int, tid: int) -> Iterator[str]:
+    """What a thread does not share with its process."""
+    try:
+        if not kcmp.same_table(pid, tid):
+            yield f"thread {tid} has a descriptor table of its own (unshare), which cannot be moved yet"
+        if not kcmp.same_places(pid, tid):
+            yield f"thread {tid} has a working directory of its own (unshare), which cannot be moved yet"
+    except ProcessLookupError:
+        return  # it has ended while we looked
 
 
 def collect(pid: int) -> Lineage:

@@ -152,8 +152,6 @@ def _backing(
 
 
 def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
-    if line.name.endswith(" (deleted)"):
-        return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
     try:
         mapped = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
     except OSError:
@@ -162,6 +160,8 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
     try:
         named = os.stat(line.name)
     except OSError:
+        if line.name.endswith(" (deleted)"):
+            return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
         return _Problem("the file cannot be found under this name any more")
     if not stat.S_ISREG(mapped.st_mode):
         return _Problem("mappings of devices cannot be moved")

@@ -54,9 +54,10 @@ class Opened:
         """The type of the file behind it (S_IFMT)."""
         return stat.S_IFMT(self.stat.st_mode)
 
-    def may_share_with(self, other: "Opened") -> bool:
-        """Whether the two look alike enough to ask the kernel if they are one open file description."""
-        return (self.link, self.flags, self.position) == (other.link, other.flags, other.position)
+    @property
+    def likeness(self) -> tuple[str, int, int]:
+        """What is the same where two descriptors are one open file description."""
+        return self.link, self.flags, self.position
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Table:
     """What is found while a table is collected. ``pipe_numbers``: pipes by inode.
 
     ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
+    ``holders``: for each pipe of another process, by its link, that process; once it has been looked for.
     """
 
     pid: int
@@ -72,3 +74,4 @@ class Table:
     pipes: list[Pipe] = field(default_factory=list)
     pipe_numbers: dict[int, int] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
+    holders: dict[str, int] | None = None

@@ -17,7 +17,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
         raise Refused(f"{opened.link}: pipes in packet mode (O_DIRECT) cannot be moved yet")
     inode = opened.stat.st_ino
     if inode not in table.pipe_numbers:
-        if inode not in table.trusted_pipes and (holder := _holder_outside(table.pid, opened.link)):
+        if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.link)):
             raise Refused(
                 f"{opened.link}: process {holder} holds an end of this pipe too; "
                 "redirect the stream to a file and start the program again"
@@ -37,14 +37,23 @@ def _look(pid: int, fd: int) -> Pipe:
         os.close(own)
 
 
-def _holder_outside(pid: int, link: str) -> int | None:
-    """A process other than ``pid`` that has an end of the pipe open."""
+def _holder_outside(table: Table, link: str) -> int | None:
+    """A process other than the table's that has an end of the pipe open."""
+    if table.holders is None:
+        table.holders = _holders({table.pid, os.getpid()})
+    return table.holders.get(link)
+
+
+def _holders(but: set[int]) -> dict[str, int]:
+    """Every pipe that a process has open, but for those of ``but``."""
+    found: dict[str, int] = {}
     for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in (pid, os.getpid()):
+        if not name.isdigit() or int(name) in but:
             continue
         with contextlib.suppress(OSError):
             for fd in procfs.descriptors(int(name)):
                 with contextlib.suppress(OSError):
-                    if procfs.link(int(name), f"fd/{fd}") == link:
-                        return int(name)
-    return None
+                    link = procfs.link(int(name), f"fd/{fd}")
+                    if link.startswith("pipe:["):
+                        found[link] = int(name)
+    return found

@@ -54,7 +54,7 @@ class Question:
         head, size = _robust_list(frozen.tid)
         return Thread(
             tid=int(frozen.status["NSpid"].split()[-1]),
-            name=procfs.read(pid, f"task/{frozen.tid}/comm").rstrip(b"\n"),
+            name=procfs.read(pid, f"task/{frozen.tid}/comm").removesuffix(b"\n"),
             registers=frozen.registers.pack(),
             xstate=ptrace.get_xstate(frozen.tid),
             signal_mask=frozen.signal_mask,
@@ -69,6 +69,15 @@ class Question:
             credentials=Credentials.from_status(frozen.status, answers.value(self.securebits)),
             scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
         )
+
+
+def problems(frozen: list[FrozenThread]) -> list[str]:
+    """What single threads have that cannot be moved; of the main thread, the survey has said it."""
+    return [
+        f"thread {thread.tid} is confined by seccomp, which cannot be moved yet"
+        for thread in frozen
+        if thread.status.get("Seccomp", "0") != "0"
+    ]
 
 
 def boot_set(frozen: FrozenThread) -> list[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from postcopy.kernel.libc import refused
 
 _MAPS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)")
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,5 +150,5 @@ _SMAPS = re.compile(
 
 
 def _unescaped(name: bytes) -> str:
-    """A path of maps, in which the kernel writes only the newline as an octal escape."""
-    return _ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), name).decode(errors="surrogateescape")
+    """A path of maps, in which the kernel writes only the newline as an octal escape, and a backslash as it is."""
+    return name.replace(rb"\012", b"\n").decode(errors="surrogateescape")

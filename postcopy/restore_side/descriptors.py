@@ -23,14 +23,19 @@ class Plan:
     state: Descriptors
     used: set[int] = field(default_factory=set)
     park: int = 0
+    lowest: int = 0
 
     def next_fd(self) -> int:
         """The number that the next opened descriptor gets; it counts as used."""
-        number = 0
-        while number in self.used:
-            number += 1
-        self.used.add(number)
-        return number
+        while self.lowest in self.used:
+            self.lowest += 1
+        self.used.add(self.lowest)
+        return self.lowest
+
+    def release(self, number: int) -> None:
+        """A number that was used is free again."""
+        self.used.discard(number)
+        self.lowest = min(self.lowest, number)
 
     def settle(self, opened: int, fd: int, close_on_exec: bool, purpose: str) -> None:
         """Move a freshly opened descriptor to its number."""
@@ -39,7 +44,7 @@ class Plan:
             return
         self.duplicate(opened, fd, close_on_exec, purpose)
         self.batch.add(call("close", opened), purpose)
-        self.used.discard(opened)
+        self.release(opened)
 
     def duplicate(self, old: int, fd: int, close_on_exec: bool, purpose: str) -> None:
         """Make ``fd`` refer to what ``old`` refers to."""

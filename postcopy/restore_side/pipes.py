@@ -23,7 +23,7 @@ def rebuild(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
     for opened, place in zip((read_end, write_end), parked, strict=True):
         batch.add(call("dup3", opened, place, os.O_CLOEXEC), purpose)
         batch.add(call("close", opened), purpose)
-        plan.used.discard(opened)
+        plan.release(opened)
     batch.add(call("fcntl", parked[1], _F_SETPIPE_SZ, pipe.capacity), f"setting a pipe's size to {pipe.capacity}")
     if pipe.content:
         batch.add(call("write", parked[1], batch.place(pipe.content), len(pipe.content)), "filling a pipe")

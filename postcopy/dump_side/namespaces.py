@@ -1,0 +1,44 @@
+"""Namespaces: the program comes to live in those of ``restore``, so it must have lived in those of ``dump``.
+
+A PID namespace of its own is not refused: PIDs travel as the process itself sees them.
+"""
+
+import os
+
+_REFUSED = {"net": "network", "uts": "host name (UTS)", "ipc": "IPC", "cgroup": "cgroup"}
+_OWN_OF_A_THREAD = ("net", "mnt", "uts", "ipc", "cgroup")
+
+
+def problems(pid: int) -> list[str]:
+    """Namespaces that cannot be moved yet."""
+    found = [
+        f"it lives in another {text} namespace, which cannot be moved yet"
+        for kind, text in _REFUSED.items()
+        if _differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
+    ]
+    if _differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
+        found.append("it lives in a mount namespace with other mounts, which cannot be moved yet")
+    return found
+
+
+def problems_of_thread(pid: int, tid: int) -> list[str]:
+    """Namespaces that a thread has for itself."""
+    return [
+        f"thread {tid} lives in another {kind} namespace than its process, which cannot be moved yet"
+        for kind in _OWN_OF_A_THREAD
+        if _differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
+    ]
+
+
+def _differ(one: str, other: str) -> bool:
+    try:
+        return os.readlink(one) != os.readlink(other)
+    except OSError:
+        return False
+
+
+def _mounts(who: str) -> set[tuple[str, ...]]:
+    """Device, root and mount point of each mount but ``/proc``, which ``restore --new-pid-namespace`` mounts itself."""
+    with open(f"/proc/{who}/mountinfo", errors="surrogateescape") as stream:
+        lines = [line.split(" ") for line in stream]
+    return {(words[2], words[3], words[4]) for words in lines if words[4] != "/proc"}

@@ -1,0 +1,165 @@
+"""Programs of kinds that are rare, each of which a move once broke or passed over in silence."""
+
+import contextlib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Pair, Process, postcopy_command, wait_until
+from tests.migrate import move
+
+PID = 8100
+
+MOVED = {
+    "threads that have dropped every capability from the bound": """
+        # More calls a thread than would fit into a page of records.
+        bound = [number for number in range(64) if libc.prctl(23, number, 0, 0, 0) == 1]
+        for number in bound:
+            assert libc.prctl(24, number, 0, 0, 0) == 0
+        os.setgroups(range(3000, 3200))
+        go_on = threading.Event()
+        for _ in range(3):
+            threading.Thread(target=go_on.wait).start()
+        def verify():
+            statuses = [Path(f"/proc/self/task/{tid}/status").read_text() for tid in os.listdir("/proc/self/task")]
+            assert len(statuses) == 4
+            assert all("CapBnd:\\t0000000000000000" in status for status in statuses)
+            assert sorted(os.getgroups()) == list(range(3000, 3200))
+            go_on.set()
+    """,
+    "a thread with many pending signals": """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN})
+        found, go_on = [], threading.Event()
+        def take():
+            go_on.wait()
+            while signal.sigtimedwait({signal.SIGRTMIN}, 0):
+                found.append(1)
+        thread = threading.Thread(target=take)
+        thread.start()
+        for _ in range(60):
+            signal.pthread_kill(thread.ident, signal.SIGRTMIN)
+        def verify():
+            go_on.set()
+            thread.join()
+            assert len(found) == 60
+    """,
+    "a thread that waits for a futex with priority inheritance": """
+        # The kernel looks at the word before the program does, and cannot wait for a page where it looks.
+        memory = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        word = ctypes.c_uint32.from_buffer(memory, 1 << 19)
+        word.value = threading.get_native_id()
+        results = []
+        def lock():
+            results.append(libc.syscall(202, ctypes.byref(word), 6 | 128, 0, None, None, 0))
+        thread = threading.Thread(target=lock)
+        thread.start()
+        while not Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().startswith("202 "):
+            time.sleep(0.01)
+        def verify():
+            assert not results
+            assert libc.syscall(202, ctypes.byref(word), 7 | 128, 0, None, None, 0) == 0
+            thread.join()
+            assert results == [0]
+    """,
+    "thousands of descriptors that look alike": """
+        fds = [os.open("/etc/passwd", os.O_RDONLY) for _ in range(3000)]
+        twins = [os.dup(fd) for fd in fds[::30]]
+        def verify():
+            for number, fd in enumerate(fds):
+                os.lseek(fd, number, os.SEEK_SET)
+            assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in fds] == list(range(3000))
+            assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in twins] == list(range(3000))[::30]
+    """,
+    "mapped files with odd names": """
+        names = [b"a b", b"new\\nline", b"x (deleted)", b"lit\\\\777x", b"back\\\\slash", b"\\xff\\xfe", b"\\x85"]
+        maps = []
+        for name in names:
+            with open(os.path.join(directory.encode(), name), "w+b") as stream:
+                stream.write(name.ljust(8192))
+                stream.flush()
+                maps.append(mmap.mmap(stream.fileno(), 8192))
+        libc.prctl(15, b"odd\\n\\xff)", 0, 0, 0)
+        def verify():
+            assert [content[:].rstrip() for content in maps] == names
+            assert Path("/proc/self/comm").read_bytes() == b"odd\\n\\xff)\\n"
+    """,
+}
+
+REFUSED = {
+    "thread .* has a working directory of its own": "libc.unshare(0x200)",
+    "thread .* has a descriptor table of its own": "libc.unshare(0x400)",
+    "thread .* lives in another net namespace": "libc.unshare(0x40000000)",
+    "it lives in another host name": "main:libc.unshare(0x04000000)",
+    "it lives in another network namespace": "main:libc.unshare(0x40000000)",
+    "it lives in a mount namespace with other mounts": (
+        "main:libc.unshare(0x20000); libc.mount(b'none', b'/', None, 0x44000, None); "
+        "libc.mount(b'x', directory.encode(), b'tmpfs', 0, None)"
+    ),
+}
+
+HEAD = """
+import ctypes, mmap, os, signal, sys, threading, time
+from pathlib import Path
+libc = ctypes.CDLL(None, use_errno=True)
+directory = sys.argv[1]
+"""
+TAIL = """
+Path(sys.argv[2], "ready").touch()
+while not Path(sys.argv[2], "go").exists():
+    time.sleep(0.01)
+verify()
+"""
+
+
+@contextlib.contextmanager
+def started(hosts: Pair, source: str, directory: Path) -> Iterator[Process]:
+    """A program on the first host that is ready."""
+    (directory / "own").mkdir()
+    command = [sys.executable, "-c", source, str(directory / "own"), str(directory)]
+    with open(directory / "stderr", "wb") as stderr:
+        program = hosts.a.popen(command, pid=PID, stderr=stderr)
+    wait_until(lambda: (directory / "ready").exists() or program.poll() is not None, 20, "the program is ready")
+    assert program.returncode is None, (directory / "stderr").read_text()
+    yield program
+
+
+@pytest.mark.parametrize("source", MOVED.values(), ids=MOVED)
+@pytest.mark.parametrize("moves", [0, 2], ids=["unmoved", "there-and-back"])
+def test_program_goes_on_as_if_nothing_had_happened(hosts: Pair, tmp_path: Path, moves: int, source: str) -> None:
+    with started(hosts, HEAD + textwrap.dedent(source) + TAIL, tmp_path) as program:
+        end = program
+        source_host, destination = hosts.a, hosts.b
+        for _ in range(moves):
+            migration = move(source_host, destination, PID)
+            migration.wait_drained()
+            assert migration.restore is not None
+            end = migration.restore
+            source_host, destination = destination, source_host
+        (tmp_path / "go").touch()
+        assert end.wait(20) == 0, (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize(("problem", "does"), REFUSED.items(), ids=list(REFUSED))
+def test_what_a_thread_or_program_has_for_itself_is_refused(
+    hosts: Pair, tmp_path: Path, problem: str, does: str
+) -> None:
+    if does.startswith("main:"):
+        body = does.removeprefix("main:")
+    else:
+        body = (
+            "done = threading.Event()\n"
+            f"def body():\n    {does}\n    done.set()\n    time.sleep(60)\n"
+            "threading.Thread(target=body, daemon=True).start()\ndone.wait()"
+        )
+    with started(hosts, f"{HEAD}{body}\nverify = lambda: None{TAIL}", tmp_path) as program:
+        command = [*postcopy_command(), "dump", "--lazy-pages", "-t", str(PID)]
+        result = hosts.a.run(command, timeout=20)
+        assert result.returncode == 5, result.stderr.decode()
+
+        assert re.search(problem, result.stderr.decode()), result.stderr.decode()
+        (tmp_path / "go").touch()
+        assert program.wait(20) == 0
