@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from postcopy.dump_side import lineage
 from postcopy.dump_side.survey import survey
 from postcopy.restore_side import manifest as manifests
 from postcopy.state import FileIdentity, Manifest
@@ -223,6 +224,27 @@ def manifest() -> Manifest:
             return survey(process.pid)[0]
         finally:
             process.send_signal(signal.SIGKILL)
+
+
+def test_thread_that_is_just_ending_is_no_reason_to_refuse() -> None:
+    churn = """
+import threading
+print(flush=True)
+while True:
+    threads = [threading.Thread(target=int) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+    with subprocess.Popen([sys.executable, "-c", churn], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            found = [problem for _ in range(2000) for problem in lineage.problems(process.pid)]
+        finally:
+            process.kill()
+    assert found == []
 
 
 def test_manifest_of_the_same_host_has_no_problems(manifest: Manifest) -> None:

@@ -6,6 +6,8 @@ from postcopy.dump_side import namespaces
 from postcopy.kernel import kcmp, procfs
 from postcopy.state import Lineage
 
+_PF_EXITING = 0x4  # include/linux/sched.h
+
 
 def problems(pid: int, frozen: bool = False) -> list[str]:
     """What cannot be moved yet: children, namespaces, and what single threads have for themselves.
@@ -25,12 +27,17 @@ def problems(pid: int, frozen: bool = False) -> list[str]:
 def _of_thread(pid: int, tid: int) -> Iterator[str]:
     """What a thread does not share with its process."""
     try:
-        if not kcmp.same_table(pid, tid):
+        if not kcmp.same_table(pid, tid) and not _is_ending(pid, tid):
             yield f"thread {tid} has a descriptor table of its own (unshare), which cannot be moved yet"
-        if not kcmp.same_places(pid, tid):
+        if not kcmp.same_places(pid, tid) and not _is_ending(pid, tid):
             yield f"thread {tid} has a working directory of its own (unshare), which cannot be moved yet"
-    except ProcessLookupError:
+    except OSError:
         return  # it has ended while we looked
+
+
+def _is_ending(pid: int, tid: int) -> bool:
+    """Whether a thread is in exit(2), where it first gives up what it shares and only then is seen to be gone."""
+    return bool(int(procfs.stat(pid, tid)[9]) & _PF_EXITING)
 
 
 def collect(pid: int) -> Lineage:

@@ -64,9 +64,10 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def stat(pid: int) -> list[str]:
-    """The fields of ``stat``, numbered as in proc_pid_stat(5) (so [0] is empty); [2] is the name."""
-    text = read(pid, "stat").decode(errors="surrogateescape")
+def stat(pid: int, tid: int | None = None) -> list[str]:
+    """The fields of ``stat``, of the process or of one of its threads, numbered as in proc_pid_stat(5) (so [0] is
+    empty); [2] is the name."""
+    text = read(pid, "stat" if tid is None else f"task/{tid}/stat").decode(errors="surrogateescape")
     head, _, tail = text.rpartition(")")
     number, _, name = head.partition(" (")
     return ["", number, name, *tail.split()]
