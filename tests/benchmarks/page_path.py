@@ -84,6 +84,8 @@ class PagePath:
         self.pids: dict[str, int] = {}
         # Peak resident memory of the processes that have been ended.
         self.peak_kib: dict[str, int] = {}
+        # Their user and system time.
+        self.cpu_seconds: dict[str, tuple[float, float]] = {}
         self.forked: list[int] = []
         self.forks = 0
         self._reported = 0
@@ -109,7 +111,9 @@ class PagePath:
         """End one of the processes by SIGKILL."""
         pid = self.pids.pop(name)
         os.kill(pid, signal.SIGKILL)
-        self.peak_kib[name] = os.wait4(pid, 0)[2].ru_maxrss
+        usage = os.wait4(pid, 0)[2]
+        self.peak_kib[name] = usage.ru_maxrss
+        self.cpu_seconds[name] = (round(usage.ru_utime, 2), round(usage.ru_stime, 2))
 
     def _pair(self, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
         pair = socket.socketpair(socket.AF_UNIX, kind)
@@ -266,6 +270,8 @@ def touching(size: int, pattern: str, background: Background, stride: int = 1) -
     order = list(range(size // PAGE_SIZE))
     if pattern == "random":
         random.Random(1).shuffle(order)
+    if pattern == "none":
+        order = order[:1]
     with PagePath([region], lambda: _touch(BASE, order), background) as path:
         path.resume()
         begun = time.perf_counter()
@@ -274,6 +280,7 @@ def touching(size: int, pattern: str, background: Background, stride: int = 1) -
         figures["drained_seconds"] = round(time.perf_counter() - begun, 3)
         figures["handler"] = drained
     figures["peak_kib"] = path.peak_kib
+    figures["cpu_seconds"] = path.cpu_seconds
     return figures
 
 
