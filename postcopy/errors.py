@@ -70,3 +70,9 @@ class CannotRun(PostcopyError):
     """This host or this user lacks what the command needs."""
 
     exit_code = 9
+
+
+class CheckpointError(PostcopyError):
+    """A checkpoint directory is damaged, incomplete, not this user's, or not for this host; nothing was made of it."""
+
+    exit_code = 12

@@ -60,6 +60,7 @@ NUMBERS = {
     "kcmp": 312,
     "sched_setattr": 314,
     "sched_getattr": 315,
+    "renameat2": 316,
     "execveat": 322,
     "userfaultfd": 323,
     "rseq": 334,
