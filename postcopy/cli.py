@@ -12,7 +12,7 @@ import typer
 from postcopy import __version__, reporting
 from postcopy.deadline import end_on_signals
 from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
-from postcopy.transport import DEFAULT_PORT
+from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
 log = logging.getLogger("postcopy")
 
@@ -37,8 +37,14 @@ class BackgroundMode(enum.StrEnum):
 Lazy = Annotated[
     bool, typer.Option("--lazy-pages", help="Leave memory behind; fetch it page by page as it is touched.")
 ]
-Address = Annotated[str, typer.Option("--address", help="Address the source listens at.")]
-Port = Annotated[int, typer.Option("--port", help="TCP port of the source.", min=0, max=65535)]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Address the source listens at.", show_default=DEFAULT_ADDRESS)
+]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", help="TCP port of the source.", show_default=str(DEFAULT_PORT), min=0, max=65535),
+]
+Directory = Annotated[Path | None, typer.Option("-D", "--images-dir", help="Checkpoint directory.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log the details too.")]
 LogFile = Annotated[str | None, typer.Option("-o", "--log-file", help="Log here instead of to standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line and event on standard output.")]
@@ -65,32 +71,59 @@ def common(
 def dump(
     pid: Annotated[int, typer.Option("-t", "--tree", help="PID of the process to move.", min=1)],
     lazy_pages: Lazy = False,
-    address: Address = "127.0.0.1",
-    port: Port = DEFAULT_PORT,
+    directory: Directory = None,
+    leave_running: Annotated[
+        bool, typer.Option("-R", "--leave-running", help="Let the process run on once it is in the directory.")
+    ] = False,
+    leave_stopped: Annotated[
+        bool, typer.Option("-s", "--leave-stopped", help="Leave the process stopped once it is in the directory.")
+    ] = False,
+    address: Address = None,
+    port: Port = None,
     timeout: Timeout = 10.0,
     verbose: Verbose = 0,
     log_file: LogFile = None,
-    status_fd: Annotated[int | None, typer.Option(help="Write a NUL byte here when it listens.")] = None,
+    status_fd: Annotated[
+        int | None, typer.Option(help="Write a NUL byte here when it listens, or when the directory is written.")
+    ] = None,
     as_json: Json = False,
     display_stats: Statistics = False,
 ) -> None:
-    """Hand a process over: listen for a destination, freeze the process, serve its memory until all of it is there."""
+    """Freeze a process and give it away: to a destination that comes for it (--lazy-pages), or to a directory (-D).
+
+    With both, the directory holds everything but the lazy pages, which are served from here.
+    """
     _begin(verbose, log_file, status_fd)
-    _need_lazy(lazy_pages, "dump")
+    _one_of(leave_running, "--leave-running", leave_stopped, "--leave-stopped")
+    if (leave_running or leave_stopped) and (lazy_pages or directory is None):
+        raise UsageError(
+            "a process whose pages are fetched from here can neither run on nor be left stopped",
+            "--leave-running and --leave-stopped go with -D DIR, without --lazy-pages",
+        )
     from postcopy.dump_side import session
 
-    session.dump(
-        session.Options(pid=pid, address=address, port=port, timeout=timeout),
-        reporting.Printer(as_json, display_stats),
-        lambda: reporting.announce(status_fd),
-    )
+    reporter = reporting.Printer(as_json, display_stats)
+    options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout)
+    if not lazy_pages:
+        if directory is None:
+            raise UsageError(
+                "where to is not said", "postcopy dump --lazy-pages -t PID, or postcopy dump -t PID -D DIR"
+            )
+        _no_address(address, port, "dump -D DIR without --lazy-pages sends nothing")
+        session.dump_to_directory(pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped)
+        reporting.announce(status_fd)
+    elif directory is not None:
+        session.dump_state_to_directory(options, directory, reporter, lambda: reporting.announce(status_fd))
+    else:
+        session.dump(options, reporter, lambda: reporting.announce(status_fd))
 
 
 @app.command()
 def restore(
     lazy_pages: Lazy = False,
-    address: Address = "127.0.0.1",
-    port: Port = DEFAULT_PORT,
+    directory: Directory = None,
+    address: Address = None,
+    port: Port = None,
     timeout: Timeout = 10.0,
     detached: Annotated[
         bool, typer.Option("-d", "--restore-detached", help="End when the program runs; do not stay its parent.")
@@ -110,9 +143,20 @@ def restore(
     as_json: Json = False,
     display_stats: Statistics = False,
 ) -> None:
-    """Take a process over: it runs here at once, its memory follows. Ends with the exit status of the program."""
+    """Take a process over: it runs here at once, its memory follows. Ends with the exit status of the program.
+
+    From a source that listens (--lazy-pages), from a checkpoint directory (-D), or the state from the directory and
+    the pages as they are touched (both).
+    """
     _begin(verbose, log_file, status_fd)
-    _need_lazy(lazy_pages, "restore")
+    if not lazy_pages:
+        if directory is None:
+            raise UsageError(
+                "where from is not said", "postcopy restore --lazy-pages --address A, or postcopy restore -D DIR"
+            )
+        _no_address(address, port, "restore without --lazy-pages reads all from the directory")
+        if background is not BackgroundMode.eager:
+            raise UsageError(f"--background {background} is about lazy pages", "add --lazy-pages")
     if pidfile and not os.access(pidfile.parent, os.W_OK):
         raise UsageError(
             f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to"
@@ -120,12 +164,27 @@ def restore(
     from postcopy.restore_side import session
     from postcopy.restore_side.fault_handler import Background
 
+    checkpoint = channels = None
+    if directory is not None:
+        from postcopy.checkpoint.reader import Checkpoint
+        from postcopy.dump_side.serving import give_here
+
+        checkpoint = Checkpoint.open(directory)
+        if not checkpoint.pages_elsewhere:
+            _no_address(address, port, f"{directory} has all the pages")
+            channels = give_here(checkpoint, lazy_pages)
+        elif not lazy_pages:
+            raise UsageError(
+                f"{directory} has all but the lazy pages, which the dump that wrote it serves",
+                "postcopy restore --lazy-pages -D DIR --address A --port P",
+            )
     status = session.restore(
         session.Options(
-            address=address,
-            port=port,
+            address=address or DEFAULT_ADDRESS,
+            port=DEFAULT_PORT if port is None else port,
             timeout=timeout,
             patience=wait,
+            lazy=lazy_pages,
             detach=detached,
             pidfile=pidfile,
             new_pid_namespace=new_pid_namespace,
@@ -133,8 +192,40 @@ def restore(
         ),
         reporting.Printer(as_json, display_stats),
         lambda: reporting.announce(status_fd),
+        checkpoint,
+        channels,
     )
     raise typer.Exit(status)
+
+
+@app.command()
+def serve(
+    directory: Annotated[Path, typer.Option("-D", "--images-dir", help="Checkpoint directory.")],
+    address: Address = None,
+    port: Port = None,
+    timeout: Annotated[float, typer.Option(help="Seconds without a sign of life of a destination.", min=0.1)] = 10.0,
+    verbose: Verbose = 0,
+    log_file: LogFile = None,
+    status_fd: Annotated[int | None, typer.Option(help="Write a NUL byte here when it listens.")] = None,
+    as_json: Json = False,
+    display_stats: Statistics = False,
+) -> None:
+    """Serve a checkpoint directory, state and pages, to every restore --lazy-pages that comes; until it is ended."""
+    _begin(verbose, log_file, status_fd)
+    from postcopy.checkpoint.reader import Checkpoint
+    from postcopy.dump_side import serving
+
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.pages_elsewhere:
+        raise UsageError(
+            f"{directory} has all but the lazy pages, which the dump that wrote it serves", "dump without --lazy-pages"
+        )
+    serving.serve(
+        checkpoint,
+        serving.Options(address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout),
+        reporting.Printer(as_json, display_stats),
+        lambda: reporting.announce(status_fd),
+    )
 
 
 @app.command()
@@ -172,12 +263,14 @@ def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
             raise UsageError(f"--status-fd {status_fd} is not an open descriptor") from None
 
 
-def _need_lazy(lazy_pages: bool, command: str) -> None:
-    if not lazy_pages:
-        raise UsageError(
-            f"{command} without --lazy-pages needs a checkpoint directory, which is not there yet",
-            f"postcopy {command} --lazy-pages",
-        )
+def _one_of(one: bool, name: str, other: bool, other_name: str) -> None:
+    if one and other:
+        raise UsageError(f"{name} and {other_name} cannot both be", "choose one of them")
+
+
+def _no_address(address: str | None, port: int | None, why: str) -> None:
+    if address is not None or port is not None:
+        raise UsageError(f"{why}: there is nothing to connect", "leave --address and --port out")
 
 
 def main() -> None:

@@ -39,11 +39,14 @@ class Silent:
 
 _SENTENCES = {
     "listening": "listening at {address}:{port} for a destination; process {pid} ({name}) runs on meanwhile",
+    "serving": "serving the checkpoint of process {pid} ({name}) at {address}:{port}",
+    "written": "the process is in {directory}, with {bytes} bytes of pages",
     "connected": "connected to {peer} (kernel {kernel})",
     "prepared": "the destination can take it",
     "frozen": "frozen: {threads} threads",
     "state": "state sent, with {boot_bytes} bytes of pages; {lazy_pages} pages stay behind for now",
     "built": "built process {pid}: {threads} threads",
+    "filled": "all of its memory is in: {pages} pages",
     "running": "process {pid} runs here now; {lazy_pages} pages are still to come",
     "resumed": "the program runs at the destination; its memory is served from here until the last page is over there",
     "drained": "every page is in",

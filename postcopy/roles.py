@@ -22,13 +22,20 @@ class Role:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
 
+    def has_ended(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._end() is not None
+
     def ended_badly(self) -> bool:
         """Whether it has ended, and not well."""
-        try:
-            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
+        found = self._end()
         return found is not None and found.si_status != 0
+
+    def _end(self) -> os.waitid_result | None:
+        try:
+            return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return None
 
     def kill(self) -> None:
         """End it and wait for its end."""

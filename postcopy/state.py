@@ -8,7 +8,7 @@ Structures that only the kernel reads again (register sets, siginfo, sigaction, 
 gave. Addresses and lengths are bytes unless the name says pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import msgpack
@@ -334,10 +334,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A process tree, frozen: for now one process."""
+    """A process tree, frozen: for now one process. ``late_signals``: those of a tree that was written down."""
 
     processes: list[Process]
     files: list[FileIdentity]
+    late_signals: list[LateSignal] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

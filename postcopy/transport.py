@@ -18,6 +18,7 @@ log = logging.getLogger("postcopy")
 T = TypeVar("T")
 
 GREETING_SECONDS = 5.0
+DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 27027
 _STEP = 16 * 1024 * 1024  # bytes
 CHANNELS = ("control", "demand", "bulk")
@@ -38,7 +39,7 @@ class Channel:
         """Send one frame. Raises ConnectionLost."""
         self.send_frame(control.pack(kind, body))
 
-    def send_frame(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes | memoryview) -> None:
         """Send a frame that has been packed already. Raises ConnectionLost."""
         try:
             self.socket.sendall(frame)
@@ -65,7 +66,7 @@ class Channel:
         assert isinstance(found, body)
         return found
 
-    def send_pages(self, content: bytes) -> None:
+    def send_pages(self, content: bytes | memoryview) -> None:
         """Send the content of pages, as it is. Raises ConnectionLost."""
         self.send_frame(control.pack_header(Kind.PAGES, len(content)))
         self.send_frame(content)
@@ -114,6 +115,13 @@ class Channels:
     demand: Channel
     bulk: Channel
 
+    @classmethod
+    def pair(cls, here: str, there: str) -> "tuple[Channels, Channels]":
+        """Both sides of a migration within one host; each side knows the other by its name."""
+        pairs = [socket.socketpair() for _ in CHANNELS]
+        mine = cls(*(Channel(one, there) for one, _ in pairs))
+        return mine, cls(*(Channel(other, here) for _, other in pairs))
+
     def limit_silence(self, seconds: float) -> None:
         """Take the peer for lost when its host has not answered for so long (tcp(7)).
 
@@ -122,6 +130,8 @@ class Channels:
         """
         whole = max(int(seconds), 1)
         control = self.control.socket
+        if control.family == socket.AF_UNIX:
+            return  # the kernel itself tells when the peer is gone
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(whole // 2, 1))
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(whole // 4, 1))
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, whole * 1000)
@@ -142,6 +152,24 @@ class _Caller:
     received: bytearray = field(default_factory=bytearray)
 
 
+@dataclass
+class _Session:
+    """A destination whose channels are coming in; the greeting is that of its control channel."""
+
+    greeting: Hello
+    until: float
+    found: dict[str, Channel] = field(default_factory=dict)
+
+    def left(self) -> bool:
+        """Whether one of its channels has been closed again, or the others have not come for too long."""
+        late = time.monotonic() > self.until and len(self.found) < len(CHANNELS)
+        return late or any(_closed(channel.socket) for channel in self.found.values())
+
+    def drop(self) -> None:
+        for channel in self.found.values():
+            channel.close()
+
+
 class Listener:
     """The listening port of a source: answers whoever speaks the protocol, and lets nobody else disturb it."""
 
@@ -154,7 +182,7 @@ class Listener:
             hint = "choose another port with --port, or end what listens there" if error.errno == 98 else ""
             raise CannotRun(f"cannot listen at {address}:{port}: {error.strerror or error}", hint) from None
         self._socket.setblocking(False)
-        self._session = os.urandom(16)
+        self._sessions: dict[bytes, _Session] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ, None)
 
@@ -164,38 +192,34 @@ class Listener:
         found: int = self._socket.getsockname()[1]
         return found
 
-    def accept(self, refuse: Callable[[Hello], str | None]) -> tuple[Channels, Hello]:
+    def accept(
+        self, refuse: Callable[[Hello], str | None], meanwhile: Callable[[], object] = lambda: None
+    ) -> tuple[Channels, Hello]:
         """Wait for a destination with all its channels; ``refuse`` says why a peer's host will not do.
 
-        Who sends anything else, or nothing, is logged and dropped; the listener goes on.
+        Who sends anything else, or nothing, is logged and dropped; the listener goes on. ``meanwhile`` is called a
+        few times a second.
         """
-        found: dict[str, Channel] = {}
-        greeting: Hello | None = None
-        while len(found) < len(CHANNELS):
+        while True:
             for caller in self._introduced():
-                hello = self._check(caller, refuse, found)
-                if hello is None:
-                    continue
-                if hello.channel == "control":
-                    # A destination that comes back after it broke off takes the place of what is left of it.
-                    greeting = hello
-                    for old in found.values():
-                        old.close()
-                    found.clear()
-                found[hello.channel] = Channel(caller.connection, caller.peer)
-            gone = [name for name, channel in found.items() if _closed(channel.socket)]
-            if gone:
-                log.warning("%s left before all its channels were there", found[gone[0]].peer)
-                for channel in found.values():
-                    channel.close()
-                found.clear()
-        assert greeting is not None
-        for channel in found.values():
-            _tune(channel.socket)
-        return Channels(**found), greeting
+                self._take_in(caller, refuse)
+            for name, session in list(self._sessions.items()):
+                if session.left():
+                    log.warning("%s left before all its channels were there", session.found["control"].peer)
+                    session.drop()
+                    del self._sessions[name]
+                elif len(session.found) == len(CHANNELS):
+                    del self._sessions[name]
+                    for channel in session.found.values():
+                        _tune(channel.socket)
+                    return Channels(**session.found), session.greeting
+            meanwhile()
 
     def close(self) -> None:
         """Stop listening, and drop whoever has not introduced himself."""
+        for session in self._sessions.values():
+            session.drop()
+        self._sessions.clear()
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 key.data.connection.close()
@@ -247,25 +271,31 @@ class Listener:
             raise ProtocolError("it said more than HELLO")
         return len(received) == control.HEADER.size + length
 
-    def _check(self, caller: _Caller, refuse: Callable[[Hello], str | None], found: dict[str, Channel]) -> Hello | None:
-        """The caller's greeting, answered; None where it was not acceptable."""
+    def _take_in(self, caller: _Caller, refuse: Callable[[Hello], str | None]) -> None:
+        """Answer the caller's greeting; drop him where it is not acceptable."""
         channel = Channel(caller.connection, caller.peer)
         caller.connection.setblocking(True)
         try:
             hello = control.parse_body(Hello, caller.received[control.HEADER.size :])
             if hello.channel not in CHANNELS:
                 raise ProtocolError(f"it asked for an unknown channel {hello.channel!r}")
-            if hello.channel != "control" and (hello.session != self._session or "control" not in found):
-                raise ProtocolError("it named a session that is not this one")
+            session = self._sessions.get(hello.session)
+            if hello.channel == "control":
+                name, session = os.urandom(16), _Session(hello, time.monotonic() + GREETING_SECONDS)
+            elif session is None or hello.channel in session.found:
+                raise ProtocolError("it named a session that is not one of ours")
+            else:
+                name = hello.session
             if reason := refuse(hello):
                 raise ProtocolError(reason)
-            channel.send(Kind.HELLO, Hello(hello.channel, self._session))
+            channel.send(Kind.HELLO, Hello(hello.channel, name))
         except (ProtocolError, ConnectionLost) as reason:
             with contextlib.suppress(PostcopyError):
                 channel.send(Kind.FAILED, control.Failed(reason.message, reason.hint))
             self._drop(caller, reason)
-            return None
-        return hello
+            return
+        session.found[hello.channel] = channel
+        self._sessions[name] = session
 
     def _drop(self, caller: _Caller, reason: object) -> None:
         log.warning("dropped the connection from %s: %s", caller.peer, reason)

@@ -309,7 +309,7 @@ WRONG = {
     "empty-body": (hello(b""), "dropped the connection"),
     "nested-body": (hello(b"\x91" * 60_000), "dropped the connection"),
     "unknown-channel": (hello(replace(CONTROL, channel="x")), "it asked for an unknown channel 'x'"),
-    "another-session": (hello(Hello("bulk", bytes(16))), "it named a session that is not this one"),
+    "another-session": (hello(Hello("bulk", bytes(16))), "it named a session that is not one of ours"),
     "architecture": (hello(replace(CONTROL, architecture="m68k")), "the destination's m68k"),
     "page-size": (hello(replace(CONTROL, page_size=65536)), "the destination's 65536"),
     "cpu": (hello(replace(CONTROL, cpu_features=[])), "the destination's CPU lacks features"),

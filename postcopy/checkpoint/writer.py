@@ -47,6 +47,7 @@ class Writer:
         self._zero: dict[int, PageRanges] = {}
         self._spaces: list[SpaceInfo] = []
         self._written: list[Path] = []
+        self._finished = False
         if os.path.lexists(self._directory):
             raise UsageError(f"{directory} exists already", "name a directory that does not: the dump makes it")
         parent = self._directory.parent
@@ -104,12 +105,25 @@ class Writer:
             if named:
                 os.rename(self._directory, self._partial)
             raise
+        self._finished = True
         return self._id
 
     def abandon(self) -> None:
         """Remove what was written; nothing happens after `finish`. Raises nothing."""
         with contextlib.suppress(Exception):
             shutil.rmtree(self._partial, ignore_errors=True)
+
+    def withdraw(self) -> None:
+        """Remove what was written, also after `finish`. Raises nothing."""
+        if self._finished:
+            with contextlib.suppress(OSError):
+                os.rename(self._directory, self._partial)
+        self.abandon()
+
+    @property
+    def bytes_written(self) -> int:
+        """How much the pages take on disk, in bytes."""
+        return sum(info.page_bytes for info in self._spaces)
 
     def _without_zeros(self, process: Process) -> Process:
         lazy = PageRanges.unpack(process.memory.lazy).subtract(self._zero[process.space])

@@ -120,7 +120,7 @@ class Frozen:
         No instruction of the program runs: the leader goes from its trap straight into the stop, and only then,
         with the stop pending for all of them, are the other threads let into it (ptrace(2), "Group-stop").
         """
-        if self.stopped_by:
+        if self.stopped_by or self.durable:
             return
         self.durable = True
         leader, *others = self.threads

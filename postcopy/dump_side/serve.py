@@ -5,6 +5,7 @@ import logging
 import mmap
 import os
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from struct import Struct
@@ -23,6 +24,9 @@ CHUNK_PAGES = 64
 
 # What waits in the socket delays the chunk that a fault has promoted, and on a slow link the demand answers too.
 _BULK_SEND_BUFFER = 1 << 20
+
+# The destination says FINISH on one connection, and closes the other.
+_LAST_WORD_SECONDS = 1.0
 
 # tc-pfifo_fast(8): packets of the interactive band overtake those of the bulk band.
 _PRIORITY_BULK = 2
@@ -58,6 +62,13 @@ class Board:
     def finished(self) -> bool:
         """Whether nobody wants pages any more."""
         return self._memory[1] == 1
+
+    def finishes(self) -> bool:
+        """Whether nobody wants pages any more, as the demand server may be about to hear."""
+        until = time.monotonic() + _LAST_WORD_SECONDS
+        while not self.finished and time.monotonic() < until:
+            time.sleep(0.005)
+        return self.finished
 
     def set_background(self, running: bool) -> None:
         """Start or halt the bulk stream."""
@@ -177,7 +188,7 @@ def stream_bulk(
     try:
         _stream_chunks(sock, _Chunks(plan), sources, board)
     except OSError as error:
-        if not board.finished:
+        if not board.finishes():
             raise ConnectionLost(f"bulk channel: {error.strerror}") from error
     except PostcopyError as error:
         log.error("bulk channel: %s", error)

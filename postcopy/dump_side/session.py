@@ -1,47 +1,29 @@
-"""The source's side of a migration, from the survey to the end of the source tree. Here is decided what is done when.
+"""The ways to dump: to a destination, to a checkpoint directory, or the state to a directory and the pages to both.
 
-The states and messages stand in docs/protocol.md.
+Here is decided what is done when; the states and messages stand in docs/protocol.md.
 """
 
 import contextlib
 import logging
 import select
-import signal
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from postcopy import roles
+from postcopy.checkpoint.writer import Writer
 from postcopy.deadline import Interrupted, deadline, uninterrupted
-from postcopy.dump_side import memory, signals, sleepers
-from postcopy.dump_side.collect import Sleepers, collect
-from postcopy.dump_side.freeze import Frozen
-from postcopy.dump_side.guard import Guard
-from postcopy.dump_side.page_source import FrozenProcess
-from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
+from postcopy.dump_side.capture import Capture
+from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
-from postcopy.errors import (
-    ConnectionLost,
-    DumpError,
-    LostAfterCommit,
-    PostcopyError,
-    ProblemsError,
-)
-from postcopy.kernel import ptrace
-from postcopy.kernel.page import PAGE_SIZE
+from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.roles import Role
-from postcopy.state import Manifest, Process, Tree
-from postcopy.transport import Channels, Listener
+from postcopy.state import Manifest
+from postcopy.transport import Listener
 from postcopy.wire import control
-from postcopy.wire.control import Hello, Kind
 
 log = logging.getLogger("postcopy")
-
-_SPACE = 0
-_PROGRESS_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -62,213 +44,174 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     after it (LostAfterCommit) it stays stopped.
     """
     manifest, _ = survey(options.pid)
-    listener = Listener(options.address, options.port)
-    try:
-        reporter.event("listening", address=options.address, port=listener.port, pid=options.pid, name=manifest.name)
+    with contextlib.closing(Listener(options.address, options.port)) as listener:
+        _listens(options, manifest, listener, reporter)
         listening()
-        channels, peer = listener.accept(_refusal)
-    finally:
-        listener.close()
+        channels, peer = listener.accept(unfit)
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-        _Handoff(options, channels, reporter).run()
+        _hand_over(options, Giving(channels, reporter), reporter)
     finally:
         channels.close()
 
 
-def _refusal(peer: Hello) -> str | None:
-    """Why a destination's host will not do, as far as its greeting tells."""
-    mine = Hello("", b"")
-    if peer.architecture != mine.architecture:
-        return f"this host's architecture is {mine.architecture}, the destination's {peer.architecture}"
-    if peer.page_size != mine.page_size:
-        return f"this host's page size is {mine.page_size} bytes, the destination's {peer.page_size}"
-    if missing := sorted(set(mine.cpu_features) - set(peer.cpu_features)):
-        return f"the destination's CPU lacks features that programs here may use: {' '.join(missing)}"
-    return None
+def dump_to_directory(
+    pid: int, directory: Path, reporter: Reporter, *, leave_running: bool = False, leave_stopped: bool = False
+) -> None:
+    """Write process ``pid`` to ``directory``, which must not exist, and end it once it is safely there.
+
+    Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
+    """
+    manifest, pipes = survey(pid)
+    writer = Writer(directory, pages_elsewhere=False)
+    try:
+        with _errors_named(pid), Capture(pid, pipes, reporter) as capture:
+            capture.take()
+            for space, source in capture.sources.items():
+                writer.write_space(space, source, capture.sent[space], capture.lazy[space])
+            writer.finish(manifest, replace(capture.tree, late_signals=capture.late_signals()))
+            reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
+            if leave_stopped:
+                capture.frozen.stop_durably()
+                capture.commit()
+            elif not leave_running:
+                capture.end()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
-class _Handoff:
-    """One migration to a destination that has connected."""
+def dump_state_to_directory(
+    options: Options, directory: Path, reporter: Reporter, listening: Callable[[], None]
+) -> None:
+    """Write all but the lazy pages to ``directory``, and serve those from the frozen process.
 
-    def __init__(self, options: Options, channels: Channels, reporter: Reporter) -> None:
-        self._options = options
-        self._channels = channels
-        self._control = channels.control
-        self._reporter = reporter
-        self._board = Board()
-        self._servers: list[Role] = []
-        self._standstill = 0
-        self._resumed_at = 0
-        self._boot_bytes = 0
-        self._trusted_pipes: frozenset[int] = frozenset()
-
-    def run(self) -> None:
-        """All of it."""
+    A destination that fails before commit is told of, and the next one is waited for. Otherwise like `dump`; where it
+    raises before commit, ``directory`` does not exist.
+    """
+    pid = options.pid
+    manifest, pipes = survey(pid)
+    with contextlib.closing(Listener(options.address, options.port)) as listener:
+        writer = Writer(directory, pages_elsewhere=True)
         try:
-            manifest, self._trusted_pipes = survey(self._options.pid)
-            self._reporter.event("surveyed", files=len(manifest.files))
-            self._agree(manifest)
-            self._reporter.event("prepared")
-            self._move()
-        except (ConnectionLost, LostAfterCommit):
+            with _errors_named(pid), Capture(pid, pipes, reporter) as capture:
+                capture.take()
+                for space, source in capture.sources.items():
+                    writer.write_space(space, source, capture.sent[space], PageRanges())
+                checkpoint = writer.finish(manifest, capture.tree)
+                reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
+                _listens(options, manifest, listener, reporter)
+                listening()
+                while not capture.committed:
+                    _offer(options, capture, manifest, checkpoint, listener, reporter)
+        except LostAfterCommit:
             raise
-        except (PostcopyError, OSError) as raw:
-            error = raw if isinstance(raw, PostcopyError) else DumpError(f"process {self._options.pid}: {raw}")
-            with contextlib.suppress(PostcopyError):
-                self._control.send(Kind.FAILED, control.Failed(error.message, error.hint))
-            raise error from raw
-        finally:
-            for server in self._servers:
-                server.kill()
-
-    def _agree(self, manifest: Manifest) -> None:
-        """Let the destination check everything that can be checked before anything is frozen."""
-        self._control.send(Kind.MANIFEST, manifest)
-        kind, body = self._control.receive({Kind.PREPARED: control.Nothing, Kind.PROBLEMS: control.Problems})
-        if kind == Kind.PROBLEMS:
-            assert isinstance(body, control.Problems)
-            raise ProblemsError(body.problems, "the destination cannot take it")
-
-    def _move(self) -> None:
-        frozen = Frozen(self._options.pid)
-        guard = Guard(frozen.pidfd)
-        smaps = memory.SmapsReader(frozen.pid)
-        committed = False
-        sleeping = sleepers.observe(frozen.pid)
-        # On a busy host, every other process would lengthen the stand-still.
-        scheduling(nice=-20)
-        try:
-            with deadline(self._options.timeout, "the way from freeze to commit"):
-                began = time.monotonic_ns()
-                frozen.freeze()
-                smaps.begin()
-                collected = self._hand_over(frozen, smaps, sleeping)
-                self._control.expect(Kind.READY, control.Nothing)
-                self._reporter.event("ready")
-                guard.stopping()
-                frozen.stop_durably()
-                go = control.Go(signals.late(frozen, collected))
-                self._reporter.event("stopped")
-                if select.select([self._control], [], [], 0)[0]:
-                    # Nothing is due but that the destination has given up: the last moment to hear it.
-                    self._control.receive({})
-            with uninterrupted():
-                # Whoever dies from here on: nobody wakes the tree, since nobody can know whether GO arrived.
-                guard.committing()
-                committed = True
-                frozen.stay_stopped()
-                self._control.send(Kind.GO, go)
-            self._control.expect(Kind.RESUMED, control.Nothing)
-            self._resumed_at = time.monotonic_ns()
-            self._standstill = self._resumed_at - began
-            self._reporter.event("resumed", standstill_ns=self._standstill)
-            statistics = self._serve(frozen)
-            self._end(frozen)
-            self._tell(statistics)
-        except (PostcopyError, OSError) as error:
-            if committed:
-                raise self._lost(error) from None
+        except BaseException:
+            writer.withdraw()
             raise
-        finally:
-            if committed:
-                frozen.let_go()
-            else:
-                frozen.thaw()
-            smaps.close()
-            guard.dismiss()
-            frozen.close()
 
-    def _hand_over(self, frozen: Frozen, smaps: memory.SmapsReader, sleeping: Sleepers) -> Process:
-        """Collect and send the state, and start the servers."""
-        self._reporter.event("frozen", threads=len(frozen.threads))
-        process, pages, needed = collect(frozen, _SPACE, smaps, self._trusted_pipes, sleeping)
-        self._reporter.event("collected", vmas=len(process.memory.vmas))
-        self._control.send(Kind.STATE, Tree([process], needed))
-        content = memory.contents(frozen.memory, pages.sent)
-        self._control.send_pages(content)
-        self._boot_bytes = len(content)
-        # Forked while the destination builds: this costs no stand-still.
-        self._start_servers(frozen, pages.lazy)
-        self._reporter.event("state", boot_bytes=len(content), lazy_pages=pages.lazy.total_pages)
-        return process
 
-    def _start_servers(self, frozen: Frozen, lazy: PageRanges) -> None:
-        sources, board = {_SPACE: FrozenProcess(frozen.pid, frozen.memory)}, self._board
-        demand, bulk = self._channels.demand.socket, self._channels.bulk.socket
+def _listens(options: Options, manifest: Manifest, listener: Listener, reporter: Reporter) -> None:
+    reporter.event("listening", address=options.address, port=listener.port, pid=options.pid, name=manifest.name)
 
-        def demand_body() -> None:
-            serve_demand(demand, sources, board)
 
-        def bulk_body() -> None:
-            stream_bulk(bulk, {_SPACE: lazy}, sources, board)
+@contextlib.contextmanager
+def _errors_named(pid: int) -> Iterator[None]:
+    """Every error is one of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise DumpError(f"process {pid}: {error}") from error
 
-        # Each keeps its own connection and the board; the tree dies with none of them.
-        self._servers = [
-            roles.start("postcopy-demand", demand_body, dies_with_parent=True),
-            roles.start("postcopy-bulk", bulk_body, dies_with_parent=True),
-        ]
-        self._lazy_pages = lazy.total_pages
 
-    def _serve(self, frozen: Frozen) -> control.Drained:
-        """Watch over the servers, and over the stop, until the destination says that it has every page."""
-        poll = select.poll()
-        poll.register(self._control.fileno(), select.POLLIN)
-        while True:
-            if poll.poll(_PROGRESS_SECONDS * 1000):
-                return self._control.expect(Kind.DRAINED, control.Drained)
-            for server in self._servers:
-                if server.ended_badly():
-                    raise ConnectionLost(f"{server.name} ended before the destination had every page")
-            frozen.stay_stopped()
-            sent = self._board.demand_bytes + self._board.bulk_bytes
-            self._reporter.event(
-                "progress",
-                pages_left=max(self._lazy_pages - sent // PAGE_SIZE, 0),
-                faults=self._board.demand_requests,
-                bytes_demand=self._board.demand_bytes,
-                bytes_bulk=self._board.bulk_bytes,
-            )
+def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
+    """Survey again, freeze, and give it all to the destination that has connected."""
+    try:
+        with _errors_named(options.pid):
+            manifest, pipes = survey(options.pid)
+            reporter.event("surveyed", files=len(manifest.files))
+            giving.agree(manifest)
+            with Capture(options.pid, pipes, reporter) as capture:
+                # On a busy host, every other process would lengthen the stand-still.
+                scheduling(nice=-20)
+                with deadline(options.timeout, "the way from freeze to commit"):
+                    capture.take()
+                    giving.send_state(capture.tree, capture.content())
+                    # Forked while the destination builds: this costs no stand-still.
+                    giving.start_servers(capture.lazy, capture.sources)
+                    go = _await_go(capture, giving, reporter)
+                _commit(options, capture, giving, go)
+    except (ConnectionLost, LostAfterCommit):
+        raise
+    except PostcopyError as error:
+        giving.fail(error)
+        raise
+    finally:
+        giving.end()
 
-    def _end(self, frozen: Frozen) -> None:
-        """The destination has everything: the source tree is of no more use."""
-        self._reporter.event("drained")
-        for server in self._servers:
-            server.kill()
-        self._servers = []
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(frozen.pidfd, signal.SIGKILL)
-        # As tracer we are told of each thread's end before its parent is; the leader's comes last.
-        for thread in (*frozen.threads[1:], frozen.threads[0]):
-            with contextlib.suppress(ChildProcessError):
-                while ptrace.wait(thread.tid).ended is None:
-                    pass
-        frozen.threads = []
-        self._reporter.event("killed", pid=frozen.pid)
 
-    def _tell(self, drained: control.Drained) -> None:
-        self._reporter.event(
-            "statistics",
-            standstill_ns=self._standstill,
-            drain_ns=time.monotonic_ns() - self._resumed_at,
-            faults=drained.faults,
-            fault_p50_ns=drained.fault_p50,
-            fault_p99_ns=drained.fault_p99,
-            fault_max_ns=drained.fault_max,
-            bytes_boot=self._boot_bytes,
-            bytes_demand=drained.bytes_demand,
-            bytes_bulk=drained.bytes_bulk,
-            bytes_zero=drained.bytes_zero,
-        )
+def _offer(
+    options: Options, capture: Capture, manifest: Manifest, checkpoint: bytes, listener: Listener, reporter: Reporter
+) -> None:
+    """Give the frozen process to the next destination that comes; a failure before commit is told and no more."""
+    channels, peer = listener.accept(unfit)
+    giving = Giving(channels, reporter)
+    try:
+        channels.limit_silence(options.timeout)
+        reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
+        has_state = giving.agree(manifest, checkpoint)
+        with deadline(options.timeout, "the way from the agreement to commit"):
+            if not has_state:
+                giving.send_state(capture.tree, capture.content())
+            giving.start_servers(capture.lazy, capture.sources)
+            go = _await_go(capture, giving, reporter)
+        _commit(options, capture, giving, go)
+    except (LostAfterCommit, Interrupted):
+        raise
+    except PostcopyError as error:
+        giving.fail(error)
+        log.error("%s; process %d stays frozen here, for the next destination", error, options.pid)
+    finally:
+        giving.end()
+        channels.close()
 
-    def _lost(self, error: PostcopyError | OSError) -> LostAfterCommit:
-        pid = self._options.pid
-        if isinstance(error, Interrupted):
-            what = "dump was ended while it was serving the program's memory"
-        else:
-            what = f"lost the destination after commit: {error}"
-        return LostAfterCommit(
-            f"{what}; process {pid} stays stopped here, with all its memory as it was at the hand-over",
-            f"only if it is certain that it does not run at the destination: kill -CONT {pid}",
-        )
+
+def _await_go(capture: Capture, giving: Giving, reporter: Reporter) -> control.Go:
+    """Once the destination is ready: the order to go. The process is then stopped durably."""
+    giving.await_ready()
+    capture.stop()
+    go = control.Go(capture.late_signals())
+    reporter.event("stopped")
+    if select.select([giving.control], [], [], 0)[0]:
+        # Nothing is due but that the destination has given up: the last moment to hear it.
+        giving.control.receive({})
+    return go
+
+
+def _commit(options: Options, capture: Capture, giving: Giving, go: control.Go) -> None:
+    """From here to the end of the source process. Raises LostAfterCommit."""
+    try:
+        with uninterrupted():
+            capture.commit()
+            giving.go(go)
+        giving.await_resumed(capture.began)
+        drained = giving.await_drained(capture.frozen.stay_stopped)
+        giving.end()
+        capture.end()
+        giving.tell(drained)
+    except (PostcopyError, OSError) as error:
+        if not capture.committed:
+            raise
+        raise _lost(options.pid, error) from None
+
+
+def _lost(pid: int, error: PostcopyError | OSError) -> LostAfterCommit:
+    if isinstance(error, Interrupted):
+        what = "dump was ended while it was serving the program's memory"
+    else:
+        what = f"lost the destination after commit: {error}"
+    return LostAfterCommit(
+        f"{what}; process {pid} stays stopped here, with all its memory as it was at the hand-over",
+        f"only if it is certain that it does not run at the destination: kill -CONT {pid}",
+    )

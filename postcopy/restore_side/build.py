@@ -78,15 +78,15 @@ class Built:
             ptrace.detach(tid)
 
 
-def build(state: Process, pages: memoryview, newborn: birth.Newborn, lazy: bool, parent_stays: bool) -> Built:
+def build(state: Process, pages: memoryview, newborn: birth.Newborn, parent_stays: bool) -> Built:
     """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
-    With ``lazy``, private anonymous memory is armed for missing pages.
+    Private anonymous memory is armed for missing pages.
 
     Raises RestoreError with what was refused and why; the new process is then to be killed.
     """
     built = Built(newborn, state, -1, [newborn.pid])
     try:
-        _Builder(built, parent_stays).run(pages, lazy)
+        _Builder(built, parent_stays).run(pages)
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
     except (struct.error, ValueError, IndexError) as error:
@@ -113,17 +113,16 @@ class _Builder:
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def run(self, pages: memoryview, lazy: bool) -> None:
+    def run(self, pages: memoryview) -> None:
         pid, state = self._newborn.pid, self._state
         self._allow_descriptors()
         self._install()
         self._run_memory()
         memory.write_pages(state.memory, pages, self._newborn.memory)
-        self._run_leader(lazy)
+        self._run_leader()
         self._fall_asleep()
-        if lazy:
-            # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
-            self._arm()
+        # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
+        self._arm()
         self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
@@ -203,18 +202,17 @@ class _Builder:
         batch.add(call("close_range", 3, 0xFFFF_FFFF, 0), "closing what is open for a while")
         self._checked(leader.run(batch))
 
-    def _run_leader(self, lazy: bool) -> None:
+    def _run_leader(self) -> None:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
         lineage.rebuild(state.lineage, batch)
         attributes.rebuild(state.attributes, batch)
         threads.ask_for(state.threads[1:], batch)
-        number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd") if lazy else -1
+        number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = self._checked(leader.run(batch))
         self._welcome(leader.born)
-        if lazy:
-            self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
-            userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
+        self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
+        userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
         descriptors.rebuild(state.descriptors, batch)
         filesystem.rebuild(state.filesystem, batch)

@@ -417,6 +417,12 @@ class FaultHandler:
         return {"faults": self._faults} | {cause.value: filled for cause, filled in self._filling.filled.items()}
 
     def _finish(self) -> None:
+        # First, since who hears the report ends this process.
+        try:
+            self._send(wire.finish())
+        except Lost as error:
+            # Nothing is lost any more: every page is here.
+            log.warning("the source was not told that every page has arrived: %s", error)
         self._report(
             {
                 "event": "drained",
@@ -426,11 +432,6 @@ class FaultHandler:
                 **self._figures(),
             }
         )
-        try:
-            self._send(wire.finish())
-        except Lost as error:
-            # Nothing is lost any more: every page is here.
-            log.warning("the source was not told that every page has arrived: %s", error)
         for uffd in self._filling.mms:
             os.close(uffd)
         self._filling.mms.clear()

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgpack
 
 from postcopy import roles
+from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import deadline, uninterrupted
 from postcopy.errors import (
     ConnectionLost,
@@ -28,6 +29,7 @@ from postcopy.errors import (
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
+from postcopy.restore_side import eager
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth
 from postcopy.restore_side.build import Built, build
@@ -37,8 +39,8 @@ from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
-from postcopy.state import Manifest, Process, Tree
-from postcopy.transport import Channels, connect
+from postcopy.state import Process, Tree
+from postcopy.transport import DEFAULT_PORT, Channels, connect
 from postcopy.wire import control
 from postcopy.wire.control import Kind
 
@@ -52,27 +54,37 @@ class Options:
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
     ``patience``: seconds to wait for the source to listen."""
 
-    address: str
-    port: int
+    address: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
     timeout: float = 10.0
     patience: float = 30.0
+    lazy: bool = True
     detach: bool = False
     pidfile: Path | None = None
     new_pid_namespace: bool = False
     background: Background = field(default_factory=Background)
 
 
-def restore(options: Options, reporter: Reporter, running: Callable[[], None]) -> int:
-    """Take a process tree over from the source at ``options.address``; the exit status of its root.
+def restore(
+    options: Options,
+    reporter: Reporter,
+    running: Callable[[], None],
+    checkpoint: Checkpoint | None = None,
+    channels: Channels | None = None,
+) -> int:
+    """Take a process tree over; the exit status of its root.
 
-    ``running`` is called once when the tree runs here. With ``detach``, returns 0 right after that. Raises
-    PostcopyError; before commit nothing is then left here and the program runs on at the source.
+    The source is at ``options.address``, unless there are ``channels`` to one already. Where there is a ``checkpoint``
+    the state comes from there, and all pages too without ``lazy``. ``running`` is called once when the tree runs here.
+    With ``detach``, returns 0 right after that. Raises PostcopyError; before commit nothing is then left here and the
+    program runs on at the source.
     """
     check_privileges()
-    channels, peer = connect(options.address, options.port, options.patience)
-    channels.limit_silence(options.timeout)
-    reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-    takeover = _Takeover(options, channels, reporter)
+    if channels is None:
+        channels, peer = connect(options.address, options.port, options.patience)
+        channels.limit_silence(options.timeout)
+        reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
+    takeover = _Takeover(options, channels, reporter, checkpoint)
     try:
         takeover.prepare()
         takeover.build()
@@ -93,10 +105,11 @@ def restore(options: Options, reporter: Reporter, running: Callable[[], None]) -
 class _Takeover:
     """One migration to this host."""
 
-    def __init__(self, options: Options, channels: Channels, reporter: Reporter) -> None:
+    def __init__(self, options: Options, channels: Channels, reporter: Reporter, checkpoint: Checkpoint | None) -> None:
         self._options = options
         self._channels = channels
         self._reporter = reporter
+        self._checkpoint = checkpoint
         self._namespace: PidNamespace | None = None
         self._newborn: Newborn | None = None
         self._built: Built | None = None
@@ -114,7 +127,13 @@ class _Takeover:
 
     def prepare(self) -> None:
         """Check the manifest and make what can be made before the tree is frozen. Raises ProblemsError."""
-        manifest = self._channels.control.expect(Kind.MANIFEST, Manifest)
+        offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
+        manifest = offer.manifest
+        if self._checkpoint is not None and offer.checkpoint != self._checkpoint.id:
+            raise RestoreError(
+                f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
+                "name the address and port of the dump that wrote it, which must still run",
+            )
         if problems := manifests.problems(manifest, self._options.new_pid_namespace):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
@@ -130,27 +149,34 @@ class _Takeover:
                 self._namespace.leave()
         self._start_watchdog()
         self._reporter.event("born", pid=self._newborn.pid)
-        self._channels.control.send(Kind.PREPARED)
+        self._channels.control.send(Kind.PREPARED, control.Prepared(has_state=self._checkpoint is not None))
 
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
         # On a busy host, every other process would lengthen the stand-still.
         scheduling(nice=-20)
-        tree = self._channels.control.expect(Kind.STATE, Tree)
-        pages = self._channels.control.receive_pages()
+        if self._checkpoint is not None:
+            tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
+        else:
+            tree = self._channels.control.expect(Kind.STATE, Tree)
+            pages = self._channels.control.receive_pages()
         self._reporter.event("received", boot_bytes=len(pages))
-        with deadline(self._options.timeout, "building the tree"):
+        with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
             process = self._only(tree)
             assert self._newborn is not None
-            self._built = build(process, pages, self._newborn, lazy=True, parent_stays=not self._options.detach)
+            self._built = build(process, pages, self._newborn, parent_stays=not self._options.detach)
             self._boot_bytes = len(pages)
-            self._hand_over(process)
+            self._hand_over(self._spaces(process))
             self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
             self._check_daemon()
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
+
+    def _deadline(self) -> contextlib.AbstractContextManager[None]:
+        """No tree stands still while all of its memory is filled from a directory."""
+        return deadline(self._options.timeout, "building the tree") if self._options.lazy else contextlib.nullcontext()
 
     def _await_go(self) -> control.Go:
         assert self._watchdog is not None
@@ -197,12 +223,21 @@ class _Takeover:
         self._channels.demand.close()
         self._channels.bulk.close()
 
-    def _hand_over(self, process: Process) -> None:
+    def _spaces(self, process: Process) -> list[HandedSpace]:
+        """What is left to fill once the tree has been built."""
+        assert self._built is not None
+        spaces = [HandedSpace(process.space, self._built.uffd, PageRanges.unpack(process.memory.lazy))]
+        if self._options.lazy:
+            return spaces
+        assert self._checkpoint is not None
+        eager.fill(self._checkpoint, spaces)
+        self._reporter.event("filled", pages=sum(each.lazy.total_pages for each in spaces))
+        return [HandedSpace(each.space, each.uffd, PageRanges()) for each in spaces]
+
+    def _hand_over(self, spaces: list[HandedSpace]) -> None:
         """Give the built tree to the daemon; from here on that alone keeps its memory waiting for pages."""
         assert self._built is not None
-        lazy = PageRanges.unpack(process.memory.lazy)
-        self._lazy_pages = lazy.total_pages
-        spaces = [HandedSpace(process.space, self._built.uffd, lazy)]
+        self._lazy_pages = sum(each.lazy.total_pages for each in spaces)
         Handover(spaces, self._built.pid, self._built.newborn.pidfd).send(self._handovers)
         os.close(self._built.uffd)
         self._built.uffd = -1
@@ -229,7 +264,7 @@ class _Takeover:
                 self.undo()
                 raise LostAfterCommit(
                     "the daemon that fetches the program's memory died at commit: the program was never resumed here",
-                    "the source keeps it stopped, with all its memory; see there",
+                    self._where_it_is,
                 ) from None
             if self._namespace:
                 self._namespace.entrust(self._built.state.pid)
@@ -296,13 +331,18 @@ class _Takeover:
         if watching:
             lost = self._hear_the_rest() or lost
         if lost:
-            raise LostAfterCommit(
-                f"the program was killed: {lost}", "the source keeps it stopped, with all its memory; see there"
-            )
+            raise LostAfterCommit(f"the program was killed: {lost}", self._where_it_is)
         code = os.waitstatus_to_exitcode(status)
         code = 128 - code if code < 0 else code
         self._reporter.event("exited", pid=self._built.pid, status=code)
         return code
+
+    @property
+    def _where_it_is(self) -> str:
+        """Where the tree still is as it was at commit."""
+        if self._checkpoint is not None and not self._checkpoint.pages_elsewhere:
+            return "the checkpoint directory is as it was"
+        return "the source keeps it stopped, with all its memory; see there"
 
     def _pidfd(self) -> int:
         assert self._built is not None

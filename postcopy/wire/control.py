@@ -11,7 +11,7 @@ from postcopy import __version__
 from postcopy.errors import ProtocolError
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
-from postcopy.state import LateSignal, decode, encode
+from postcopy.state import LateSignal, Manifest, decode, encode
 
 PROTOCOL_VERSION = 1
 MAGIC = b"POSTCOPY"
@@ -52,6 +52,21 @@ class Hello:
 @dataclass(frozen=True, slots=True)
 class Nothing:
     """A frame whose kind says all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the source has: the manifest, and the id of the checkpoint directory with the state, if there is one."""
+
+    manifest: Manifest
+    checkpoint: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The destination can take it; with ``has_state``, it has the checkpoint's directory and needs the pages alone."""
+
+    has_state: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,125 @@
+"""Serving a checkpoint directory to other hosts, to any number of them, at once and again."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from postcopy import roles
+from postcopy.checkpoint.reader import Checkpoint
+from postcopy.deadline import Interrupted
+from postcopy.dump_side.giving import Giving, unfit
+from postcopy.errors import ConnectionLost, PostcopyError
+from postcopy.page_ranges import PageRanges
+from postcopy.reporting import Reporter, Silent
+from postcopy.roles import Role
+from postcopy.transport import Channels, Listener
+from postcopy.wire import control
+
+log = logging.getLogger("postcopy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to listen; ``timeout``: seconds without a sign of life after which a destination is given up."""
+
+    address: str
+    port: int
+    timeout: float = 10.0
+
+
+@dataclass
+class _Customers:
+    """The processes that serve one destination each."""
+
+    roles: list[Role] = field(default_factory=list)
+
+    def reap(self) -> None:
+        """Give up what is left of those that have come to their end."""
+        for role in [role for role in self.roles if role.has_ended()]:
+            role.wait()
+            self.roles.remove(role)
+
+    def end(self) -> None:
+        for role in self.roles:
+            role.kill()
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A reporter that says of whom it speaks."""
+
+    reporter: Reporter
+    peer: str
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        self.reporter.event(name, **{"peer": self.peer, **fields})
+
+
+def serve(checkpoint: Checkpoint, options: Options, reporter: Reporter, listening: Callable[[], None]) -> None:
+    """Give ``checkpoint`` to every destination that comes for it, until a signal ends it. Raises PostcopyError."""
+    customers = _Customers()
+    manifest = checkpoint.manifest
+    with contextlib.closing(Listener(options.address, options.port)) as listener:
+        try:
+            reporter.event("serving", address=options.address, port=listener.port, pid=manifest.pid, name=manifest.name)
+            listening()
+            while True:
+                channels, peer = listener.accept(unfit, customers.reap)
+                channels.limit_silence(options.timeout)
+                named = _Named(reporter, channels.control.peer)
+                named.event("connected", kernel=peer.kernel)
+
+                def body(channels: Channels = channels, named: _Named = named) -> None:
+                    listener.close()
+                    give(checkpoint, checkpoint.plan(), channels, named)
+
+                customers.roles.append(roles.start("postcopy-serve", body, dies_with_parent=True))
+                channels.close()
+        except Interrupted as end:
+            log.info("%s", end)
+        finally:
+            customers.end()
+
+
+def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
+    """The destination's channels to a process on this host that gives ``checkpoint``; its pages too where ``lazy``."""
+    here, there = Channels.pair("restore", "the server of the checkpoint")
+
+    def body() -> None:
+        here.close()
+        try:
+            give(checkpoint, checkpoint.plan() if lazy else {}, there, Silent())
+        except PostcopyError as error:
+            log.debug("serving the checkpoint here: %s", error)
+
+    def start() -> None:
+        # It serves the daemon, which stays when `restore -d` has ended; it ends with the connection.
+        roles.start("postcopy-serve", body, dies_with_parent=False)
+
+    # Not a child of ours: nobody would wait for it.
+    roles.start("postcopy-serve", start, dies_with_parent=True).wait()
+    there.close()
+    return here
+
+
+def give(checkpoint: Checkpoint, plan: dict[int, PageRanges], channels: Channels, reporter: Reporter) -> None:
+    """Give a checkpoint to one destination, ``plan`` of its pages by the page protocol. Raises PostcopyError."""
+    giving = Giving(channels, reporter)
+    try:
+        if not giving.agree(checkpoint.manifest, checkpoint.id):
+            giving.send_state(checkpoint.tree, checkpoint.sent_content())
+        giving.start_servers(plan, {space: checkpoint.source(space) for space in plan})
+        giving.await_ready()
+        giving.go(control.Go(checkpoint.tree.late_signals))
+        giving.await_resumed()
+        giving.tell(giving.await_drained())
+    except ConnectionLost:
+        raise
+    except PostcopyError as error:
+        giving.fail(error)
+        raise
+    finally:
+        giving.end()
+        channels.close()
