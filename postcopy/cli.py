@@ -249,6 +249,19 @@ def check(
         reporting.show_movable(manifest, as_json)
 
 
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.")],
+    verbose: Verbose = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, as one JSON object.")] = False,
+) -> None:
+    """Show what is in a checkpoint directory. Runs nothing of it."""
+    reporting.configure_logging(verbose, None)
+    from postcopy.checkpoint.inspect import inspect as show
+
+    show(directory, as_json)
+
+
 def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
     """Log, end on signals, and refuse descriptors and files that are not there before anything is begun."""
     try:

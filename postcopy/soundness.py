@@ -1,12 +1,354 @@
-"""Whether a state makes sense: well-typed, it could still contradict itself or ask for what cannot be."""
+"""Whether a state makes sense: what is well-typed could still contradict itself or ask for what cannot be.
+
+Everything that comes from outside is checked here before any process is made of it. The tables say what single fields
+may hold, the functions what must hold between fields; a new dataclass of `postcopy.state` gets its lines in the tables
+and, where that is not enough, a function in `_CHECKS`. `check` walks the whole state and finds both by type.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
 
 from postcopy.errors import ProtocolError
-from postcopy.state import Manifest, Tree
+from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE
+from postcopy.page_ranges import PageRanges
+from postcopy.state import (
+    Attributes,
+    Credentials,
+    Description,
+    Descriptors,
+    FileIdentity,
+    Filesystem,
+    LateSignal,
+    Limits,
+    Lineage,
+    Manifest,
+    MappedFile,
+    Memory,
+    OpenFile,
+    Pipe,
+    PipeEnd,
+    Process,
+    Rseq,
+    Scheduling,
+    Signals,
+    Sleep,
+    StandardStream,
+    Thread,
+    Timers,
+    Tree,
+    Vma,
+)
+
+_UINT32, _INT64, _UINT64 = range(1 << 32), range(1 << 63), range(1 << 64)
+_ADDRESS = range(ADDRESS_LIMIT + 1)
+_SIGNAL_OR_NONE = range(65)
+_PID_MAX = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
+_PATH_MAX = 4096
+_SIGINFO_SIZE = 128
+_MOST_MEMORY = 1 << 46  # bytes; what x86-64 with 4-level page tables can address at all
+_XSTATE_SIZES = range(576, 16385)  # the legacy area and the header; what PTRACE_GETREGSET is asked for
+
+# What a number may be.
+_NUMBERS: Mapping[type, Mapping[str, range]] = {
+    Attributes: {
+        "dumpable": range(3),
+        "thp_disable": range(256),
+        "personality": _UINT32,
+        "oom_score_adj": range(-1000, 1001),
+        "coredump_filter": _UINT32,
+    },
+    Credentials: dict.fromkeys(("inheritable", "permitted", "effective", "bounding", "ambient"), _UINT64)
+    | {"securebits": _UINT32},
+    FileIdentity: {"size": _INT64},
+    Filesystem: {"umask": range(0o1000)},
+    LateSignal: {"tid": range(_PID_MAX)},
+    Lineage: {"session": range(_PID_MAX), "process_group": range(_PID_MAX)},
+    Manifest: {"xsave_size": _XSTATE_SIZES, "memory_bytes": range(_MOST_MEMORY + 1)},
+    Memory: dict.fromkeys(("start_code", "end_code", "start_data", "end_data", "start_brk", "brk"), _ADDRESS)
+    | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS),
+    OpenFile: {"flags": _UINT32, "position": _INT64},
+    Pipe: {"capacity": range(PAGE_SIZE, (1 << 31) + 1)},  # fs/pipe.c, round_pipe_size
+    PipeEnd: {"flags": _UINT32},
+    Process: {"space": _UINT32, "stopped_by": _SIGNAL_OR_NONE},
+    Rseq: {"pointer": _ADDRESS, "size": range(PAGE_SIZE + 1), "signature": _UINT32},
+    Scheduling: {"io_priority": range(1 << 16), "timer_slack": _UINT64},
+    Sleep: {"call": _UINT32, "left": _INT64},
+    StandardStream: {"fd": range(3), "flags": _UINT32},
+    Thread: {
+        "signal_mask": _UINT64,
+        "tid_address": _UINT64,
+        "robust_list": _UINT64,
+        "robust_list_size": range(PAGE_SIZE + 1),
+        "parent_death_signal": _SIGNAL_OR_NONE,
+    },
+    Vma: {"offset": _INT64},
+}
+
+# How long a text, a byte string or a list may be.
+_LENGTHS: Mapping[type, Mapping[str, range]] = {
+    Credentials: {"groups": range(65537)},  # NGROUPS_MAX
+    FileIdentity: {"build_id": range(257)},
+    LateSignal: {"siginfo": range(_SIGINFO_SIZE, _SIGINFO_SIZE + 1)},
+    Limits: {"limits": range(1, 33)},
+    Manifest: {"tids": range(1, _PID_MAX), "name": range(_PATH_MAX), "vdso": range(1 << 20)},
+    Memory: {"vmas": range(1, 1 << 24), "auxv": range(_PATH_MAX + 1), "vdso": range(1 << 20)},
+    Process: {"threads": range(1, _PID_MAX)},
+    Scheduling: {"attributes": range(48, 257), "affinity": range(1, 8193)},  # NR_CPUS is at most 8192
+    Signals: {"actions": range(64, 65)},
+    Thread: {
+        "name": range(16),  # TASK_COMM_LEN with its NUL
+        "registers": range(216, 217),  # struct user_regs_struct
+        "xstate": _XSTATE_SIZES,
+        "alternate_stack": range(24, 25),  # stack_t
+    },
+    Timers: {"intervals": range(3, 4)},
+    Tree: {"processes": range(1, _PID_MAX)},
+    Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
+}
+
+# How long each byte string of a list must be.
+_ITEM_LENGTHS: Mapping[type, Mapping[str, int]] = {
+    Signals: {"actions": 32, "pending": _SIGINFO_SIZE},
+    Thread: {"pending": _SIGINFO_SIZE},
+    Timers: {"intervals": 32},
+}
+
+# What a number in a list may be.
+_ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
+    Credentials: {"uids": _UINT32, "gids": _UINT32, "groups": _UINT32},
+    Scheduling: {"affinity": range(8192)},
+}
+
+_CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
+    OpenFile: {"kind": frozenset({"regular", "directory", "device", "path"})},
+    Vma: {"backing": frozenset({"anonymous", "stack", "file", "vvar", "vdso"})},
+}
+
+_PATHS: Mapping[type, tuple[str, ...]] = {
+    FileIdentity: ("path",),
+    Filesystem: ("root", "cwd"),
+    MappedFile: ("path",),
+    Memory: ("exe",),
+    OpenFile: ("path",),
+}
+
+# Backings of memory that userfaultfd fills, and those whose pages are the kernel's.
+_LAZY_BACKINGS = frozenset({"anonymous", "stack"})
+_KERNEL_BACKINGS = frozenset({"vvar", "vdso"})
 
 
 def check(tree: Tree, manifest: Manifest) -> None:
-    """Raises ProtocolError with the field and the value of what cannot be."""
-    if not tree.processes:
-        raise ProtocolError("processes: none")
+    """Raises ProtocolError with the field, its value and what is wrong with it."""
+    for name, value in (("manifest", manifest), ("state", tree)):
+        for problem in _walk(name, value):
+            raise ProtocolError(problem)
     if manifest.pid not in [process.pid for process in tree.processes]:
-        raise ProtocolError(f"pid {manifest.pid} of the manifest: no process of the state has it")
+        raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
+
+
+def _walk(where: str, value: Any) -> Iterator[str]:
+    """The problems of a dataclass and of all that are in it, each with its path."""
+    kind = type(value)
+    for problem in (*_of_fields(value), *_CHECKS.get(kind, _nothing)(value)):
+        yield f"{where}.{problem}"
+    for field in dataclasses.fields(kind):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            yield from _walk(f"{where}.{field.name}", inner)
+        elif isinstance(inner, list) and inner and dataclasses.is_dataclass(inner[0]):
+            for number, each in enumerate(inner):
+                yield from _walk(f"{where}.{field.name}[{number}]", each)
+
+
+def _of_fields(value: Any) -> Iterator[str]:
+    """What the tables find of one dataclass."""
+    kind = type(value)
+    for name, allowed in _NUMBERS.get(kind, {}).items():
+        if (number := getattr(value, name)) not in allowed:
+            yield f"{name}: {number} is not within {_text(allowed)}"
+    for name, allowed in _LENGTHS.get(kind, {}).items():
+        if (length := len(getattr(value, name))) not in allowed:
+            yield f"{name}: a length of {length} is not within {_text(allowed)}"
+    for name, wanted in _ITEM_LENGTHS.get(kind, {}).items():
+        for at, item in enumerate(getattr(value, name)):
+            if len(item) != wanted:
+                yield f"{name}[{at}]: {len(item)} bytes; it must have {wanted}"
+    for name, allowed in _ITEM_NUMBERS.get(kind, {}).items():
+        for at, number in enumerate(getattr(value, name)):
+            if number not in allowed:
+                yield f"{name}[{at}]: {number} is not within {_text(allowed)}"
+    for name, choices in _CHOICES.get(kind, {}).items():
+        if (choice := getattr(value, name)) not in choices:
+            yield f"{name}: {choice[:80]!r} is none of {', '.join(sorted(choices))}"
+    for name in _PATHS.get(kind, ()):
+        yield from _path(name, getattr(value, name))
+
+
+def _text(allowed: range) -> str:
+    return f"{allowed.start} to {allowed.stop - 1}"
+
+
+def _path(name: str, path: str) -> Iterator[str]:
+    if not path.startswith("/") or "\0" in path or len(path) >= _PATH_MAX:
+        yield f"{name}: {path[:80]!r} is not an absolute path of less than {_PATH_MAX} characters"
+
+
+def _nothing(_: Any) -> Iterator[str]:
+    yield from ()
+
+
+def _repeated(values: Iterable[int]) -> Iterator[int]:
+    seen: set[int] = set()
+    for value in values:
+        if value in seen:
+            yield value
+        seen.add(value)
+
+
+# -- what must hold between fields -------------------------------------------------------------------------------------
+
+
+def _tree(tree: Tree) -> Iterator[str]:
+    for tid in _repeated(thread.tid for process in tree.processes for thread in process.threads):
+        yield f"processes: tid {tid} occurs twice"
+    for space in _repeated(process.space for process in tree.processes):
+        yield f"processes: address space {space} belongs to two processes"
+
+
+def _manifest(manifest: Manifest) -> Iterator[str]:
+    for tid in _repeated(manifest.tids):
+        yield f"tids: {tid} occurs twice"
+
+
+def _process(process: Process) -> Iterator[str]:
+    if process.threads and process.threads[0].tid != process.pid:
+        yield f"threads[0].tid: {process.threads[0].tid} is not the pid {process.pid}"
+
+
+def _vma(vma: Vma) -> Iterator[str]:
+    if not vma.start < vma.end:
+        yield f"end: {vma.end:#x} is not behind start {vma.start:#x}"
+    for name, value in (("start", vma.start), ("end", vma.end), ("offset", vma.offset)):
+        if value % PAGE_SIZE:
+            yield f"{name}: {value:#x} is no page boundary"
+    if vma.backing != "file" and vma.file != -1:
+        yield f"file: {vma.file} given for a backing that is {vma.backing}"
+    if vma.backing in _KERNEL_BACKINGS | {"stack"} and vma.shared:
+        yield f"shared: a backing that is {vma.backing} is never shared"
+    for flag in vma.flags:
+        if len(flag) != 2:
+            yield f"flags: {flag[:80]!r} is none"
+
+
+def _memory(memory: Memory) -> Iterator[str]:
+    for number, (before, vma) in enumerate(pairwise(memory.vmas), start=1):
+        if vma.start < before.end:
+            yield f"vmas[{number}].start: {vma.start:#x} is before the end of the one before it, {before.end:#x}"
+            return
+    for number, vma in enumerate(memory.vmas):
+        if vma.backing == "file" and not 0 <= vma.file < len(memory.files):
+            yield f"vmas[{number}].file: {vma.file} is none of the {len(memory.files)} files"
+    yield from _vdso(memory)
+    yield from _pages(memory)
+    if len(memory.auxv) % 16:
+        yield f"auxv: {len(memory.auxv)} bytes are no whole entries"
+
+
+def _vdso(memory: Memory) -> Iterator[str]:
+    sizes = [vma.end - vma.start for vma in memory.vmas if vma.backing == "vdso"]
+    if len(sizes) != 1:
+        yield f"vmas: {len(sizes)} of them are the vdso"
+    elif len(memory.vdso) != sizes[0]:
+        yield f"vdso: {len(memory.vdso)} bytes for a mapping of {sizes[0]}"
+
+
+def _pages(memory: Memory) -> Iterator[str]:
+    """Sent and lazy pages and guards: each where it can be, and no page twice."""
+    sets: dict[str, PageRanges] = {}
+    for name in ("sent", "lazy", "guards"):
+        try:
+            sets[name] = PageRanges.unpack(getattr(memory, name))
+        except ProtocolError as error:
+            yield f"{name}: {error.message}"
+            return
+    try:
+        places = {
+            "lazy": _places(v for v in memory.vmas if v.backing in _LAZY_BACKINGS and "wf" not in v.flags),
+            "sent": _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS),
+            "guards": _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS),
+        }
+    except ValueError:
+        return  # a vma that is misaligned, which is said of the vma
+    for name, place in places.items():
+        for outside in sets[name].subtract(place):
+            yield f"{name}: {outside.start:#x}-{outside.end:#x} is outside of the mappings that can have such pages"
+    for name, other in (("lazy", "sent"), ("guards", "sent"), ("guards", "lazy")):
+        for both in sets[name].subtract(sets[name].subtract(sets[other])):
+            yield f"{name}: {both.start:#x}-{both.end:#x} is in {other} as well"
+    total = sum(each.total_pages for each in sets.values()) * PAGE_SIZE
+    if total > _MOST_MEMORY:
+        yield f"lazy: {total} bytes of memory are more than any host has"
+
+
+def _places(vmas: Iterable[Vma]) -> PageRanges:
+    return PageRanges.from_pairs((vma.start, vma.end) for vma in vmas)
+
+
+def _siginfos(of: Signals | Thread) -> Iterator[str]:
+    for number, siginfo in enumerate(of.pending):
+        signal = int.from_bytes(siginfo[:4], "little", signed=True)
+        if not 1 <= signal <= 64:
+            yield f"pending[{number}]: there is no signal {signal}"
+
+
+def _thread(thread: Thread) -> Iterator[str]:
+    yield from _siginfos(thread)
+    if b"\0" in thread.name:
+        yield f"name: {thread.name!r} has a NUL"
+
+
+def _limits(limits: Limits) -> Iterator[str]:
+    for number, (soft, hard) in enumerate(limits.limits):
+        if not 0 <= soft <= hard < 1 << 64:
+            yield f"limits[{number}]: soft {soft} and hard {hard}"
+
+
+def _description(description: Description) -> Iterator[str]:
+    kinds = [field.name for field in dataclasses.fields(description) if getattr(description, field.name) is not None]
+    if len(kinds) != 1:
+        yield f"kind: {' and '.join(kinds) or 'none'} where exactly one is due"
+
+
+def _descriptors(table: Descriptors) -> Iterator[str]:
+    for fd in _repeated(slot.fd for slot in table.slots):
+        yield f"slots: descriptor {fd} occurs twice"
+    for number, slot in enumerate(table.slots):
+        if not 0 <= slot.description < len(table.descriptions):
+            count = len(table.descriptions)
+            yield f"slots[{number}].description: {slot.description} is none of the {count} descriptions"
+    for number, description in enumerate(table.descriptions):
+        end = description.pipe
+        if end is not None and not 0 <= end.pipe < len(table.pipes):
+            yield f"descriptions[{number}].pipe.pipe: {end.pipe} is none of the {len(table.pipes)} pipes"
+
+
+def _pipe(pipe: Pipe) -> Iterator[str]:
+    if len(pipe.content) > pipe.capacity:
+        yield f"content: {len(pipe.content)} bytes in a pipe of {pipe.capacity}"
+
+
+_CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
+    Description: _description,
+    Descriptors: _descriptors,
+    Limits: _limits,
+    Manifest: _manifest,
+    Memory: _memory,
+    Pipe: _pipe,
+    Process: _process,
+    Signals: _siginfos,
+    Thread: _thread,
+    Tree: _tree,
+    Vma: _vma,
+}

@@ -17,6 +17,7 @@ from postcopy.errors import CheckpointError, ProtocolError
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
+from postcopy.printable import printable
 from postcopy.state import Manifest, Unsigned, decode
 
 FORMAT_VERSION = 1
@@ -189,7 +190,7 @@ def parse_body(name: str, kind: type[T], body: bytes | memoryview) -> T:
     try:
         return decode(kind, body)
     except ProtocolError as error:
-        raise CheckpointError(f"{name}: {error.message}") from None
+        raise CheckpointError(f"{name}: {printable(error.message)}") from None
 
 
 def checksum_of(content: bytes | memoryview) -> int:

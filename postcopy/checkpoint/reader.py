@@ -23,6 +23,7 @@ from postcopy.checkpoint.format import (
 from postcopy.checkpoint.page_file import PageFile
 from postcopy.errors import CheckpointError, ProtocolError
 from postcopy.page_ranges import PageRanges
+from postcopy.printable import printable
 from postcopy.soundness import check
 from postcopy.state import Manifest, Process, Tree
 
@@ -30,10 +31,13 @@ from postcopy.state import Manifest, Process, Tree
 class Checkpoint:
     """A checkpoint that is whole and belongs to this user or root; page data is verified when it is read.
 
-    ``sizes``: of each file, by name (bytes). Several processes may go on using it after a fork.
+    ``sizes``: of each file, by name (bytes); ``indices``: what lies where in the page files. Several processes may go
+    on using it after a fork.
     """
 
-    def __init__(self, about: About, tree: Tree, indices: dict[int, Index], pages: dict[int, PageFile]) -> None:
+    def __init__(
+        self, about: About, tree: Tree, indices: dict[int, Index], pages: dict[int, PageFile], sizes: dict[str, int]
+    ) -> None:
         """See `open`."""
         self.id = about.id
         self.about = about
@@ -41,6 +45,7 @@ class Checkpoint:
         self.manifest: Manifest = about.manifest
         self.pages_elsewhere = about.pages_elsewhere
         self.indices = indices
+        self.sizes = sizes
         self._pages = pages
         self._plan = {
             process.space: PageRanges() if self.pages_elsewhere else PageRanges.unpack(process.memory.lazy)
@@ -66,12 +71,12 @@ class Checkpoint:
             try:
                 check(tree, about.manifest)
             except ProtocolError as error:
-                raise CheckpointError(f"{files.path(STATE)}: {error.message}") from None
+                raise CheckpointError(f"{files.path(STATE)}: {printable(error.message)}") from None
             indices = {process.space: _index(files, checkpoint, about, process) for process in tree.processes}
             _check_spaces(files.path(MANIFEST), about, indices)
             for space, index in indices.items():
                 pages[space] = _page_file(files, space, index)
-            return cls(about, tree, indices, pages)
+            return cls(about, tree, indices, pages, files.sizes)
         except BaseException:
             for page_file in pages.values():
                 page_file.close()
@@ -117,6 +122,7 @@ class _Directory:
     """The files of a checkpoint directory, none of which anybody else but root can have written."""
 
     def __init__(self, directory: Path) -> None:
+        self.sizes: dict[str, int] = {}
         self._directory = directory
         name = directory.absolute().name
         if name.startswith(".") and PARTIAL in name:
@@ -162,6 +168,7 @@ class _Directory:
         except CheckpointError:
             os.close(fd)
             raise
+        self.sizes[name] = found.st_size
         return fd, found.st_size
 
     def read(self, name: str, kind: Kind, space: int = 0, checkpoint: bytes = b"") -> tuple[bytes, memoryview]:
@@ -192,13 +199,14 @@ def _check_owner(path: str, found: os.stat_result) -> None:
 def _check_host(path: str, about: About) -> None:
     mine = About(b"", 0, about.manifest, False, [])
     if about.architecture != mine.architecture:
-        raise CheckpointError(f"{path}: architecture: {about.architecture}; this host's is {mine.architecture}")
+        raise CheckpointError(
+            f"{path}: architecture: {printable(about.architecture)}; this host's is {mine.architecture}"
+        )
     if about.page_size != mine.page_size:
         raise CheckpointError(f"{path}: page_size: {about.page_size} bytes; this host's is {mine.page_size}")
     if missing := sorted(set(about.cpu_features) - set(mine.cpu_features)):
-        raise CheckpointError(
-            f"{path}: cpu_features: this host's CPU lacks features that the program may use: {' '.join(missing)}"
-        )
+        lacking = printable(" ".join(missing))
+        raise CheckpointError(f"{path}: cpu_features: this host's CPU lacks what the program may use: {lacking}")
 
 
 def _index(files: _Directory, checkpoint: bytes, about: About, process: Process) -> Index:
