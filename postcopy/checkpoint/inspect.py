@@ -80,7 +80,7 @@ def _show(checkpoint: Checkpoint) -> None:
             _descriptors(process.descriptors),
             _memory(checkpoint, process),
         ):
-            console.print(Padding(part, (1, 0, 0, 2)))
+            console.print(Padding(part, (1, 0, 0, 2), expand=False))
 
 
 def _text(text: str, style: str = "") -> Text:

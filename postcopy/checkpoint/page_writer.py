@@ -66,7 +66,8 @@ class PageWriter:
         self._pages = PageRanges.from_pairs(pairs)
         self._chunks = -(-self._pages.total_pages // CHUNK_PAGES)
         self._found = mmap.mmap(-1, max(self._chunks * _FOUND.size, 1))
-        self._trouble, self._trouble_write = os.pipe()
+        # pipe(2), "O_DIRECT": each message stays one, though several processes fail at once.
+        self._trouble, self._trouble_write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Give memory and pipes back."""
@@ -124,7 +125,8 @@ class PageWriter:
 
     def _failure(self, code: int) -> DumpError:
         if select.select([self._trouble], [], [], 0)[0]:
-            message, hint = msgpack.unpackb(os.read(self._trouble, _MESSAGE_LIMIT))
+            content = os.read(self._trouble, _MESSAGE_LIMIT)
+            message, hint = msgpack.unpackb(content, unicode_errors="surrogateescape")
             return DumpError(message, hint)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         return DumpError(f"writing {self._path}: a process of ours {how}")
