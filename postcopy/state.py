@@ -370,5 +370,8 @@ def decode(kind: type[T], content: bytes | memoryview) -> T:
     try:
         plain = msgpack.unpackb(content, unicode_errors="surrogateescape", strict_map_key=False)
         return msgspec.convert(plain, kind)
-    except (msgspec.ValidationError, msgpack.UnpackException, ValueError, RecursionError, MemoryError) as error:
+    except (msgspec.ValidationError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"not a {kind.__name__}: {error}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        # msgpack raises these for bad UTF-8, keys that cannot be one, times out of range, depth and announced lengths.
         raise ProtocolError(f"not a {kind.__name__}: {error}") from None
