@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgpack
 
-from postcopy import roles
+from postcopy import roles, soundness
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import deadline, uninterrupted
 from postcopy.errors import (
@@ -128,7 +128,7 @@ class _Takeover:
     def prepare(self) -> None:
         """Check the manifest and make what can be made before the tree is frozen. Raises ProblemsError."""
         offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
-        manifest = offer.manifest
+        manifest = self._manifest = offer.manifest
         if self._checkpoint is not None and offer.checkpoint != self._checkpoint.id:
             raise RestoreError(
                 f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
@@ -160,6 +160,7 @@ class _Takeover:
         else:
             tree = self._channels.control.expect(Kind.STATE, Tree)
             pages = self._channels.control.receive_pages()
+            soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages))
         with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
