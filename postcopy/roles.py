@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
+from postcopy.deadline import uninterrupted
 from postcopy.errors import PostcopyError
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
@@ -60,9 +62,16 @@ def start(name: str, body: Callable[[], None], *, dies_with_parent: bool, keep: 
     but these and the standard streams are closed in it.
     """
     parent = os.getpid()
-    pid = os.fork()
-    if pid:
+    # An exception out of a signal handler is lost in what the interpreter runs after a fork, and must not lead the new
+    # process back into its parent's work.
+    with uninterrupted():
+        pid = os.fork()
+        if not pid:
+            _play(name, body, parent if dies_with_parent else 0, keep)
         return Role(name, pid)
+
+
+def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] | None) -> NoReturn:
     code = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
@@ -71,7 +80,7 @@ def start(name: str, body: Callable[[], None], *, dies_with_parent: bool, keep: 
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         text = name.encode()[:15] + b"\0"
         syscall("naming a process", NUMBERS["prctl"], PR_SET_NAME, address_of(text))
-        if dies_with_parent:
+        if parent:
             syscall("tying a process to its parent", NUMBERS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
