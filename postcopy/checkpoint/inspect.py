@@ -67,7 +67,18 @@ def _until_nobody_reads() -> Iterator[None]:
 
 def _show(checkpoint: Checkpoint) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, _NARROWEST) if console.is_terminal else _WIDEST
+    if console.is_terminal:
+        console.width = max(console.width, _NARROWEST)
+        _print(checkpoint, console)
+        return
+    console.width = _WIDEST
+    with console.capture() as captured:
+        _print(checkpoint, console)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def _print(checkpoint: Checkpoint, console: Console) -> None:
     console.print(_heading(checkpoint))
     console.print(_tree(checkpoint))
     for process in checkpoint.tree.processes:

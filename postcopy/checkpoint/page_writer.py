@@ -141,10 +141,9 @@ class PageWriter:
         found, pack, size = self._found, _FOUND.pack_into, _FOUND.size
         for chunk in range(number, self._chunks, count):
             pages = self._read(chunk, buffer)
-            zeros = 0
             # A page that begins with something else is not zero.
-            if 0 in first_words[:pages].tolist():
-                zeros = self._zeros(chunk, pages, content)
+            words = first_words[:pages].tolist()
+            zeros = self._zeros(chunk, words, content) if 0 in words else 0
             if pages == CHUNK_PAGES and not zeros:
                 checksums = [checksum_of(piece) for piece in pieces]
                 runs = [buffer]
@@ -166,14 +165,15 @@ class PageWriter:
             at += size
         return at // PAGE_SIZE
 
-    def _zeros(self, chunk: int, pages: int, content: bytearray) -> int:
-        """The lazy pages of a chunk that are zero, one bit for each."""
+    def _zeros(self, chunk: int, words: list[int], content: bytearray) -> int:
+        """The lazy pages of a chunk that are zero, one bit for each; ``words``: the first of each page."""
+        pages = len(words)
         if pages == CHUNK_PAGES and content == _ZERO_CHUNK:
             zeros = _ALL
         else:
             zeros = 0
-            for page in range(pages):
-                if content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] == _ZERO_PAGE:
+            for page, word in enumerate(words):
+                if not word and content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] == _ZERO_PAGE:
                     zeros |= 1 << page
         first = chunk * CHUNK_PAGES
         start, last = self._pages.address(first), self._pages.address(first + pages - 1)
