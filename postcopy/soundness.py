@@ -298,9 +298,17 @@ def _places(vmas: Iterable[Vma]) -> PageRanges:
 
 def _siginfos(of: Signals | Thread) -> Iterator[str]:
     for number, siginfo in enumerate(of.pending):
-        signal = int.from_bytes(siginfo[:4], "little", signed=True)
-        if not 1 <= signal <= 64:
-            yield f"pending[{number}]: there is no signal {signal}"
+        yield from _siginfo(f"pending[{number}]", siginfo)
+
+
+def _late_signal(late: LateSignal) -> Iterator[str]:
+    yield from _siginfo("siginfo", late.siginfo)
+
+
+def _siginfo(name: str, siginfo: bytes) -> Iterator[str]:
+    signal = int.from_bytes(siginfo[:4], "little", signed=True)
+    if not 1 <= signal <= 64:
+        yield f"{name}: there is no signal {signal}"
 
 
 def _thread(thread: Thread) -> Iterator[str]:
@@ -342,6 +350,7 @@ def _pipe(pipe: Pipe) -> Iterator[str]:
 _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Description: _description,
     Descriptors: _descriptors,
+    LateSignal: _late_signal,
     Limits: _limits,
     Manifest: _manifest,
     Memory: _memory,

@@ -306,6 +306,8 @@ SENSELESS: list[tuple[str, Any, str]] = [
     ),
     (f"{P}.descriptors.pipes", [{"content": bytes(4097), "capacity": 4096}], "4097 bytes in a pipe of 4096"),
     (f"{P}.descriptors.pipes", [{"content": b"", "capacity": 1 << 40}], "capacity"),
+    ("late_signals", [{"tid": 1, "siginfo": bytes(128)}], "late_signals[0].siginfo: there is no signal 0"),
+    ("late_signals", [{"tid": 1, "siginfo": with_signal(9)[:64]}], "late_signals[0].siginfo: a length of 64"),
     ("files", [{"path": "x", "size": 0, "build_id": b"", "changing": False}], "files[0].path: 'x'"),
     ("files", [{"path": "/x", "size": 1 << 63, "build_id": b"", "changing": False}], "files[0].size"),
 ]

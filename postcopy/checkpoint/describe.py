@@ -5,6 +5,7 @@ import datetime
 import signal
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from postcopy.checkpoint.reader import Checkpoint
@@ -59,11 +60,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     about = _plain(checkpoint.about)
     about["id"] = checkpoint.id.hex()
     about["taken_at"] = taken_at(checkpoint).isoformat()
+    processes = [_process(checkpoint, process) for process in checkpoint.tree.processes]
     return {
         **about,
         "sizes": checkpoint.sizes,
-        "files": _plain(checkpoint.tree.files),
-        "processes": [_process(checkpoint, process) for process in checkpoint.tree.processes],
+        **_plain(replace(checkpoint.tree, processes=[])),
+        "processes": processes,
     }
 
 

@@ -9,22 +9,22 @@ import errno
 import mmap
 import os
 import select
-import signal
 import struct
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import msgpack
 import xxhash
 
 from postcopy import roles
 from postcopy.checkpoint.format import PIECE_PAGES, Index, checksum_of
 from postcopy.dump_side.page_source import PageSource
-from postcopy.errors import DumpError, PostcopyError
+from postcopy.errors import DumpError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.roles import Role
+from postcopy.trouble import Trouble
 
 # As much as stays in the CPU's caches between reading, hashing and writing.
 CHUNK_PAGES = 64
@@ -42,7 +42,6 @@ _ZERO_PAGE = bytes(PAGE_SIZE)
 # What is found of a chunk: which of its pages are zero, one bit for each, and the checksums of its pieces.
 _FOUND = struct.Struct(f"=Q{CHUNK_PAGES // PIECE_PAGES}Q")
 _PLACE = struct.Struct("=Q")
-_MESSAGE_LIMIT = 4096  # PIPE_BUF: written whole or not at all
 
 
 def write_failed(path: Path, error: OSError, doing: str = "writing") -> DumpError:
@@ -66,14 +65,12 @@ class PageWriter:
         self._pages = PageRanges.from_pairs(pairs)
         self._chunks = -(-self._pages.total_pages // CHUNK_PAGES)
         self._found = mmap.mmap(-1, max(self._chunks * _FOUND.size, 1))
-        # pipe(2), "O_DIRECT": each message stays one, though several processes fail at once.
-        self._trouble, self._trouble_write = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+        self._trouble = Trouble()
 
     def close(self) -> None:
         """Give memory and pipes back."""
         self._found.close()
-        os.close(self._trouble)
-        os.close(self._trouble_write)
+        self._trouble.close()
 
     def write(self) -> Index:
         """Write all of them. Raises DumpError, after which no process writes any more."""
@@ -91,23 +88,14 @@ class PageWriter:
         working: list[Role] = []
         try:
             for number, turn in enumerate(turns):
-                working.append(self._start(number, count, turn))
+                body = self._trouble.telling(partial(self._write_share, number, count, turn))
+                working.append(roles.start("postcopy-write", body, dies_with_parent=True))
             self._await(working)
         finally:
             for role in working:
                 role.kill()
             for turn in turns:
                 turn.close()
-
-    def _start(self, number: int, count: int, turns: "_Turns") -> Role:
-        def body() -> None:
-            try:
-                self._write_share(number, count, turns)
-            except PostcopyError as error:
-                os.write(self._trouble_write, _message(error))
-                os._exit(1)
-
-        return roles.start("postcopy-write", body, dies_with_parent=True)
 
     def _await(self, working: list[Role]) -> None:
         """Wait for the end of all; the first that fails ends the wait. Who has ended is taken out of the list."""
@@ -121,15 +109,7 @@ class PageWriter:
                 role = by_fd.pop(fd)
                 working.remove(role)
                 if code := role.wait():
-                    raise self._failure(code)
-
-    def _failure(self, code: int) -> DumpError:
-        if select.select([self._trouble], [], [], 0)[0]:
-            content = os.read(self._trouble, _MESSAGE_LIMIT)
-            message, hint = msgpack.unpackb(content, unicode_errors="surrogateescape")
-            return DumpError(message, hint)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return DumpError(f"writing {self._path}: a process of ours {how}")
+                    raise self._trouble.of(code, f"writing {self._path}", DumpError)
 
     # -- one of them ---------------------------------------------------------------------------------------------------
 
@@ -279,8 +259,3 @@ def _checksum(buffer: memoryview, piece: int, pages: int, zeros: int) -> int:
     for run in _runs(buffer, min(piece, pages), min(piece + PIECE_PAGES, pages), zeros):
         hashed.update(run)
     return hashed.intdigest()
-
-
-def _message(error: PostcopyError) -> bytes:
-    text: bytes = msgpack.packb([error.message[:500], error.hint[:250]], unicode_errors="surrogateescape")
-    return text

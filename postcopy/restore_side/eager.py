@@ -1,19 +1,18 @@
 """Filling all of a built tree's memory from a checkpoint directory, before it runs."""
 
 import os
-import select
 from collections.abc import Sequence
-
-import msgpack
+from functools import partial
 
 from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
-from postcopy.errors import CheckpointError, PostcopyError, RestoreError
+from postcopy.errors import RestoreError
 from postcopy.kernel import userfaultfd
 from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.roles import Role
+from postcopy.trouble import Trouble
 
 _MOST_WORKERS = 4
-_MESSAGE_LIMIT = 4096  # PIPE_BUF: written whole or not at all
 
 
 def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace]) -> None:
@@ -22,36 +21,20 @@ def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace]) -> None:
     Raises CheckpointError for the first that is not what it was, RestoreError where the kernel refuses it.
     """
     shares = min(os.cpu_count() or 1, _MOST_WORKERS)
-    trouble, trouble_write = os.pipe()
-    workers = []
+    trouble = Trouble()
+    workers: list[Role] = []
     try:
         for share in range(1, shares):
-
-            def body(share: int = share) -> None:
-                try:
-                    _fill_share(checkpoint, spaces, share, shares)
-                except PostcopyError as error:
-                    text = [error.message[:500], error.hint[:250], isinstance(error, CheckpointError)]
-                    os.write(trouble_write, msgpack.packb(text, unicode_errors="surrogateescape"))
-                    os._exit(1)
-
+            body = trouble.telling(partial(_fill_share, checkpoint, spaces, share, shares))
             workers.append(roles.start("postcopy-fill", body, dies_with_parent=True))
         _fill_share(checkpoint, spaces, 0, shares)
         while workers:
             if code := workers.pop().wait():
-                raise _failure(trouble, code)
+                raise trouble.of(code, "filling the program's memory", RestoreError)
     finally:
         for worker in workers:
             worker.kill()
-        os.close(trouble)
-        os.close(trouble_write)
-
-
-def _failure(trouble: int, code: int) -> PostcopyError:
-    if select.select([trouble], [], [], 0)[0]:
-        message, hint, of_checkpoint = msgpack.unpackb(os.read(trouble, _MESSAGE_LIMIT))
-        return CheckpointError(message, hint) if of_checkpoint else RestoreError(message, hint)
-    return RestoreError(f"a process that fills the program's memory ended with {code}")
+        trouble.close()
 
 
 def _fill_share(checkpoint: Checkpoint, spaces: Sequence[HandedSpace], share: int, shares: int) -> None:
