@@ -11,6 +11,7 @@ import typer
 
 from postcopy import __version__, reporting
 from postcopy.deadline import end_on_signals
+from postcopy.dump_side.choices import DEFAULT_GHOST_LIMIT, Choices
 from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
 from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
@@ -54,6 +55,15 @@ Timeout = Annotated[
 ]
 
 
+GhostLimit = Annotated[
+    int,
+    typer.Option("--ghost-limit", help="Bytes of a file without a name that may travel in the stand-still.", min=0),
+]
+FileLocks = Annotated[
+    bool, typer.Option("-l", "--file-locks", help="Move file locks, though somebody may take them meanwhile.")
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"postcopy {__version__}")
@@ -81,6 +91,8 @@ def dump(
     address: Address = None,
     port: Port = None,
     timeout: Timeout = 10.0,
+    ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
+    file_locks: FileLocks = False,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[
@@ -103,14 +115,17 @@ def dump(
     from postcopy.dump_side import session
 
     reporter = reporting.Printer(as_json, display_stats)
-    options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout)
+    choices = Choices(ghost_limit=ghost_limit, file_locks=file_locks)
+    options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
     if not lazy_pages:
         if directory is None:
             raise UsageError(
                 "where to is not said", "postcopy dump --lazy-pages -t PID, or postcopy dump -t PID -D DIR"
             )
         _no_address(address, port, "dump -D DIR without --lazy-pages sends nothing")
-        session.dump_to_directory(pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped)
+        session.dump_to_directory(
+            pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped, choices=choices
+        )
         reporting.announce(status_fd)
     elif directory is not None:
         session.dump_state_to_directory(options, directory, reporter, lambda: reporting.announce(status_fd))
@@ -231,6 +246,8 @@ def serve(
 @app.command()
 def check(
     pid: Annotated[int | None, typer.Option("-t", "--tree", help="Also whether this process can be moved.")] = None,
+    ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
+    file_locks: FileLocks = False,
     verbose: Verbose = 0,
     as_json: Json = False,
 ) -> None:
@@ -245,7 +262,7 @@ def check(
     if pid is not None:
         from postcopy.dump_side.survey import survey
 
-        manifest, _ = survey(pid)
+        manifest, _ = survey(pid, Choices(ghost_limit=ghost_limit, file_locks=file_locks))
         reporting.show_movable(manifest, as_json)
 
 

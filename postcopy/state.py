@@ -15,24 +15,40 @@ import msgpack
 import msgspec
 
 from postcopy.errors import ProtocolError
-
-Unsigned = Annotated[int, msgspec.Meta(ge=0)]
-Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
-Fd = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
-Pid = Annotated[int, msgspec.Meta(gt=0, lt=1 << 22)]
+from postcopy.integers import Address, Fd, Pid, Unsigned
+from postcopy.open_kinds import (
+    Delivery,
+    Epoll,
+    EventCounter,
+    Ghost,
+    GhostOpening,
+    Inotify,
+    Lock,
+    PidDescriptor,
+    SignalDescriptor,
+    TimerDescriptor,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """A file that both hosts must have: absolute path, size in bytes, build id of an ELF object (else empty).
 
-    ``changing``: open for writing at the source, so its size means something only once the tree is frozen.
+    ``changing``: open for writing at the source, so its size means something only once the tree is frozen. ``kind``:
+    file, directory, fifo (that nobody has open), or any (only the name counts). ``locked``: the tree holds locks on it.
     """
 
     path: str
     size: Unsigned
     build_id: bytes
     changing: bool
+    kind: str = "file"
+    locked: bool = False
+
+    @classmethod
+    def named(cls, path: str, kind: str = "any") -> "FileIdentity":
+        """A name that must be there, with nothing said of a content."""
+        return cls(path, 0, b"", False, kind)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -249,9 +265,10 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A regular file, directory, FIFO-free path or device that is opened again by its path.
+    """A regular file, directory or device, or only a path (O_PATH), that is opened again by its path.
 
-    ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device or path (O_PATH).
+    ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device, path, or live (a file
+    that the kernel writes as it is read; of a process itself with ``/proc/self`` in its path).
     """
 
     path: str
@@ -262,7 +279,7 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class PipeEnd:
-    """One end of a pipe with both ends in the tree; ``pipe`` indexes ``Process.pipes``."""
+    """One end of a pipe with both ends in the tree; ``pipe`` indexes ``Descriptors.pipes``."""
 
     pipe: int
     flags: Unsigned
@@ -278,10 +295,17 @@ class StandardStream:
 
 @dataclass(frozen=True, slots=True)
 class Pipe:
-    """What is in a pipe, and its capacity (bytes)."""
+    """What is in a pipe, and its capacity (bytes).
+
+    ``packets``: the lengths of the packets that the content is made of; empty for a stream. ``path``: the name of a
+    FIFO; empty for a pipe without one. ``untouched``: a FIFO that has had no writer since its readers opened it.
+    """
 
     content: bytes
     capacity: Unsigned
+    packets: list[Unsigned] = field(default_factory=list)
+    path: str = ""
+    untouched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +315,13 @@ class Description:
     file: OpenFile | None = None
     pipe: PipeEnd | None = None
     stream: StandardStream | None = None
+    ghost: GhostOpening | None = None
+    event_counter: EventCounter | None = None
+    timer: TimerDescriptor | None = None
+    signals: SignalDescriptor | None = None
+    epoll: Epoll | None = None
+    inotify: Inotify | None = None
+    process: PidDescriptor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,11 +335,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The descriptor table, what its entries refer to, and the pipes between them."""
+    """The descriptor table, what its entries refer to, the pipes between them, and the files without a name."""
 
     slots: list[Slot]
     descriptions: list[Description]
     pipes: list[Pipe]
+    ghosts: list[Ghost] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    locks: list[Lock] = field(default_factory=list)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

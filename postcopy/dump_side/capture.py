@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 
 from postcopy.dump_side import memory, signals, sleepers
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.guard import Guard
@@ -25,13 +26,16 @@ class Capture:
     sent: dict[int, PageRanges]
     lazy: dict[int, PageRanges]
 
-    def __init__(self, pid: int, trusted_pipes: frozenset[int], reporter: Reporter) -> None:
+    def __init__(
+        self, pid: int, trusted_pipes: frozenset[int], reporter: Reporter, choices: Choices | None = None
+    ) -> None:
         """``trusted_pipes``: what the survey said. Nothing is frozen yet."""
         self.frozen = Frozen(pid)
         self.committed = False
         self.began = 0
         self._reporter = reporter
         self._trusted_pipes = trusted_pipes
+        self._choices = choices or Choices()
         self._guard = Guard(self.frozen.pidfd)
         self._smaps = memory.SmapsReader(pid)
         self._sleeping = sleepers.observe(pid)
@@ -54,7 +58,9 @@ class Capture:
         self.frozen.freeze()
         self._smaps.begin()
         self._reporter.event("frozen", threads=len(self.frozen.threads))
-        process, pages, needed = collect(self.frozen, _SPACE, self._smaps, self._trusted_pipes, self._sleeping)
+        process, pages, needed = collect(
+            self.frozen, _SPACE, self._smaps, self._trusted_pipes, self._sleeping, self._choices
+        )
         self.tree = Tree([process], needed)
         self.sent, self.lazy = {_SPACE: pages.sent}, {_SPACE: pages.lazy}
         self._reporter.event("collected", vmas=len(process.memory.vmas))

@@ -11,6 +11,7 @@ from postcopy.dump_side import (
     threads,
     timers,
 )
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
@@ -22,7 +23,12 @@ Sleepers = dict[int, Observation]
 
 
 def collect(
-    frozen: Frozen, space: int, smaps: memory.SmapsReader, trusted_pipes: frozenset[int], sleepers: Sleepers
+    frozen: Frozen,
+    space: int,
+    smaps: memory.SmapsReader,
+    trusted_pipes: frozenset[int],
+    sleepers: Sleepers,
+    choices: Choices | None = None,
 ) -> tuple[Process, memory.Pages, list[FileIdentity]]:
     """The state of the process, its pages, and the files it needs. ``smaps`` is being read meanwhile;
     ``sleepers`` were observed before the freeze.
@@ -31,7 +37,7 @@ def collect(
     """
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *threads.problems(frozen.threads)]
-    table, found = descriptors.collect(pid, problems, trusted_pipes)
+    table, found = descriptors.collect(pid, problems, trusted_pipes, choices, frozen=True)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]

@@ -1,16 +1,20 @@
 """One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from postcopy.kernel import procfs
-from postcopy.state import Description, FileIdentity, Pipe
+from postcopy.dump_side.choices import Choices
+from postcopy.kernel import pidfd, procfs
+from postcopy.open_kinds import Delivery, Ghost, Lock
+from postcopy.state import Description, FileIdentity, Pipe, Slot
 
-# The status flags that open(2) takes again; the access mode is among them.
 O_PATH = 0o10000000
-_O_LARGEFILE = 0o100000
-_FASYNC = 0o20000
+FASYNC = 0o20000
+# What open(2) does not take again, or takes by other means.
+_NOT_OPENED_WITH = os.O_CLOEXEC | 0o100000 | FASYNC  # 0o100000: O_LARGEFILE
 
 
 class Refused(Exception):
@@ -19,7 +23,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Opened:
-    """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags without close-on-exec."""
+    """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags as open(2) takes them.
+
+    ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo.
+    """
 
     pid: int
     fd: int
@@ -27,27 +34,44 @@ class Opened:
     stat: os.stat_result
     flags: int
     close_on_exec: bool
+    asynchronous: bool
     position: int
+    info: tuple[str, ...]
 
     @classmethod
     def look(cls, pid: int, fd: int) -> "Opened":
-        """Read all of it. Raises Refused for what no kind could carry."""
-        info = procfs.fdinfo(pid, fd)
-        flags = int(info["flags"], 8)
-        found = cls(
+        """Read all of it."""
+        lines = procfs.fdinfo_lines(pid, fd)
+        # The first two lines are those of every kind (fs/proc/fd.c).
+        flags = int(lines[1].partition(":")[2], 8)
+        return cls(
             pid=pid,
             fd=fd,
             link=procfs.link(pid, f"fd/{fd}"),
             stat=os.stat(f"/proc/{pid}/fd/{fd}"),
-            flags=flags & ~(os.O_CLOEXEC | _O_LARGEFILE),
+            flags=flags & ~_NOT_OPENED_WITH,
             close_on_exec=bool(flags & os.O_CLOEXEC),
-            position=int(info["pos"]),
+            asynchronous=bool(flags & FASYNC),
+            position=int(lines[0].partition(":")[2]),
+            info=tuple(lines),
         )
-        if "lock" in info:
-            raise Refused(f"{found.link}: file locks and leases cannot be moved yet")
-        if flags & _FASYNC:
-            raise Refused(f"{found.link}: signal-driven I/O (O_ASYNC) cannot be moved yet")
-        return found
+
+    def field(self, name: str) -> str | None:
+        """A field of the fdinfo."""
+        return next((line.partition(":")[2].strip() for line in self.info if line.startswith(f"{name}:")), None)
+
+    @contextlib.contextmanager
+    def duplicate(self) -> Iterator[int]:
+        """A descriptor of ours of the same open file description."""
+        process = os.pidfd_open(self.pid)
+        try:
+            own = pidfd.getfd(process, self.fd)
+        finally:
+            os.close(process)
+        try:
+            yield own
+        finally:
+            os.close(own)
 
     @property
     def mode(self) -> int:
@@ -62,16 +86,30 @@ class Opened:
 
 @dataclass
 class Table:
-    """What is found while a table is collected. ``pipe_numbers``: pipes by inode.
+    """What is found while a table is collected.
 
-    ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
-    ``holders``: for each pipe of another process, by its link, that process; once it has been looked for.
+    ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``trusted_pipes``:
+    inodes of pipes of which an earlier look has found no end outside; looking takes long. ``holders``: for what
+    other processes have open, by its link, one of them; once it has been looked for. ``frozen``: contents are
+    read, too.
     """
 
     pid: int
     trusted_pipes: frozenset[int]
+    choices: Choices = field(default_factory=Choices)
+    frozen: bool = False
     descriptions: list[Description] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
     pipes: list[Pipe] = field(default_factory=list)
     pipe_numbers: dict[int, int] = field(default_factory=dict)
+    ghosts: list[Ghost] = field(default_factory=list)
+    ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    deliveries: list[Delivery] = field(default_factory=list)
+    locks: list[Lock] = field(default_factory=list)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+
+    @property
+    def inner_pid(self) -> int:
+        """The PID as the process itself sees it."""
+        return int(procfs.status(self.pid)["NSpid"].split()[-1])

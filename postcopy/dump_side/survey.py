@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from postcopy import capabilities
 from postcopy.dump_side import descriptors, filesystem, lineage, memory, timers
+from postcopy.dump_side.choices import Choices
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
@@ -46,7 +47,7 @@ def check_target(pid: int) -> None:
         )
 
 
-def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
+def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, frozenset[int]]:
     """What the destination must have, and the pipes (inodes) that are known not to leave the process.
 
     Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
@@ -54,17 +55,17 @@ def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
     capabilities.require({"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"})
     try:
         check_target(pid)
-        return _survey(pid)
+        return _survey(pid, choices or Choices())
     except OSError as error:
         if not procfs.exists(pid) or procfs.stat(pid)[3] in "ZX":
             raise DumpError(f"process {pid} ended while it was being looked at") from None
         raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
 
-def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
+def _survey(pid: int, choices: Choices) -> tuple[Manifest, frozenset[int]]:
     layout = memory.layout(pid)
     problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
-    slots, table = descriptors.collect(pid, problems)
+    slots, table = descriptors.collect(pid, problems, choices=choices)
     filesystem.collect(pid, problems)
     exe = _exe(pid, problems)
     if problems:

@@ -1,9 +1,11 @@
 """kcmp(2): whether two processes share a kernel object."""
 
-from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.libc import syscall
+import struct
 
-_KCMP_FILE, _KCMP_FILES, _KCMP_FS = 0, 2, 3
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import address_of, syscall
+
+_KCMP_FILE, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL_TFD = 0, 2, 3, 7
 
 
 def order_of_descriptions(pid: int, first: int, second: int) -> int:
@@ -13,6 +15,16 @@ def order_of_descriptions(pid: int, first: int, second: int) -> int:
     """
     what = f"comparing descriptors {first} and {second} of process {pid}"
     return (0, -1, 1)[syscall(what, NUMBERS["kcmp"], pid, pid, _KCMP_FILE, first, second)]
+
+
+def is_epoll_target(pid: int, fd: int, epoll: int, registered: int, which: int) -> bool:
+    """Whether descriptor ``fd`` is what ``epoll`` watches under the number ``registered``.
+
+    ``which`` tells those apart that were registered under one number, which was closed in between; in order.
+    """
+    slot = struct.pack("<3I", epoll, registered, which)  # struct kcmp_epoll_slot
+    what = f"comparing descriptor {fd} of process {pid} with a target of epoll instance {epoll}"
+    return syscall(what, NUMBERS["kcmp"], pid, pid, _KCMP_EPOLL_TFD, fd, address_of(slot)) == 0
 
 
 def same_table(first: int, second: int) -> bool:

@@ -43,7 +43,7 @@ from postcopy.state import LateSignal, Process
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _ESTIMATE = 1024 * 1024  # bytes for the leader's calls, beside what grows with the state
-_PER_VMA, _PER_SLOT, _PER_THREAD = 768, 1024, 512
+_PER_VMA, _PER_THREAD = 768, 512
 _UFFD_FEATURES = (
     userfaultfd.UFFD_FEATURE_EVENT_FORK
     | userfaultfd.UFFD_FEATURE_EVENT_REMAP
@@ -135,7 +135,8 @@ class _Builder:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
         pid, wanted = self._newborn.pid, descriptors.highest(self._state.descriptors)
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        wanted = max(wanted, len(self._state.memory.files) + 8, hard)
+        wanted = max(min(wanted, procfs.most_descriptors()), len(self._state.memory.files) + 8, hard)
+        self._most_descriptors = wanted
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, wanted))
         except (PermissionError, ValueError):
@@ -214,10 +215,14 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
-        descriptors.rebuild(state.descriptors, batch)
+        descriptors.rebuild(state.descriptors, self._most_descriptors, batch)
         filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, state.pid, batch)
         self._checked(leader.run(batch))
+        descriptors.fill(state.descriptors, self._newborn.pidfd)
+        descriptors.connect(
+            state.descriptors, self._most_descriptors, lambda made: self._checked(leader.run(made)), leader.batch
+        )
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""
@@ -272,13 +277,11 @@ class _Builder:
 def _estimate(state: Process) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
-    paths += sum(len(d.file.path) for d in state.descriptors.descriptions if d.file is not None)
     return (
         _ESTIMATE
         + _PER_VMA * len(state.memory.vmas)
-        + _PER_SLOT * len(state.descriptors.slots)
+        + descriptors.room(state.descriptors)
         + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
         + 4 * paths
-        + sum(len(pipe.content) for pipe in state.descriptors.pipes)
         + 64 * len(state.memory.guards)
     )

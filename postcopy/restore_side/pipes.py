@@ -1,6 +1,7 @@
-"""Pipes with both ends inside the tree: made anew, filled with what was in them."""
+"""Pipes and FIFOs with both ends inside the tree: made anew, filled with what was in them."""
 
 import os
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from postcopy.kernel.calls import call
@@ -15,26 +16,41 @@ _F_SETFL, _F_SETPIPE_SZ = 4, 1031
 
 def rebuild(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
     """Add the calls that make the pipe; the parked numbers of its read and write end."""
-    purpose = "making a pipe"
-    read_end, write_end = plan.next_fd(), plan.next_fd()
-    parked = plan.parking(), plan.parking()
+    purpose = f"opening FIFO {pipe.path}" if pipe.path else "making a pipe"
     batch = plan.batch
-    batch.add(call("pipe2", batch.room(8), 0), purpose)
-    for opened, place in zip((read_end, write_end), parked, strict=True):
-        batch.add(call("dup3", opened, place, os.O_CLOEXEC), purpose)
-        batch.add(call("close", opened), purpose)
-        plan.release(opened)
-    batch.add(call("fcntl", parked[1], _F_SETPIPE_SZ, pipe.capacity), f"setting a pipe's size to {pipe.capacity}")
+    if pipe.path:
+        opened = plan.next_fd()
+        # Opened for both, a FIFO waits for nobody; only for reading, it is told of no writer that never was.
+        access = os.O_RDONLY if pipe.untouched else os.O_RDWR
+        batch.add(call("openat", _AT_FDCWD, batch.text(pipe.path), access | os.O_NONBLOCK), purpose)
+        one = plan.park(opened, purpose)
+        read_end, write_end = one, one
+    else:
+        read_end, write_end = plan.next_fd(), plan.next_fd()
+        batch.add(call("pipe2", batch.room(8), 0), purpose)
+        read_end, write_end = plan.park(read_end, purpose), plan.park(write_end, purpose)
+    batch.add(call("fcntl", write_end, _F_SETPIPE_SZ, pipe.capacity), f"setting a pipe's size to {pipe.capacity}")
     if pipe.content:
-        batch.add(call("write", parked[1], batch.place(pipe.content), len(pipe.content)), "filling a pipe")
-    return parked
+        content = batch.place(pipe.content)
+        if pipe.packets:
+            plan.set_flags(write_end, os.O_DIRECT | os.O_NONBLOCK, "switching a pipe to packets")
+        lengths = pipe.packets or [len(pipe.content)]
+        for start, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
+            batch.add(call("write", write_end, content + start, length), "filling a pipe")
+    return read_end, write_end
 
 
-def open_end(plan: "Plan", slot: Slot, end: PipeEnd, parked: tuple[int, int]) -> None:
+def open_end(plan: "Plan", slot: Slot, end: PipeEnd) -> None:
     """Add the calls that give ``slot`` an end of a parked pipe, as an open file description of its own."""
     purpose = f"opening an end of a pipe (descriptor {slot.fd})"
-    source = parked[0] if end.flags & os.O_ACCMODE == os.O_RDONLY else parked[1]
+    read_end, write_end = plan.pipes[end.pipe]
+    source = read_end if end.flags & os.O_ACCMODE == os.O_RDONLY else write_end
     opened = plan.next_fd()
     path = plan.batch.text(f"/proc/self/fd/{source}")
-    plan.batch.add(call("openat", _AT_FDCWD, path, end.flags), purpose)
+    # The reading end must not wait for a writer. O_DIRECT is not for open(2), although F_GETFL tells it.
+    waits = bool(plan.state.pipes[end.pipe].path) and not end.flags & os.O_NONBLOCK
+    for_a_moment = os.O_NONBLOCK if waits else 0
+    plan.batch.add(call("openat", _AT_FDCWD, path, end.flags & ~os.O_DIRECT | for_a_moment), purpose)
+    if waits or end.flags & os.O_DIRECT:
+        plan.set_flags(opened, end.flags, purpose)
     plan.settle(opened, slot.fd, slot.close_on_exec, purpose)
