@@ -3,6 +3,7 @@
 from postcopy.dump_side import (
     attributes,
     descriptors,
+    edges,
     filesystem,
     limits,
     lineage,
@@ -62,6 +63,7 @@ def collect(
         for executor, batch in asked:
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
+        edges.find(table, executors[0])
     leader = answers[0]
     state = Process(
         pid=int(frozen.threads[0].status["NSpid"].split()[-1]),

@@ -34,6 +34,7 @@ NUMBERS = {
     "nanosleep": 35,
     "getitimer": 36,
     "setitimer": 38,
+    "getpid": 39,
     "semop": 65,
     "fcntl": 72,
     "chdir": 80,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _F_SETFL = 4
 _PRIVATE = EPOLLET | EPOLLEXCLUSIVE | EPOLLONESHOT | EPOLLWAKEUP
+# Kinds in which nothing happens while the program stands still.
+_STILL = ("pipe", "event_counter", "signals")
 _ANYTHING = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLERR | EPOLLHUP
 
 
@@ -68,14 +70,14 @@ def connect(plan: "Plan") -> Armed:
                 room = plan.batch.room(EVENT_SIZE)
                 taken = plan.batch.add(call("epoll_wait", instance, room, 1, 0), "taking an event")
                 armed.tries.append((taken, instance, target))
-            elif not target.pending:
+            elif _was_told(plan, target):
                 _register(plan, instance, target, EPOLL_CTL_ADD, target.events)
                 told += 1
         if told:
             room = plan.batch.room(EVENT_SIZE * told)
             plan.batch.add(call("epoll_wait", instance, room, told, 0), "taking events")
         for target in description.epoll.targets:
-            if target.pending and not _is_disarmed(target):
+            if not _is_disarmed(target) and not _was_told(plan, target):
                 _register(plan, instance, target, EPOLL_CTL_ADD, target.events)
     return armed
 
@@ -88,6 +90,12 @@ def disarm(plan: "Plan", armed: Armed, answers: Answers) -> None:
     for taken, instance, target in armed.tries:
         if not answers.value(taken):
             _register(plan, instance, target, EPOLL_CTL_MOD, target.events)
+
+
+def _was_told(plan: "Plan", target: EpollTarget) -> bool:
+    """Whether an event that is there now is no news. What may come from elsewhere meanwhile always is."""
+    description = plan.state.descriptions[target.description]
+    return not target.pending and any(getattr(description, kind) is not None for kind in _STILL)
 
 
 def _is_disarmed(target: EpollTarget) -> bool:

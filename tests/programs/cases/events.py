@@ -1,5 +1,6 @@
 """Descriptors that wait for events: eventfd, timerfd, signalfd, epoll, inotify, pidfd."""
 
+import ctypes
 import fcntl
 import os
 import select
@@ -80,7 +81,7 @@ class TimerDescriptors(Case):
     def get(fd: int) -> tuple[int, int]:
         """Interval and what is left (ns)."""
         buffer = bytearray(32)
-        view = (libc.syscall.restype * 4).from_buffer(buffer)
+        view = (ctypes.c_char * 32).from_buffer(buffer)
         assert libc.syscall(SYS_TIMERFD_GETTIME, fd, view) == 0
         one, one_ns, left, left_ns = struct.unpack("<4q", buffer)
         return one * 10**9 + one_ns, left * 10**9 + left_ns
