@@ -14,7 +14,7 @@ from postcopy.state import Description, FileIdentity, Pipe, Slot
 O_PATH = 0o10000000
 FASYNC = 0o20000
 # What open(2) does not take again, or takes by other means.
-_NOT_OPENED_WITH = os.O_CLOEXEC | 0o100000 | FASYNC  # 0o100000: O_LARGEFILE
+_NOT_OPENED_WITH = os.O_CLOEXEC | FASYNC
 
 
 class Refused(Exception):

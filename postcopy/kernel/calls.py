@@ -15,6 +15,8 @@ NUMBERS = {
     "unlink": 87,
     "epoll_wait": 232,
     "epoll_ctl": 233,
+    "epoll_pwait": 281,
+    "epoll_pwait2": 441,
     "inotify_add_watch": 254,
     "timerfd_create": 283,
     "timerfd_settime": 286,

@@ -38,7 +38,7 @@ class Plan:
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
     into one batch. ``streams``: where those are parked that ``restore`` lends; ``pipes`` and ``ghosts``: the ends of
-    each pipe, and each file without a name, by number. ``places``: a descriptor of each description, and ``slots`` by
+    each pipe, and each file without a name, by number. ``taken``: parked ends that the program has got themselves. ``places``: a descriptor of each description, and ``slots`` by
     their numbers, once they are there.
     """
 
@@ -50,6 +50,7 @@ class Plan:
     parked: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     pipes: list[tuple[int, int]] = field(default_factory=list)
+    taken: set[int] = field(default_factory=set)
     ghosts: list[int] = field(default_factory=list)
     places: dict[int, int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
 
 _AT_FDCWD = -100
-_F_SETFL, _F_SETPIPE_SZ = 4, 1031
+_F_SETPIPE_SZ = 1031
+_O_LARGEFILE = 0o100000
 
 
 def rebuild(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
@@ -45,6 +46,12 @@ def open_end(plan: "Plan", slot: Slot, end: PipeEnd) -> None:
     purpose = f"opening an end of a pipe (descriptor {slot.fd})"
     read_end, write_end = plan.pipes[end.pipe]
     source = read_end if end.flags & os.O_ACCMODE == os.O_RDONLY else write_end
+    if not end.flags & _O_LARGEFILE and source not in plan.taken:
+        # open(2) would set this flag, and F_GETFL shows it.
+        plan.taken.add(source)
+        plan.duplicate(source, slot.fd, slot.close_on_exec, purpose)
+        plan.set_flags(slot.fd, end.flags, purpose)
+        return
     opened = plan.next_fd()
     path = plan.batch.text(f"/proc/self/fd/{source}")
     # The reading end must not wait for a writer. O_DIRECT is not for open(2), although F_GETFL tells it.

@@ -20,6 +20,7 @@ from tests.programs.cases import (
     blocked,
     descriptors,
     events,
+    files,
     identity,
     memory,
     registers,
@@ -99,11 +100,24 @@ CASES: tuple[type[Case], ...] = (
     events.EpollOfClosedNumbers,
     events.InotifyWatches,
     events.PidDescriptors,
+    files.DeletedFile,
+    files.ReplacedFile,
+    files.TemporaryFile,
+    files.RemovedDirectory,
+    files.OtherName,
+    files.MemoryFiles,
+    files.PacketPipe,
+    files.SignalDrivenPipe,
+    files.ProcFiles,
+    files.SilentReader,
     signals.SignalActions,
     memory.FileMappings,
     descriptors.DescriptorTable,
     identity.Subprocess,
 )
+
+#: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
+ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks)
 
 #: What is tried with ``--user``: what a program without privileges can still set up.
 UNPRIVILEGED: tuple[type[Case], ...] = (
@@ -149,14 +163,16 @@ def main() -> int:
     parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
     parser.add_argument("--user", type=int, help="become this user first, for good")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="try these cases alone")
+    parser.add_argument("--files", type=Path, help="where the cases' own files lie, if not there")
     options = parser.parse_args()
-    Case.directory = options.directory
+    Case.directory = options.files or options.directory
     Case.hold = options.hold
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALWAYS_BLOCKED)
     if options.user is not None:
         identity.Unprivileged.user = options.user
     kinds = CASES if options.user is None else UNPRIVILEGED
+    kinds = (*kinds, *ON_REQUEST) if options.only else kinds
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()
