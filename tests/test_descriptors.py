@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host, Pair
-from tests.migrate import MigrationFailed, move
+from tests.migrate import MigrationFailed
 from tests.test_states import PID, run_program
 
 

@@ -38,8 +38,8 @@ class Plan:
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
     into one batch. ``streams``: where those are parked that ``restore`` lends; ``pipes`` and ``ghosts``: the ends of
-    each pipe, and each file without a name, by number. ``taken``: parked ends that the program has got themselves. ``places``: a descriptor of each description, and ``slots`` by
-    their numbers, once they are there.
+    each pipe, and each file without a name, by number. ``taken``: parked ends that the program has got themselves.
+    ``places``: a descriptor of each description, and ``slots`` by their numbers, once they are there.
     """
 
     batch: Batch
