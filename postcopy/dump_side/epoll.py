@@ -71,10 +71,18 @@ def _resolved(table: Table, epoll: int, numbers: dict[int, int], lines: Iterable
 
 def _where(table: Table, epoll: int, registered: int, which: int, numbers: dict[int, int]) -> int | None:
     """A descriptor of the target, first the number under which it was registered."""
-    one_each = {description: fd for fd, description in numbers.items()}
-    candidates = [fd for fd in (registered,) if fd in numbers]
-    for fd in (*candidates, *(fd for fd in one_each.values() if fd != registered)):
-        with contextlib.suppress(OSError):
-            if kcmp.is_epoll_target(table.pid, fd, epoll, registered, which):
-                return fd
-    return None
+    return next(
+        (fd for fd in _candidates(registered, numbers) if _is_target(table.pid, fd, epoll, registered, which)), None
+    )
+
+
+def _candidates(registered: int, numbers: dict[int, int]) -> Iterator[int]:
+    if registered in numbers:
+        yield registered
+    yield from {description: fd for fd, description in numbers.items()}.values()
+
+
+def _is_target(pid: int, fd: int, epoll: int, registered: int, which: int) -> bool:
+    with contextlib.suppress(OSError):
+        return kcmp.is_epoll_target(pid, fd, epoll, registered, which)
+    return False

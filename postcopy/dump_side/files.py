@@ -34,7 +34,9 @@ def collect(table: Table, opened: Opened) -> Description | None:
     path = _name(opened)
     if kind == "regular":
         writable = opened.flags & os.O_ACCMODE != os.O_RDONLY
-        identity = b"" if writable else build_id(path)
+        if not writable and path not in table.build_ids:
+            table.build_ids[path] = build_id(path)
+        identity = b"" if writable else table.build_ids[path]
         table.needed.append(FileIdentity(path, opened.stat.st_size, identity, changing=writable))
     elif kind != "device":
         table.needed.append(FileIdentity.named(path, "directory" if kind == "directory" else "any"))

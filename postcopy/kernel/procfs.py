@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from postcopy.kernel.libc import refused
 
+_PIECE = 65536
 _MAPS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)")
 
 
@@ -38,8 +39,15 @@ class MapsLine:
 def read(pid: int, name: str) -> bytes:
     """All of ``/proc/PID/name``. Raises OSError: ENOENT or ESRCH when the process is gone."""
     try:
-        with open(f"/proc/{pid}/{name}", "rb") as stream:
-            return stream.read()
+        # Without a buffer: there are thousands of small files to be read while the program stands still.
+        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pieces = [os.read(fd, _PIECE)]
+            while pieces[-1]:
+                pieces.append(os.read(fd, _PIECE))
+            return b"".join(pieces)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise refused(f"reading /proc/{pid}/{name}", error.errno) from None
 

@@ -133,17 +133,20 @@ class _Builder:
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
-        pid, wanted = self._newborn.pid, descriptors.highest(self._state.descriptors)
+        pid, table = self._newborn.pid, self._state.descriptors
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        wanted = max(min(wanted, procfs.most_descriptors()), len(self._state.memory.files) + 8, hard)
-        self._most_descriptors = wanted
+        wanted = max(descriptors.highest(table), len(self._state.memory.files) + 8)
+        self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
         try:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, wanted))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
         except (PermissionError, ValueError):
-            raise RestoreError(
-                f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
-                "raise it for restore: ulimit -Hn; at most to fs.nr_open",
-            ) from None
+            if not descriptors.fits(table, hard):
+                raise RestoreError(
+                    f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
+                    "raise it for restore: ulimit -Hn; at most to fs.nr_open",
+                ) from None
+            self._most_descriptors = hard
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
 
     # -- the executor's memory ----------------------------------------------------------------------------------------
 

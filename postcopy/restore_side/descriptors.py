@@ -140,6 +140,11 @@ def highest(state: Descriptors) -> int:
     return max((slot.fd for slot in state.slots), default=-1) + 1 + needed(state)
 
 
+def fits(state: Descriptors, limit: int) -> bool:
+    """Whether the table can be built with numbers below ``limit``, if need be in its gaps."""
+    return all(slot.fd < limit for slot in state.slots) and len(state.slots) + needed(state) <= limit
+
+
 def room(state: Descriptors) -> int:
     """Bytes that the batches take."""
     each = 1024 * len(state.slots) + 256 * (len(state.deliveries) + len(state.locks))

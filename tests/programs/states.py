@@ -53,6 +53,7 @@ CASES: tuple[type[Case], ...] = (
     blocked.FutexDeadline,
     blocked.PollTimeout,
     blocked.PollForever,
+    blocked.EpollWait,
     blocked.PipeRead,
     blocked.PipeWrite,
     registers.SpinningRegisters,
@@ -134,6 +135,10 @@ UNPRIVILEGED: tuple[type[Case], ...] = (
     memory.AnonymousMemory,
     memory.SharedFile,
     descriptors.RegularFile,
+    events.EventCounters,
+    events.EpollEdges,
+    files.DeletedFile,
+    files.MemoryFiles,
 )
 
 
