@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from postcopy import open_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE
 from postcopy.page_ranges import PageRanges
@@ -84,6 +85,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "parent_death_signal": _SIGNAL_OR_NONE,
     },
     Vma: {"offset": _INT64},
+    **open_soundness.NUMBERS,
 }
 
 # How long a text, a byte string or a list may be.
@@ -106,6 +108,7 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
     Timers: {"intervals": range(3, 4)},
     Tree: {"processes": range(1, _PID_MAX)},
     Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
+    **open_soundness.LENGTHS,
 }
 
 # How long each byte string of a list must be.
@@ -122,8 +125,10 @@ _ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
 }
 
 _CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
-    OpenFile: {"kind": frozenset({"regular", "directory", "device", "path"})},
+    FileIdentity: {"kind": frozenset({"file", "directory", "fifo", "any"})},
+    OpenFile: {"kind": frozenset({"regular", "directory", "device", "path", "live"})},
     Vma: {"backing": frozenset({"anonymous", "stack", "file", "vvar", "vdso"})},
+    **open_soundness.CHOICES,
 }
 
 _PATHS: Mapping[type, tuple[str, ...]] = {
@@ -132,6 +137,7 @@ _PATHS: Mapping[type, tuple[str, ...]] = {
     MappedFile: ("path",),
     Memory: ("exe",),
     OpenFile: ("path",),
+    **open_soundness.PATHS,
 }
 
 # Backings of memory that userfaultfd fills, and those whose pages are the kernel's.
@@ -340,11 +346,16 @@ def _descriptors(table: Descriptors) -> Iterator[str]:
         end = description.pipe
         if end is not None and not 0 <= end.pipe < len(table.pipes):
             yield f"descriptions[{number}].pipe.pipe: {end.pipe} is none of the {len(table.pipes)} pipes"
+    yield from open_soundness.descriptors(table)
 
 
 def _pipe(pipe: Pipe) -> Iterator[str]:
     if len(pipe.content) > pipe.capacity:
         yield f"content: {len(pipe.content)} bytes in a pipe of {pipe.capacity}"
+    if pipe.packets and (sum(pipe.packets) != len(pipe.content) or not all(pipe.packets)):
+        yield f"packets: of {sum(pipe.packets)} bytes, where the content has {len(pipe.content)}"
+    if pipe.path:
+        yield from _path("path", pipe.path)
 
 
 _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
@@ -360,4 +371,5 @@ _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Thread: _thread,
     Tree: _tree,
     Vma: _vma,
+    **open_soundness.CHECKS,
 }
