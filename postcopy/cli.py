@@ -3,6 +3,7 @@
 import enum
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,13 @@ FileLocks = Annotated[
 ]
 
 
+External = Annotated[
+    list[str] | None,
+    typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
+]
+_INHERITED = re.compile(r"fd\[(\d+)\]:(.+)", re.DOTALL)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"postcopy {__version__}")
@@ -93,6 +101,7 @@ def dump(
     timeout: Timeout = 10.0,
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
+    external: External = None,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[
@@ -115,7 +124,7 @@ def dump(
     from postcopy.dump_side import session
 
     reporter = reporting.Printer(as_json, display_stats)
-    choices = Choices(ghost_limit=ghost_limit, file_locks=file_locks)
+    choices = Choices(ghost_limit, file_locks, frozenset(external or ()))
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
     if not lazy_pages:
         if directory is None:
@@ -147,6 +156,10 @@ def restore(
     new_pid_namespace: Annotated[
         bool, typer.Option("--new-pid-namespace", help="Give the program a PID namespace with a /proc of its own.")
     ] = False,
+    inherit_fd: Annotated[
+        list[str] | None,
+        typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
+    ] = None,
     background: Annotated[
         BackgroundMode, typer.Option(help="Push the rest at once; only when no page has been asked for; never.")
     ] = BackgroundMode.eager,
@@ -203,6 +216,7 @@ def restore(
             detach=detached,
             pidfile=pidfile,
             new_pid_namespace=new_pid_namespace,
+            inherited=_inherited(inherit_fd or []),
             background=Background(background.value, idle_delay),
         ),
         reporting.Printer(as_json, display_stats),
@@ -248,6 +262,7 @@ def check(
     pid: Annotated[int | None, typer.Option("-t", "--tree", help="Also whether this process can be moved.")] = None,
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
+    external: External = None,
     verbose: Verbose = 0,
     as_json: Json = False,
 ) -> None:
@@ -262,7 +277,7 @@ def check(
     if pid is not None:
         from postcopy.dump_side.survey import survey
 
-        manifest, _ = survey(pid, Choices(ghost_limit=ghost_limit, file_locks=file_locks))
+        manifest, _ = survey(pid, Choices(ghost_limit, file_locks, frozenset(external or ())))
         reporting.show_movable(manifest, as_json)
 
 
@@ -291,6 +306,24 @@ def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
             os.fstat(status_fd)
         except OSError:
             raise UsageError(f"--status-fd {status_fd} is not an open descriptor") from None
+
+
+def _inherited(given: list[str]) -> dict[str, int]:
+    """The descriptors of ours that take the place of external resources."""
+    found: dict[str, int] = {}
+    for each in given:
+        match = _INHERITED.fullmatch(each)
+        if match is None:
+            raise UsageError(f"--inherit-fd {each} is not of the form fd[N]:RESOURCE")
+        number, resource = int(match[1]), match[2]
+        try:
+            os.fstat(number)
+        except (OSError, OverflowError):
+            raise UsageError(f"--inherit-fd {each}: {number} is not an open descriptor") from None
+        if resource in found:
+            raise UsageError(f"--inherit-fd {each}: there are two for {resource}")
+        found[resource] = number
+    return found
 
 
 def _one_of(one: bool, name: str, other: bool, other_name: str) -> None:

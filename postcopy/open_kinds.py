@@ -129,6 +129,13 @@ class GhostOpening:
 
 
 @dataclass(frozen=True, slots=True)
+class External:
+    """Something outside of the tree, as ``/proc/PID/fd`` showed it; ``restore`` is given another in its place."""
+
+    resource: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """Signal-driven I/O of a description (F_SETOWN_EX, F_SETSIG, O_ASYNC): ``kind`` is F_OWNER_TID, _PID or _PGRP.
 

@@ -9,6 +9,7 @@ from postcopy.open_kinds import (
     EpollTarget,
     EventCounter,
     Extent,
+    External,
     Ghost,
     GhostOpening,
     Inotify,
@@ -21,7 +22,7 @@ from postcopy.open_kinds import (
 from postcopy.state import Descriptors
 
 _INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
-_NAME_MAX = 255
+_NAME_MAX, _PATH_MAX = 255, 4096
 _FILE_KINDS = frozenset({"regular", "directory", "temporary", "memfd"})
 
 NUMBERS: Mapping[type, Mapping[str, range]] = {
@@ -42,7 +43,10 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     Watch: {"number": _INT32, "mask": _UINT32},
 }
 
-LENGTHS: Mapping[type, Mapping[str, range]] = {Ghost: {"name": range(_NAME_MAX + 1)}}
+LENGTHS: Mapping[type, Mapping[str, range]] = {
+    External: {"resource": range(1, 2 * _PATH_MAX)},
+    Ghost: {"name": range(_NAME_MAX + 1)},
+}
 
 CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
     Ghost: {"kind": _FILE_KINDS},

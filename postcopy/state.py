@@ -20,6 +20,7 @@ from postcopy.open_kinds import (
     Delivery,
     Epoll,
     EventCounter,
+    External,
     Ghost,
     GhostOpening,
     Inotify,
@@ -322,6 +323,7 @@ class Description:
     epoll: Epoll | None = None
     inotify: Inotify | None = None
     process: PidDescriptor | None = None
+    external: External | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +379,10 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the survey found before anything is frozen: what the destination must have."""
+    """What the survey found before anything is frozen: what the destination must have.
+
+    ``external``: resources in whose place ``restore`` must be given others.
+    """
 
     tids: list[Pid]
     pid: Pid
@@ -387,6 +392,7 @@ class Manifest:
     xsave_size: Unsigned
     memory_bytes: Unsigned
     highest_fd: Fd
+    external: list[str] = field(default_factory=list)
 
 
 T = TypeVar("T")

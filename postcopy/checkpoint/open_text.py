@@ -20,6 +20,8 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
         return "epoll", _epoll(of.epoll)
     if of.inotify is not None:
         return "inotify", ", ".join(f"{watch.number}: {watch.path}" for watch in of.inotify.watches) or "no watches"
+    if of.external is not None:
+        return "external", f"{of.external.resource}, for which restore is given another (--inherit-fd)"
     if of.process is not None:
         return "pidfd", f"process {of.process.pid}"
     return "", ""

@@ -8,6 +8,7 @@ from postcopy.dump_side import (
     deliveries,
     epoll,
     eventfd,
+    external,
     files,
     ghosts,
     inotify,
@@ -27,6 +28,7 @@ from postcopy.state import Description, Descriptors, Slot
 Alike = dict[tuple[str, int, int], list[tuple[int, int]]]
 
 _KINDS = (
+    external.collect,
     pipes.collect,
     terminals.collect,
     ghosts.collect,
@@ -82,8 +84,8 @@ def _describe(table: Table, opened: Opened, number: int) -> Description:
         raise Refused(f"{opened.link}: descriptors of this kind cannot be moved yet")
     held = list(locks.collect(table, opened, number))
     delivery = deliveries.collect(table, opened, number)
-    if delivery is not None and description.stream is not None:
-        raise Refused(f"{opened.link}: signal-driven I/O (F_SETOWN, O_ASYNC) of a standard stream cannot be moved")
+    if delivery is not None and (description.stream is not None or description.external is not None):
+        raise Refused(f"{opened.link}: signal-driven I/O (F_SETOWN, O_ASYNC) of what restore lends cannot be moved")
     if held and description.file is not None:
         last = table.needed[-1]
         table.needed[-1] = dataclasses.replace(last, locked=True)

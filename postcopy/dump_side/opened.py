@@ -106,6 +106,7 @@ class Table:
     ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     deliveries: list[Delivery] = field(default_factory=list)
     locks: list[Lock] = field(default_factory=list)
+    external: list[str] = field(default_factory=list)
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None

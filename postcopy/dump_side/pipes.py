@@ -23,8 +23,9 @@ def collect(table: Table, opened: Opened) -> Description | None:
     if inode not in table.pipe_numbers:
         if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.link)):
             raise Refused(
-                f"{opened.link}: process {holder} holds an end of this pipe too; "
-                "redirect the stream to a file and start the program again"
+                f"{opened.link}: process {holder} holds an end of this pipe too; redirect the stream to a file and "
+                f"start the program again, or let restore give it another: --external '{opened.link}' here, and "
+                f"--inherit-fd 'fd[N]:{opened.link}' there"
             )
         table.pipe_numbers[inode] = len(table.pipes)
         table.pipes.append(_look(opened, path))

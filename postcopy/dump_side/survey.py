@@ -85,6 +85,7 @@ def _survey(pid: int, choices: Choices) -> tuple[Manifest, frozenset[int]]:
         xsave_size=cpu.xsave_size(),
         memory_bytes=int(procfs.status(pid)["VmRSS"].split()[0]) * 1024,
         highest_fd=max((slot.fd for slot in slots.slots), default=0),
+        external=table.external,
     )
     return manifest, frozenset(table.pipe_numbers)
 

@@ -8,7 +8,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -78,15 +78,22 @@ class Built:
             ptrace.detach(tid)
 
 
-def build(state: Process, pages: memoryview, newborn: birth.Newborn, parent_stays: bool) -> Built:
+def build(
+    state: Process,
+    pages: memoryview,
+    newborn: birth.Newborn,
+    parent_stays: bool,
+    inherited: Mapping[str, int] | None = None,
+) -> Built:
     """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
-    Private anonymous memory is armed for missing pages.
+    Private anonymous memory is armed for missing pages. ``inherited``: which descriptor of the newborn is to take the
+    place of which external resource.
 
     Raises RestoreError with what was refused and why; the new process is then to be killed.
     """
     built = Built(newborn, state, -1, [newborn.pid])
     try:
-        _Builder(built, parent_stays).run(pages)
+        _Builder(built, parent_stays, inherited or {}).run(pages)
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
     except (struct.error, ValueError, IndexError) as error:
@@ -96,7 +103,8 @@ def build(state: Process, pages: memoryview, newborn: birth.Newborn, parent_stay
 
 
 class _Builder:
-    def __init__(self, built: Built, parent_stays: bool) -> None:
+    def __init__(self, built: Built, parent_stays: bool, inherited: Mapping[str, int]) -> None:
+        self._inherited = inherited
         self._built = built
         self._state = built.state
         self._newborn = built.newborn
@@ -135,7 +143,8 @@ class _Builder:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
         pid, table = self._newborn.pid, self._state.descriptors
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        wanted = max(descriptors.highest(table), len(self._state.memory.files) + 8)
+        lent = 2 * len(self._inherited) + max(self._inherited.values(), default=0)
+        wanted = max(descriptors.highest(table), len(self._state.memory.files) + lent + 8)
         self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
@@ -196,14 +205,16 @@ class _Builder:
         keep = range(self._base, self._base + self._size)
         high = len(self._state.memory.files) + 1
         attributes.disable_huge_pages(batch)
-        # The standard streams step aside, so that the numbers of what is opened are known beforehand.
-        for stream in range(3):
-            batch.add(call("dup3", stream, high + stream, 0o2000000))
+        # What is lent steps aside, so that the numbers of what is opened are known beforehand.
+        lent = [0, 1, 2, *self._inherited.values()]
+        high = max(high, *(fd + 1 for fd in lent))
+        for number, fd in enumerate(lent):
+            batch.add(call("dup3", fd, high + number, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
         memory.rebuild(self._state.memory, batch, present, keep, keep.stop)
-        for stream in range(3):
-            batch.add(call("dup3", high + stream, stream, 0))
-        batch.add(call("close_range", 3, 0xFFFF_FFFF, 0), "closing what is open for a while")
+        for number in range(len(lent)):
+            batch.add(call("dup3", high + number, number, 0))
+        batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
         self._checked(leader.run(batch))
 
     def _run_leader(self) -> None:
@@ -218,7 +229,7 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
-        descriptors.rebuild(state.descriptors, self._most_descriptors, batch)
+        descriptors.rebuild(state.descriptors, self._most_descriptors, list(self._inherited), batch)
         filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, state.pid, batch)
         self._checked(leader.run(batch))

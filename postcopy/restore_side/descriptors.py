@@ -4,7 +4,7 @@ In three steps: a batch that opens everything (`rebuild`), contents that are wri
 for what refers to all of it, or must not notice how it was made (`connect`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from postcopy.restore_side import (
     deliveries,
     epoll,
     eventfd,
+    external,
     files,
     ghosts,
     inotify,
@@ -30,6 +31,7 @@ _CLOSE_ALL = 0xFFFF_FFFF
 _O_CLOEXEC = 0o2000000
 _F_SETFD, _F_SETFL = 2, 4
 _STREAMS = 3
+_MOST_LENT = 16  # what is not known when the limit is set
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Plan:
     """Where descriptors lie while the table is being built: what is parked lies where the program has nothing.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams``: where those are parked that ``restore`` lends; ``pipes`` and ``ghosts``: the ends of
+    into one batch. ``streams``: where those are parked that ``restore`` lends; ``inherited``: and
+    what it was given for external resources; ``pipes`` and ``ghosts``: the ends of
     each pipe, and each file without a name, by number. ``taken``: parked ends that the program has got themselves.
     ``places``: a descriptor of each description, and ``slots`` by their numbers, once they are there.
     """
@@ -49,6 +52,7 @@ class Plan:
     lowest: int = 0
     parked: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
+    inherited: dict[str, int] = field(default_factory=dict)
     pipes: list[tuple[int, int]] = field(default_factory=list)
     taken: set[int] = field(default_factory=set)
     ghosts: list[int] = field(default_factory=list)
@@ -119,12 +123,16 @@ _KINDS: dict[str, Opener] = {
     "epoll": epoll.rebuild,
     "inotify": inotify.rebuild,
     "process": pidfd.rebuild,
+    "external": external.rebuild,
 }
 
 
-def spaces(state: Descriptors, limit: int) -> Iterator[int]:
-    """Numbers where the table has nothing, from just above the highest on, then in gaps; all below ``limit``."""
-    taken = {slot.fd for slot in state.slots}
+def spaces(state: Descriptors, limit: int, lent: int = 0) -> Iterator[int]:
+    """Numbers where the table has nothing, from just above the highest on, then in gaps; all below ``limit``.
+
+    The first ``lent`` numbers are taken by what is lent.
+    """
+    taken = {*range(lent), *(slot.fd for slot in state.slots)}
     above = max(taken, default=-1) + 1
     yield from range(above, limit)
     yield from (number for number in range(min(above, limit) - 1, -1, -1) if number not in taken)
@@ -132,7 +140,7 @@ def spaces(state: Descriptors, limit: int) -> Iterator[int]:
 
 def needed(state: Descriptors) -> int:
     """How many numbers are used beside those of the table."""
-    return _STREAMS + 2 * len(state.pipes) + len(state.ghosts) + 8
+    return _STREAMS + _MOST_LENT + 2 * len(state.pipes) + len(state.ghosts) + 8
 
 
 def highest(state: Descriptors) -> int:
@@ -160,17 +168,20 @@ def room(state: Descriptors) -> int:
     return each + contents + paths
 
 
-def rebuild(state: Descriptors, limit: int, batch: Batch) -> None:
+def rebuild(state: Descriptors, limit: int, lent: Sequence[str], batch: Batch) -> None:
     """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends.
 
-    ``limit``: no number may be higher.
+    ``limit``: no number may be higher. ``lent``: the external resources for which those from 3 on were given.
     """
-    plan = Plan(batch, state, spaces(state, limit))
+    plan = Plan(batch, state, spaces(state, limit, _STREAMS + len(lent)))
     for stream in range(_STREAMS):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         plan.streams.append(plan.parking())
         batch.add(call("dup3", stream, plan.streams[-1], _O_CLOEXEC))
-    batch.add(call("close_range", 0, min(plan.streams) - 1, 0), "clearing the descriptor table")
+    for number, resource in enumerate(lent, start=_STREAMS):
+        plan.inherited[resource] = plan.parking()
+        batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
+    batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
     plan.pipes = [pipes.rebuild(plan, pipe) for pipe in state.pipes]
     plan.ghosts = [ghosts.rebuild(plan, ghost) for ghost in state.ghosts]
     first: dict[int, int] = {}

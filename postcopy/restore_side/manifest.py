@@ -5,7 +5,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
@@ -15,9 +15,13 @@ from postcopy.state import FileIdentity, Manifest
 _CAPABILITY_SYS_ADMIN, _CAPABILITY_CHECKPOINT_RESTORE = 21, 40
 
 
-def problems(manifest: Manifest, new_pid_namespace: bool) -> list[str]:
-    """All reasons why the tree cannot be restored here, each with what to do."""
+def problems(manifest: Manifest, new_pid_namespace: bool, inherited: Collection[str] = ()) -> list[str]:
+    """All reasons why the tree cannot be restored here, each with what to do.
+
+    ``inherited``: the external resources for which others were given.
+    """
     return [
+        *_external(manifest.external, inherited),
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
@@ -43,6 +47,12 @@ def files(wanted: list[FileIdentity], frozen: bool) -> Iterator[str]:
             yield f"file {file.path} has {size} bytes here and {file.size} at the source: copy it"
         elif file.build_id and build_id(file.path) != file.build_id:
             yield f"file {file.path} is of another build here: install the same package version"
+
+
+def _external(wanted: Iterable[str], given: Collection[str]) -> Iterator[str]:
+    for resource in wanted:
+        if resource not in given:
+            yield f"nothing is given here for {resource}: --inherit-fd 'fd[N]:{resource}'"
 
 
 def _directory(path: str, found: os.stat_result, frozen: bool) -> Iterator[str]:
