@@ -119,7 +119,7 @@ class TimerDescriptors(Case):
         problem = first_problem(
             unlike("flags, clocks, settime flags", self.shown, shown),
             f"left of an hour after {elapsed / 1e9:.1f} s: {odd}" if odd else None,
-            None if drift < 10**8 else f"the wall-clock deadline has moved by {drift} ns",
+            None if drift < 10**7 else f"the wall-clock deadline has moved by {drift} ns",
             unlike("interval", (7_000_000_001, 5 * 10**9), (self.get(self.periodic)[0], self.get(self.wall)[0])),
             unlike("disarmed", (0, 0), self.get(self.disarmed)),
             unlike("ready", [self.fired], ready),
