@@ -21,7 +21,7 @@ import pytest
 
 from postcopy.dump_side import freeze, memory, sleepers
 from postcopy.dump_side.collect import collect
-from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.process_memory import ProcessMemory
@@ -354,14 +354,14 @@ def freeze_and_die(pid: int, steps: int) -> None:
     counter = Steps(steps)
     for owner, name in ((ptrace, "_ptrace"), (ptrace, "wait"), (ProcessMemory, "write"), (freeze, "syscall")):
         counter.count(owner, name)
-    frozen = Frozen(pid)
-    guard = Guard(frozen.pidfd)
-    smaps = memory.SmapsReader(pid)
+    frozen = FrozenTree(pid)
+    guard = Guard()
+    smaps = memory.SmapsReader()
     sleeping = sleepers.observe(pid)
     frozen.freeze()
-    smaps.begin()
-    collect(frozen, 0, smaps, frozenset(), sleeping)
-    guard.stopping()
+    smaps.begin(frozen.pids)
+    collect(frozen, smaps, frozenset(), sleeping)
+    guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()
     frozen.thaw()
     smaps.close()

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             return Outcome({}, failure)
 
 
-def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Report:
+def run_program(hosts: Pair, directory: Path, moves: int, *options: str, restore_options: Sequence[str] = ()) -> Report:
     """Start the program, move it, let it verify; returns its report."""
     command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
     command += options
@@ -53,11 +54,11 @@ def run_program(hosts: Pair, directory: Path, moves: int, *options: str) -> Repo
     end = program
     source, destination = hosts.a, hosts.b
     for _ in range(moves):
-        migration = move(source, destination, PID)
+        migration = move(source, destination, PID, restore_options=restore_options)
         migration.wait_drained()
         assert migration.restore is not None
         end = migration.restore
-        if not destination.alive(PID):
+        if not restore_options and not destination.alive(PID):
             complaints = (directory / "stderr").read_text()
             migration.fail(
                 f"the program is gone, restore ended with {end.wait(10)}; its standard error: {complaints!r}"

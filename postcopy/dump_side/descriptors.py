@@ -1,43 +1,38 @@
-"""The descriptor table: what is open, under which numbers, and what of it cannot be moved."""
+"""The descriptor tables: what is open, under which numbers, and what of it cannot be moved."""
 
 import os
-from collections import defaultdict
 
 from postcopy.dump_side import files, pipes, terminals
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
-from postcopy.state import Description, Descriptors, Slot
-
-# Descriptors that may share a description, by what they show: (descriptor, number of its description), as kcmp orders.
-Alike = dict[tuple[str, int, int], list[tuple[int, int]]]
+from postcopy.state import Description, Slot
 
 _KINDS = (pipes.collect, terminals.collect, files.collect)
 
 
-def collect(pid: int, problems: list[str], trusted_pipes: frozenset[int] = frozenset()) -> tuple[Descriptors, Table]:
-    """The descriptor table of a process, stopped or not, and what was found on the way.
+def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
+    """The descriptor table of a process of the tree, stopped or not; what its entries refer to is added to ``table``.
 
-    What cannot be moved is added to ``problems`` and left out. ``trusted_pipes``: see `Table`.
+    What cannot be moved is added to ``problems`` and left out.
     """
-    table = Table(pid, trusted_pipes)
+    table.pid = pid
     slots: list[Slot] = []
-    alike: Alike = defaultdict(list)
     for fd in procfs.descriptors(pid):
         try:
             opened = Opened.look(pid, fd)
-            among = alike[opened.likeness]
+            among = table.alike[opened.likeness]
             place, number = _look_up(opened, among)
             if number is None:
                 number = len(table.descriptions)
                 table.descriptions.append(_describe(table, opened))
-                among.insert(place, (fd, number))
+                among.insert(place, (pid, fd, number))
         except (Refused, OSError) as reason:
             if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
                 continue  # a running process has closed it while we looked
             problems.append(f"descriptor {fd}: {reason}")
             continue
         slots.append(Slot(fd, opened.close_on_exec, number))
-    return Descriptors(slots, table.descriptions, table.pipes), table
+    return slots
 
 
 def _describe(table: Table, opened: Opened) -> Description:
@@ -48,7 +43,7 @@ def _describe(table: Table, opened: Opened) -> Description:
     raise Refused(f"{opened.link}: descriptors of this kind cannot be moved yet")
 
 
-def _look_up(opened: Opened, among: list[tuple[int, int]]) -> tuple[int, int | None]:
+def _look_up(opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:
     """Where in ``among`` the descriptor belongs, and the number of the description if an earlier one shares it.
 
     By bisection: thousands of descriptors that look alike are nothing unusual.
@@ -56,8 +51,16 @@ def _look_up(opened: Opened, among: list[tuple[int, int]]) -> tuple[int, int | N
     low, high = 0, len(among)
     while low < high:
         middle = (low + high) // 2
-        other, number = among[middle]
-        order = kcmp.order_of_descriptions(opened.pid, opened.fd, other)
+        other_pid, other_fd, number = among[middle]
+        try:
+            order = kcmp.order_of_descriptions(opened.pid, opened.fd, other_pid, other_fd)
+        except OSError:
+            if os.path.lexists(f"/proc/{other_pid}/fd/{other_fd}"):
+                raise
+            # That one has been closed while we looked.
+            del among[middle]
+            high -= 1
+            continue
         if not order:
             return middle, number
         low, high = (low, middle) if order < 0 else (middle + 1, high)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from postcopy.kernel import procfs
@@ -62,16 +63,21 @@ class Opened:
 
 @dataclass
 class Table:
-    """What is found while a table is collected. ``pipe_numbers``: pipes by inode.
+    """What is found while the descriptor tables of a tree are collected. ``pipe_numbers``: pipes by inode.
 
+    ``pids``: the processes of the tree; ``pid``: the one whose table is being collected.
     ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
     ``holders``: for each pipe of another process, by its link, that process; once it has been looked for.
+    ``alike``: descriptors that may share a description, by what they show, each as (process, descriptor, number of its
+    description), as kcmp orders.
     """
 
-    pid: int
-    trusted_pipes: frozenset[int]
+    pids: frozenset[int]
+    trusted_pipes: frozenset[int] = frozenset()
+    pid: int = 0
     descriptions: list[Description] = field(default_factory=list)
     pipes: list[Pipe] = field(default_factory=list)
     pipe_numbers: dict[int, int] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+    alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))

@@ -19,7 +19,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     if inode not in table.pipe_numbers:
         if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.link)):
             raise Refused(
-                f"{opened.link}: process {holder} holds an end of this pipe too; "
+                f"{opened.link}: process {holder}, which is not moved, holds an end of this pipe too; "
                 "redirect the stream to a file and start the program again"
             )
         table.pipe_numbers[inode] = len(table.pipes)
@@ -38,9 +38,11 @@ def _look(pid: int, fd: int) -> Pipe:
 
 
 def _holder_outside(table: Table, link: str) -> int | None:
-    """A process other than the table's that has an end of the pipe open."""
+    """A process outside of the tree that has an end of the pipe open."""
     if table.holders is None:
-        table.holders = _holders({table.pid, os.getpid()})
+        # Children may have been born to the tree since its processes were listed.
+        own = {each for pid in table.pids for each in (pid, *procfs.descendants(pid))}
+        table.holders = _holders({*own, os.getpid()})
     return table.holders.get(link)
 
 

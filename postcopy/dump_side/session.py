@@ -16,6 +16,7 @@ from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
+from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
@@ -43,6 +44,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     source process has ended. Raises PostcopyError; before commit the process then runs on as if nothing had happened,
     after it (LostAfterCommit) it stays stopped.
     """
+    allow_descriptors()
     manifest, _ = survey(options.pid)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         _listens(options, manifest, listener, reporter)
@@ -63,6 +65,7 @@ def dump_to_directory(
 
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
+    allow_descriptors()
     manifest, pipes = survey(pid)
     writer = Writer(directory, pages_elsewhere=False)
     try:
@@ -91,6 +94,7 @@ def dump_state_to_directory(
     raises before commit, ``directory`` does not exist.
     """
     pid = options.pid
+    allow_descriptors()
     manifest, pipes = survey(pid)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)

@@ -8,7 +8,6 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -30,7 +29,6 @@ from postcopy.restore_side import (
     descriptors,
     filesystem,
     limits,
-    lineage,
     memory,
     scheduling,
     signals,
@@ -38,7 +36,7 @@ from postcopy.restore_side import (
     timers,
 )
 from postcopy.restore_side.own import own_credentials
-from postcopy.state import LateSignal, Process
+from postcopy.state import Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
@@ -54,7 +52,10 @@ _UFFD_FEATURES = (
 
 @dataclass
 class Built:
-    """A process that is ready to go on; it dies with us until `resume`. ``tids``: as we see them, leader first."""
+    """A process that is ready to go on; it dies with us until it is detached.
+
+    ``tids``: as we see them, leader first.
+    """
 
     newborn: birth.Newborn
     state: Process
@@ -66,27 +67,20 @@ class Built:
         """The PID as we see it."""
         return self.newborn.pid
 
-    def resume(self, late: Iterable[LateSignal] = ()) -> None:
-        """Let it run: from here on it no longer depends on us. ``late``: signals that came last."""
-        tids = dict(zip((thread.tid for thread in self.state.threads), self.tids, strict=True))
-        if self.state.stopped_by:
-            os.kill(self.pid, self.state.stopped_by)
-        # After the stop: a SIGCONT among them takes it back.
-        for each in late:
-            signals.send(each, self.pid, tids.get(each.tid))
-        for tid in self.tids:
-            ptrace.detach(tid)
 
-
-def build(state: Process, pages: memoryview, newborn: birth.Newborn, parent_stays: bool) -> Built:
+def build(
+    state: Process, pages: memoryview, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool
+) -> Built:
     """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
-    Private anonymous memory is armed for missing pages.
+
+    Private anonymous memory is armed for missing pages. ``shared``: the same for all processes of a tree, which are
+    built in its order.
 
     Raises RestoreError with what was refused and why; the new process is then to be killed.
     """
     built = Built(newborn, state, -1, [newborn.pid])
     try:
-        _Builder(built, parent_stays).run(pages)
+        _Builder(built, shared, parent_stays).run(pages)
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
     except (struct.error, ValueError, IndexError) as error:
@@ -96,8 +90,9 @@ def build(state: Process, pages: memoryview, newborn: birth.Newborn, parent_stay
 
 
 class _Builder:
-    def __init__(self, built: Built, parent_stays: bool) -> None:
+    def __init__(self, built: Built, shared: descriptors.Shared, parent_stays: bool) -> None:
         self._built = built
+        self._shared = shared
         self._state = built.state
         self._newborn = built.newborn
         self._parent_stays = parent_stays
@@ -106,7 +101,7 @@ class _Builder:
         self._asleep: set[int] = set()
         self._current = own_credentials()
         rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
-        rooms[0] += _estimate(self._state)
+        rooms[0] += _estimate(self._state, shared)
         self._rooms = [page_up(room) for room in rooms]
         self._size = sum(self._rooms)
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
@@ -133,7 +128,7 @@ class _Builder:
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
-        pid, wanted = self._newborn.pid, descriptors.highest(self._state.descriptors)
+        pid, wanted = self._newborn.pid, descriptors.highest(self._state.slots, self._shared)
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         wanted = max(wanted, len(self._state.memory.files) + 8, hard)
         try:
@@ -205,7 +200,6 @@ class _Builder:
     def _run_leader(self) -> None:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
-        lineage.rebuild(state.lineage, batch)
         attributes.rebuild(state.attributes, batch)
         threads.ask_for(state.threads[1:], batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
@@ -214,7 +208,7 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
-        descriptors.rebuild(state.descriptors, batch)
+        descriptors.rebuild(state, self._shared, batch)
         filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, state.pid, batch)
         self._checked(leader.run(batch))
@@ -269,16 +263,16 @@ class _Builder:
         return answers
 
 
-def _estimate(state: Process) -> int:
+def _estimate(state: Process, shared: descriptors.Shared) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
-    paths += sum(len(d.file.path) for d in state.descriptors.descriptions if d.file is not None)
+    paths += sum(len(d.file.path) for d in shared.made_by(state) if d.file is not None)
     return (
         _ESTIMATE
         + _PER_VMA * len(state.memory.vmas)
-        + _PER_SLOT * len(state.descriptors.slots)
+        + _PER_SLOT * len(state.slots)
         + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
         + 4 * paths
-        + sum(len(pipe.content) for pipe in state.descriptors.pipes)
+        + shared.content_of_pipes(state)
         + 64 * len(state.memory.guards)
     )

@@ -1,14 +1,44 @@
 """The descriptor table: open everything again, in a table that is empty but for what `Plan` has put high up."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Batch
 from postcopy.restore_side import files, pipes, terminals
-from postcopy.state import Descriptors
+from postcopy.state import Description, Descriptors, Process, Slot, Tree
 
 _CLOSE_ALL = 0xFFFF_FFFF
 _O_CLOEXEC = 0o2000000
+
+
+class Shared:
+    """What the tables of a tree share: where each description, and each pipe, is to be had once it has been built.
+
+    Its first holder in the order of building makes it; the others take it from there.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.descriptors: Descriptors = tree.descriptors
+        self.descriptions: dict[int, tuple[int, int]] = {}
+        self.pipes: dict[int, tuple[int, int]] = {}
+        for process in tree.processes:
+            for slot in process.slots:
+                where = process.pid, slot.fd
+                self.descriptions.setdefault(slot.description, where)
+                if end := self.descriptors.descriptions[slot.description].pipe:
+                    self.pipes.setdefault(end.pipe, where)
+
+    def made_by(self, process: Process) -> list[Description]:
+        """The descriptions that a process makes itself."""
+        mine = (slot for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd))
+        return [self.descriptors.descriptions[slot.description] for slot in mine]
+
+    def content_of_pipes(self, process: Process) -> int:
+        """Bytes in the pipes that a process makes itself."""
+        mine = (number for number, (pid, _) in self.pipes.items() if pid == process.pid)
+        return sum(len(self.descriptors.pipes[number].content) for number in mine)
 
 
 @dataclass
@@ -16,14 +46,18 @@ class Plan:
     """Where descriptors lie while the table is being built: ``parked`` are above all that the program has.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch.
+    into one batch. ``streams`` is where the three standard streams that ``restore`` lends are parked.
     """
 
     batch: Batch
-    state: Descriptors
+    pid: int
+    shared: Shared
+    park: int
     used: set[int] = field(default_factory=set)
-    park: int = 0
     lowest: int = 0
+    streams: int = 0
+    parked_pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _holders: dict[int, int] = field(default_factory=dict)
 
     def next_fd(self) -> int:
         """The number that the next opened descriptor gets; it counts as used."""
@@ -56,32 +90,60 @@ class Plan:
         self.park += 1
         return self.park - 1
 
+    def borrow(self, pid: int, fd: int, purpose: str) -> int:
+        """What is open as ``fd`` in another process, which has been built already: the number it gets here."""
+        if pid not in self._holders:
+            opened, parked = self.next_fd(), self.parking()
+            self.batch.add(call("pidfd_open", pid, 0), purpose)
+            self.batch.add(call("dup3", opened, parked, _O_CLOEXEC), purpose)
+            self.batch.add(call("close", opened), purpose)
+            self.release(opened)
+            self._holders[pid] = parked
+        opened = self.next_fd()
+        self.batch.add(call("pidfd_getfd", self._holders[pid], fd, 0), purpose)
+        return opened
 
-def highest(state: Descriptors) -> int:
+
+# The fields of `Description`, and who builds what they hold.
+_KINDS: dict[str, Callable[[Plan, Slot, Any], None]] = {
+    "file": files.rebuild,
+    "pipe": pipes.rebuild,
+    "stream": terminals.rebuild,
+}
+
+
+def highest(slots: list[Slot], shared: Shared) -> int:
     """One more than the highest number that building the table uses."""
-    return max((slot.fd for slot in state.slots), default=-1) + 1 + 3 + 2 * len(state.pipes) + 1
+    holders = {shared.descriptions[slot.description][0] for slot in slots}
+    return _park(slots) + 3 + 2 * len(shared.descriptors.pipes) + 2 * len(holders)
 
 
-def rebuild(state: Descriptors, batch: Batch) -> None:
+def _park(slots: list[Slot]) -> int:
+    return max((slot.fd for slot in slots), default=-1) + 4
+
+
+def rebuild(process: Process, shared: Shared, batch: Batch) -> None:
     """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends."""
-    plan = Plan(batch, state, park=max((slot.fd for slot in state.slots), default=-1) + 4)
-    streams = plan.park
+    plan = Plan(batch, process.pid, shared, park=_park(process.slots))
+    plan.streams = plan.park
     for stream in range(3):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         batch.add(call("dup3", stream, plan.parking(), _O_CLOEXEC))
-    batch.add(call("close_range", 0, streams - 1, 0), "clearing the descriptor table")
-    parked_pipes = [pipes.rebuild(plan, pipe) for pipe in state.pipes]
+    batch.add(call("close_range", 0, plan.streams - 1, 0), "clearing the descriptor table")
     first: dict[int, int] = {}
-    for slot in state.slots:
-        description = state.descriptions[slot.description]
+    for slot in process.slots:
         if slot.description in first:
-            plan.duplicate(first[slot.description], slot.fd, slot.close_on_exec, f"duplicating descriptor {slot.fd}")
+            purpose = f"duplicating descriptor {slot.fd}"
+            plan.duplicate(first[slot.description], slot.fd, slot.close_on_exec, purpose)
             continue
         first[slot.description] = slot.fd
-        if description.file is not None:
-            files.rebuild(plan, slot, description.file)
-        elif description.pipe is not None:
-            pipes.open_end(plan, slot, description.pipe, parked_pipes[description.pipe.pipe])
-        elif description.stream is not None:
-            terminals.rebuild(plan, slot, description.stream, streams)
-    batch.add(call("close_range", streams, _CLOSE_ALL, 0), "closing what the table was built from")
+        holder, fd = shared.descriptions[slot.description]
+        if holder != process.pid:
+            purpose = f"taking descriptor {slot.fd} from process {holder}"
+            plan.settle(plan.borrow(holder, fd, purpose), slot.fd, slot.close_on_exec, purpose)
+            continue
+        description = shared.descriptors.descriptions[slot.description]
+        for name, build in _KINDS.items():
+            if (state := getattr(description, name)) is not None:
+                build(plan, slot, state)
+    batch.add(call("close_range", plan.streams, _CLOSE_ALL, 0), "closing what the table was built from")

@@ -8,6 +8,6 @@ if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
 
 
-def rebuild(plan: "Plan", slot: Slot, stream: StandardStream, streams: int) -> None:
-    """Add the calls that give ``slot`` the stream; ``streams`` is where the three of them are parked."""
-    plan.duplicate(streams + stream.fd, slot.fd, slot.close_on_exec, f"lending standard stream {stream.fd}")
+def rebuild(plan: "Plan", slot: Slot, stream: StandardStream) -> None:
+    """Add the calls that give ``slot`` the stream."""
+    plan.duplicate(plan.streams + stream.fd, slot.fd, slot.close_on_exec, f"lending standard stream {stream.fd}")

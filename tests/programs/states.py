@@ -24,6 +24,7 @@ from tests.programs.cases import (
     registers,
     signals,
     threads,
+    trees,
 )
 
 UNSUPPORTED = "unsupported: "
@@ -139,6 +140,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
     parser.add_argument("--user", type=int, help="become this user first, for good")
+    parser.add_argument("--tree", action="store_true", help="try what belongs to a process tree instead")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="try these cases alone")
     options = parser.parse_args()
     Case.directory = options.directory
@@ -148,6 +150,8 @@ def main() -> int:
     if options.user is not None:
         identity.Unprivileged.user = options.user
     kinds = CASES if options.user is None else UNPRIVILEGED
+    if options.tree:
+        kinds = trees.CASES
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()
