@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
-from postcopy.deadline import Interrupted, deadline, uninterrupted
+from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
@@ -68,6 +68,7 @@ def dump_to_directory(
     allow_descriptors()
     manifest, pipes = survey(pid)
     writer = Writer(directory, pages_elsewhere=False)
+    whole = False
     try:
         with _errors_named(pid), Capture(pid, pipes, reporter) as capture:
             capture.take()
@@ -75,13 +76,19 @@ def dump_to_directory(
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
             writer.finish(manifest, replace(capture.tree, late_signals=capture.late_signals()))
             reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
-            if leave_stopped:
-                capture.frozen.stop_durably()
-                capture.commit()
-            elif not leave_running:
-                capture.end()
+            with uninterrupted():
+                if leave_stopped:
+                    capture.frozen.stop_durably()
+                # From here on the directory may be all that there is of the process.
+                whole = True
+                if leave_stopped:
+                    capture.commit()
+                elif not leave_running:
+                    capture.end()
+                disregard_signals()
     except BaseException:
-        writer.abandon()
+        if not whole:
+            writer.withdraw()
         raise
 
 
@@ -201,6 +208,7 @@ def _commit(options: Options, capture: Capture, giving: Giving, go: control.Go) 
             giving.go(go)
         giving.await_resumed(capture.began)
         drained = giving.await_drained(capture.frozen.stay_stopped)
+        disregard_signals()
         giving.end()
         capture.end()
         giving.tell(drained)
