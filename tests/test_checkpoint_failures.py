@@ -358,6 +358,16 @@ def test_detached_restore_from_a_directory_leaves_nothing_after_the_program(stag
     stage.nothing_is_left()
 
 
+def test_restore_that_is_told_to_end_as_soon_as_the_program_runs_passes_it_on(stage: Stage) -> None:
+    work, _ = dumped(stage, Witness)
+    restore = stage.restore(pause="running")
+    restore.await_pause("running")
+    restore.process.terminate()
+    restore.process.send_signal(signal.SIGCONT)
+    work.ended(restore.process)
+    stage.nothing_is_left()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

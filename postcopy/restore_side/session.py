@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import msgpack
 
 from postcopy import roles, soundness
 from postcopy.checkpoint.reader import Checkpoint
-from postcopy.deadline import deadline, uninterrupted
+from postcopy.deadline import deadline, disregard_signals, uninterrupted
 from postcopy.errors import (
     ConnectionLost,
     LostAfterCommit,
@@ -268,6 +269,8 @@ class _Takeover:
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
             os.write(self._orders, RESUMED)
+            # Before anybody is told that the program runs: who ends us from here on means the program.
+            self._leave_signals_to_the_program()
         self._channels.control.close()
         scheduling()
         pid = self._built.root.pid
@@ -278,6 +281,19 @@ class _Takeover:
                 log.error("the program runs, but its PID cannot be written to %s: %s", error.filename, error.strerror)
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
+
+    def _leave_signals_to_the_program(self) -> None:
+        if self._options.detach:
+            disregard_signals()
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        # A terminal's Ctrl-C goes to the program too, and it is the program's to decide about.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd(), number)
 
     def _lend_terminal(self, built: Built) -> None:
         """Make a process group of its own, which was in the foreground of its terminal, the foreground of ours."""
@@ -297,10 +313,6 @@ class _Takeover:
     def stay(self) -> int:
         """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
         assert self._built is not None and self._news is not None
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda signum, _: signal.pidfd_send_signal(self._pidfd(), signum))
-        # A terminal's Ctrl-C goes to the program too, and it is the program's to decide about.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         poll = select.poll()
         poll.register(self._pidfd(), select.POLLIN)
         poll.register(self._news.fileno(), select.POLLIN)
