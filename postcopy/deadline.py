@@ -46,6 +46,12 @@ def end_on_signals() -> None:
         signal.signal(number, end)
 
 
+def disregard_signals() -> None:
+    """What was asked for has been done; a signal that comes, or was held back, no longer makes a failure of it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold signals back while a step must be done whole or not at all."""

@@ -154,10 +154,12 @@ class Delivery:
 class Lock:
     """A lock on the file of a description: ``kind`` is posix, ofd, flock or lease; ``type`` F_RDLCK or F_WRLCK.
 
-    From byte ``start``, ``length`` bytes (0: to the end of the file, wherever that will be).
+    From byte ``start``, ``length`` bytes (0: to the end of the file, wherever that will be). ``owner``: the process
+    that has a POSIX lock; the others belong to the description (0).
     """
 
     description: Unsigned
+    owner: Unsigned
     kind: str
     type: Unsigned
     start: Unsigned

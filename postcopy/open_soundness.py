@@ -19,7 +19,7 @@ from postcopy.open_kinds import (
     TimerDescriptor,
     Watch,
 )
-from postcopy.state import Descriptors
+from postcopy.state import Tree
 
 _INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
 _NAME_MAX, _PATH_MAX = 255, 4096
@@ -70,9 +70,13 @@ def _ghost(ghost: Ghost) -> Iterator[str]:
         yield f"size: {ghost.size}, and content up to {end}"
 
 
-def descriptors(table: Descriptors) -> Iterator[str]:
-    """That what refers to something refers to what is there."""
-    open_ones = {slot.description for slot in table.slots}
+def tree(whole: Tree) -> Iterator[str]:
+    """That what refers to something refers to what is there, and open."""
+    table = whole.descriptors
+    open_ones = {slot.description for process in whole.processes for slot in process.slots}
+    for number in range(len(table.descriptions)):
+        if number not in open_ones:
+            yield f"descriptors.descriptions[{number}]: no descriptor refers to it"
     for number, description in enumerate(table.descriptions):
         opening, epoll = description.ghost, description.epoll
         if opening is not None and opening.ghost >= len(table.ghosts):
@@ -84,6 +88,10 @@ def descriptors(table: Descriptors) -> Iterator[str]:
         "deliveries": [delivery.description for delivery in table.deliveries],
         "locks": [lock.description for lock in table.locks],
     }
+    owners = {0, *(process.pid for process in whole.processes)}
+    for at, lock in enumerate(table.locks):
+        if lock.owner not in owners:
+            yield f"locks[{at}].owner: there is no process {lock.owner}"
     for name, numbers in referring.items():
         for at, number in enumerate(numbers):
             if number not in open_ones:

@@ -13,6 +13,7 @@ from typing import Any
 from postcopy import open_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE
+from postcopy.kinship import Unrelated, plan
 from postcopy.page_ranges import PageRanges
 from postcopy.state import (
     Attributes,
@@ -40,6 +41,7 @@ from postcopy.state import (
     Timers,
     Tree,
     Vma,
+    Zombie,
 )
 
 _UINT32, _INT64, _UINT64 = range(1 << 32), range(1 << 63), range(1 << 64)
@@ -65,7 +67,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     FileIdentity: {"size": _INT64},
     Filesystem: {"umask": range(0o1000)},
     LateSignal: {"tid": range(_PID_MAX)},
-    Lineage: {"session": range(_PID_MAX), "process_group": range(_PID_MAX)},
+    Lineage: dict.fromkeys(("parent", "session", "process_group"), range(_PID_MAX)) | {"exit_signal": _SIGNAL_OR_NONE},
     Manifest: {"xsave_size": _XSTATE_SIZES, "memory_bytes": range(_MOST_MEMORY + 1)},
     Memory: dict.fromkeys(("start_code", "end_code", "start_data", "end_data", "start_brk", "brk"), _ADDRESS)
     | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS),
@@ -85,6 +87,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "parent_death_signal": _SIGNAL_OR_NONE,
     },
     Vma: {"offset": _INT64},
+    Zombie: {"uid": _UINT32, "status": range(1 << 16)},
     **open_soundness.NUMBERS,
 }
 
@@ -108,6 +111,7 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
     Timers: {"intervals": range(3, 4)},
     Tree: {"processes": range(1, _PID_MAX)},
     Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
+    Zombie: {"name": range(16)},
     **open_soundness.LENGTHS,
 }
 
@@ -217,8 +221,23 @@ def _repeated(values: Iterable[int]) -> Iterator[int]:
 
 
 def _tree(tree: Tree) -> Iterator[str]:
-    for tid in _repeated(thread.tid for process in tree.processes for thread in process.threads):
+    if not tree.processes:
+        return
+    tids = [thread.tid for process in tree.processes for thread in process.threads]
+    for tid in _repeated([*tids, *(zombie.pid for zombie in tree.zombies)]):
         yield f"processes: tid {tid} occurs twice"
+    try:
+        plan(member.lineage.relative(member.pid) for member in tree.members)
+    except Unrelated as reason:
+        yield f"processes: {reason}"
+    if tree.processes[0].lineage.parent:
+        yield f"processes[0].lineage.parent: {tree.processes[0].lineage.parent}; the first must be the root"
+    count = len(tree.descriptors.descriptions)
+    for process in tree.processes:
+        for slot in process.slots:
+            if not 0 <= slot.description < count:
+                yield f"processes: descriptor {slot.fd} of {process.pid} is none of the {count} descriptions"
+    yield from open_soundness.tree(tree)
     for space in _repeated(process.space for process in tree.processes):
         yield f"processes: address space {space} belongs to two processes"
 
@@ -231,6 +250,8 @@ def _manifest(manifest: Manifest) -> Iterator[str]:
 def _process(process: Process) -> Iterator[str]:
     if process.threads and process.threads[0].tid != process.pid:
         yield f"threads[0].tid: {process.threads[0].tid} is not the pid {process.pid}"
+    for fd in _repeated(slot.fd for slot in process.slots):
+        yield f"slots: descriptor {fd} occurs twice"
 
 
 def _vma(vma: Vma) -> Iterator[str]:
@@ -319,8 +340,18 @@ def _siginfo(name: str, siginfo: bytes) -> Iterator[str]:
 
 def _thread(thread: Thread) -> Iterator[str]:
     yield from _siginfos(thread)
-    if b"\0" in thread.name:
-        yield f"name: {thread.name!r} has a NUL"
+    yield from _name(thread)
+
+
+def _name(of: Thread | Zombie) -> Iterator[str]:
+    if b"\0" in of.name:
+        yield f"name: {of.name!r} has a NUL"
+
+
+def _zombie(zombie: Zombie) -> Iterator[str]:
+    yield from _name(zombie)
+    if zombie.status & 0xFF > 64 or (zombie.status & 0x7F and zombie.status >> 8):
+        yield f"status: {zombie.status:#x} is not how a process ends"
 
 
 def _limits(limits: Limits) -> Iterator[str]:
@@ -336,17 +367,10 @@ def _description(description: Description) -> Iterator[str]:
 
 
 def _descriptors(table: Descriptors) -> Iterator[str]:
-    for fd in _repeated(slot.fd for slot in table.slots):
-        yield f"slots: descriptor {fd} occurs twice"
-    for number, slot in enumerate(table.slots):
-        if not 0 <= slot.description < len(table.descriptions):
-            count = len(table.descriptions)
-            yield f"slots[{number}].description: {slot.description} is none of the {count} descriptions"
     for number, description in enumerate(table.descriptions):
         end = description.pipe
         if end is not None and not 0 <= end.pipe < len(table.pipes):
             yield f"descriptions[{number}].pipe.pipe: {end.pipe} is none of the {len(table.pipes)} pipes"
-    yield from open_soundness.descriptors(table)
 
 
 def _pipe(pipe: Pipe) -> Iterator[str]:
@@ -371,5 +395,6 @@ _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Thread: _thread,
     Tree: _tree,
     Vma: _vma,
+    Zombie: _zombie,
     **open_soundness.CHECKS,
 }

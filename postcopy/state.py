@@ -16,6 +16,7 @@ import msgspec
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Address, Fd, Pid, Unsigned
+from postcopy.kinship import Relative
 from postcopy.open_kinds import (
     Delivery,
     Epoll,
@@ -126,6 +127,7 @@ class Signals:
 class LateSignal:
     """A signal that came after the state was collected: siginfo (128 bytes), to thread ``tid`` or (0) the process."""
 
+    pid: Pid
     tid: Unsigned
     siginfo: bytes
 
@@ -167,11 +169,20 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Session and process group: its own (equal to the pid) or one from outside of the tree."""
+    """Parent (0: the process is the root), session and process group (0: those from which the root came), exit signal.
 
+    ``foreground``: the group was in the foreground of its terminal.
+    """
+
+    parent: Unsigned
     session: Unsigned
     process_group: Unsigned
+    exit_signal: Unsigned
     foreground: bool
+
+    def relative(self, pid: int) -> Relative:
+        """For `kinship.plan`."""
+        return Relative(pid, self.parent, self.session, self.process_group, self.exit_signal)
 
 
 # -- what each thread has --------------------------------------------------------------------------------------------
@@ -328,7 +339,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One entry of a descriptor table: ``description`` indexes ``Process.descriptions``."""
+    """One entry of a descriptor table: ``description`` indexes ``Descriptors.descriptions``."""
 
     fd: Fd
     close_on_exec: bool
@@ -337,9 +348,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The descriptor table, what its entries refer to, the pipes between them, and the files without a name."""
+    """What the descriptor tables of a tree refer to, the pipes between them, and the files without a name.
 
-    slots: list[Slot]
+    A description that several processes have is built by the first of them that has it.
+    """
+
     descriptions: list[Description]
     pipes: list[Pipe]
     ghosts: list[Ghost] = field(default_factory=list)
@@ -352,7 +365,11 @@ class Descriptors:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process; ``space`` numbers its address space in the page protocol; threads[0] is the leader."""
+    """One process; ``space`` numbers its address space in the page protocol; threads[0] is the leader.
+
+    ``stopped_by``: the signal of the job-control stop that it is in, 0 for none; ``stop_told``: its parent has waited
+    for that.
+    """
 
     pid: Pid
     space: Unsigned
@@ -364,17 +381,43 @@ class Process:
     filesystem: Filesystem
     attributes: Attributes
     lineage: Lineage
-    descriptors: Descriptors
+    slots: list[Slot]
     stopped_by: Unsigned
+    stop_told: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Zombie:
+    """A process that has ended, for which its parent has not waited yet; ``status`` as wait(2) gives it."""
+
+    pid: Pid
+    lineage: Lineage
+    name: bytes
+    uid: Unsigned
+    status: Unsigned
+
+
+Member = Process | Zombie
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A process tree, frozen: for now one process. ``late_signals``: those of a tree that was written down."""
+    """A process tree, frozen; the root is the first, and every process comes after its parent.
+
+    ``descriptors`` is what the entries of all descriptor tables refer to; ``late_signals``: those of a tree that was
+    written down.
+    """
 
     processes: list[Process]
+    zombies: list[Zombie]
+    descriptors: Descriptors
     files: list[FileIdentity]
     late_signals: list[LateSignal] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Member]:
+        """Processes and zombies."""
+        return [*self.processes, *self.zombies]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from postcopy.checkpoint.writer import Writer
 from postcopy.dump_side import memory
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.survey import survey
 from postcopy.kernel.page import PAGE_SIZE
@@ -101,13 +102,13 @@ def running(directory: Path, pages: int = 2048) -> Iterator[Program]:
 def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, memory.Pages]]:
     """A process, frozen while inside, and its state."""
     manifest, trusted = survey(pid)
-    frozen = Frozen(pid)
-    smaps = memory.SmapsReader(pid)
+    frozen = FrozenTree(pid)
+    smaps = memory.SmapsReader()
     try:
         frozen.freeze()
-        smaps.begin()
-        process, pages, needed = collect(frozen, SPACE, smaps, trusted, {})
-        yield frozen, manifest, Tree([process], needed), pages
+        smaps.begin(frozen.pids)
+        collected = collect(frozen, smaps, trusted, {})
+        yield frozen.root, manifest, collected.tree, collected.pages[SPACE]
     finally:
         frozen.thaw()
         smaps.close()

@@ -29,7 +29,7 @@ from postcopy.errors import CannotRun, CheckpointError, DumpError, UsageError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.rename import rename_new
 from postcopy.page_ranges import PageRanges
-from postcopy.state import Tree, encode
+from postcopy.state import Descriptors, Process, Tree, encode
 from tests.checkpoints import SPACE, Taken, frozen_state, running, take
 from tests.hosts import wait_until
 
@@ -630,14 +630,16 @@ def swap(directory: Path, one: str, another: str) -> None:
 def two_spaces(tmp_path: Path) -> Path:
     """A checkpoint with the address spaces of two processes."""
     begun = Writer(tmp_path / "two", pages_elsewhere=False)
-    processes = []
+    processes: list[Process] = []
     for space in (0, 1):
         directory = tmp_path / str(space)
         directory.mkdir()
         with running(directory, pages=64) as program, frozen_state(program.pid) as (frozen, manifest, tree, pages):
             begun.write_space(space, FrozenProcess(program.pid, frozen.memory), pages.sent, pages.lazy)
-            processes.append(replace(tree.processes[0], space=space))
-    begun.finish(manifest, Tree(processes, []))
+            parent = processes[0].pid if processes else 0
+            lineage = replace(tree.processes[0].lineage, parent=parent)
+            processes.append(replace(tree.processes[0], space=space, slots=[], lineage=lineage))
+    begun.finish(manifest, Tree(processes, [], Descriptors([], []), []))
     return tmp_path / "two"
 
 

@@ -233,6 +233,12 @@ def with_signal(number: int) -> bytes:
     return number.to_bytes(4, "little", signed=True) + bytes(124)
 
 
+def zombie(pid: int, parent: int = 0, session: int = 0, status: int = 0) -> dict[str, Any]:
+    """One that cannot be: the root is somebody else."""
+    lineage = {"parent": parent, "session": session, "process_group": 0, "exit_signal": 17, "foreground": False}
+    return {"pid": pid, "lineage": lineage, "name": b"z", "uid": 0, "status": status}
+
+
 P = "processes[0]"
 SENSELESS: list[tuple[str, Any, str]] = [
     ("processes", [], "state.processes: a length of 0"),
@@ -240,6 +246,10 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.pid", 3, "is not the pid 3"),
     (f"{P}.space", 1 << 32, "space: 4294967296 is not within 0 to 4294967295"),
     (f"{P}.stopped_by", 65, "stopped_by: 65"),
+    (f"{P}.lineage.parent", 7, "there are 0 processes without a parent"),
+    (f"{P}.lineage.exit_signal", 65, "exit_signal"),
+    ("zombies", [zombie(99, parent=98)], "process 99 is not a descendant of the root"),
+    ("zombies", [zombie(99, session=98), zombie(99, session=98)], "tid 99 occurs twice"),
     (f"{P}.threads", [], "threads: a length of 0"),
     (f"{P}.threads", twice, "occurs twice"),
     (f"{P}.threads[0].registers", bytes(215), "registers: a length of 215"),
@@ -288,26 +298,26 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.memory.lazy", span((0, ADDRESS_LIMIT)), "lazy: 0x0-"),
     (f"{P}.memory.sent", span((0, PAGE_SIZE)), "sent: 0x0-0x1000 is outside"),
     (f"{P}.memory.guards", span((0, PAGE_SIZE)), "guards: 0x0-0x1000 is outside"),
-    (f"{P}.descriptors.slots", twice, "occurs twice"),
-    (f"{P}.descriptors.slots[0].description", -1, "slots[0].description: -1 is none of"),
-    (f"{P}.descriptors.slots[0].description", 1 << 40, "slots[0].description"),
-    (f"{P}.descriptors.descriptions[0]", {}, "kind: none where exactly one is due"),
+    (f"{P}.slots", twice, "occurs twice"),
+    (f"{P}.slots[0].description", -1, "is none of the"),
+    (f"{P}.slots[0].description", 1 << 40, "is none of the"),
+    ("descriptors.descriptions[0]", {}, "kind: none where exactly one is due"),
     (
-        f"{P}.descriptors.descriptions[0]",
+        "descriptors.descriptions[0]",
         {"file": {"path": "/x", "flags": 0, "position": 0, "kind": "path"}, "stream": {"fd": 0, "flags": 0}},
         "kind: file and stream",
     ),
-    (f"{P}.descriptors.descriptions[0]", {"pipe": {"pipe": 0, "flags": 0}}, "pipe.pipe: 0 is none of the 0 pipes"),
-    (f"{P}.descriptors.descriptions[0]", {"stream": {"fd": 7, "flags": 0}}, "stream.fd: 7"),
+    ("descriptors.descriptions[0]", {"pipe": {"pipe": 0, "flags": 0}}, "pipe.pipe: 0 is none of the 0 pipes"),
+    ("descriptors.descriptions[0]", {"stream": {"fd": 7, "flags": 0}}, "stream.fd: 7"),
     (
-        f"{P}.descriptors.descriptions[0]",
+        "descriptors.descriptions[0]",
         {"file": {"path": "/x", "flags": 0, "position": 0, "kind": "odd"}},
         "kind: 'odd' is none of",
     ),
-    (f"{P}.descriptors.pipes", [{"content": bytes(4097), "capacity": 4096}], "4097 bytes in a pipe of 4096"),
-    (f"{P}.descriptors.pipes", [{"content": b"", "capacity": 1 << 40}], "capacity"),
-    ("late_signals", [{"tid": 1, "siginfo": bytes(128)}], "late_signals[0].siginfo: there is no signal 0"),
-    ("late_signals", [{"tid": 1, "siginfo": with_signal(9)[:64]}], "late_signals[0].siginfo: a length of 64"),
+    ("descriptors.pipes", [{"content": bytes(4097), "capacity": 4096}], "4097 bytes in a pipe of 4096"),
+    ("descriptors.pipes", [{"content": b"", "capacity": 1 << 40}], "capacity"),
+    ("late_signals", [{"pid": 1, "tid": 1, "siginfo": bytes(128)}], "late_signals[0].siginfo: there is no signal 0"),
+    ("late_signals", [{"pid": 1, "tid": 1, "siginfo": with_signal(9)[:64]}], "late_signals[0].siginfo: a length of 64"),
     ("files", [{"path": "x", "size": 0, "build_id": b"", "changing": False}], "files[0].path: 'x'"),
     ("files", [{"path": "/x", "size": 1 << 63, "build_id": b"", "changing": False}], "files[0].size"),
 ]

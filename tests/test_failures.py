@@ -6,7 +6,6 @@ run: the witness's numbers would stand twice in its log.
 """
 
 import contextlib
-import dataclasses
 import os
 import random
 import signal
@@ -21,17 +20,16 @@ import pytest
 
 from postcopy.dump_side import freeze, memory, sleepers
 from postcopy.dump_side.collect import collect
-from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.reporting import PAUSE_AT
-from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
+from tests.hosts import Host, Pair, wait_until
 from tests.programs import witness
+from tests.sides import SECONDS, Side
 
 PID = 6000
 PORT = 27100
-SECONDS = 20
 LOST_LINK_SECONDS = 30
 ROUNDS = int(os.environ.get("POSTCOPY_TEST_KILL_ROUNDS", "12"))
 SEED = 20
@@ -40,49 +38,6 @@ DUMP_STEPS = ["listening", "connected", "surveyed", "prepared", "frozen", "colle
 RESTORE_STEPS = ["connected", "checked", "born", "received", "built"]
 STEPS = [("dump", step) for step in DUMP_STEPS] + [("restore", step) for step in RESTORE_STEPS]
 every_step = pytest.mark.parametrize(("victim", "step"), STEPS, ids=lambda value: str(value))
-
-
-@dataclasses.dataclass
-class Side:
-    """One command at work, and what it says."""
-
-    process: Process
-    errors: Path
-
-    @property
-    def text(self) -> str:
-        """What it has logged."""
-        return self.errors.read_text()
-
-    def await_event(self, name: str) -> None:
-        """Wait until it tells of an event."""
-        out = self.errors.with_suffix(".out")
-        wait_until(
-            lambda: f'"event": "{name}"' in out.read_text() or self.process.poll() is not None, SECONDS, f"event {name}"
-        )
-        assert f'"event": "{name}"' in out.read_text(), f"ended with {self.process.poll()}: {self.text}"
-
-    def await_pause(self, step: str) -> None:
-        """Wait until it has stopped itself at the step it was told."""
-        host, pid = self.process.host, self.process.pid
-        wait_until(
-            lambda: host.proc_state(pid) == "T" or self.process.poll() is not None, SECONDS, f"the pause at {step}"
-        )
-        assert self.process.poll() is None, f"ended before {step} with {self.process.returncode}: {self.text}"
-
-    def ends(self, *codes: int, seconds: float = SECONDS) -> int:
-        """It ends in time, with one of these exit codes and one error in its log, and no traceback."""
-        try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"{self.process} does not end: {self.text}")
-        assert code in codes, f"{code}: {self.text}"
-        assert "Traceback" not in self.text, self.text
-        assert "bug" not in self.text, self.text
-        said = [line for line in self.text.splitlines() if f"[{self.process.pid}] ERROR" in line]
-        errors = [line for line in said if "what to do" not in line]
-        assert len(errors) == 1, self.text
-        return code
 
 
 class Watched:
@@ -108,11 +63,8 @@ class Watched:
     def _command(self, host: Host, name: str, pause: str | None, options: tuple[str, ...]) -> Side:
         self._count += 1
         errors = self._directory / f"{name}{self._count}.err"
-        environment = {**os.environ, PAUSE_AT: pause} if pause else None
-        with open(errors, "wb") as stderr, open(errors.with_suffix(".out"), "wb") as stdout:
-            address = ["--address", self.hosts.a.address, "--port", str(self._port), "--json"]
-            argv = [*postcopy_command(), name, "--lazy-pages", *address, *options]
-            return Side(host.popen(argv, stdout=stdout, stderr=stderr, env=environment), errors)
+        address = ["--address", self.hosts.a.address, "--port", str(self._port)]
+        return Side.start(host, errors, [name, "--lazy-pages", *address, *options], pause=pause)
 
     def dump(self, *options: str, pause: str | None = None) -> Side:
         """Start dump on the first host; with ``pause`` it stops itself at this event."""
@@ -354,14 +306,14 @@ def freeze_and_die(pid: int, steps: int) -> None:
     counter = Steps(steps)
     for owner, name in ((ptrace, "_ptrace"), (ptrace, "wait"), (ProcessMemory, "write"), (freeze, "syscall")):
         counter.count(owner, name)
-    frozen = Frozen(pid)
-    guard = Guard(frozen.pidfd)
-    smaps = memory.SmapsReader(pid)
+    frozen = FrozenTree(pid)
+    guard = Guard()
+    smaps = memory.SmapsReader()
     sleeping = sleepers.observe(pid)
     frozen.freeze()
-    smaps.begin()
-    collect(frozen, 0, smaps, frozenset(), sleeping)
-    guard.stopping()
+    smaps.begin(frozen.pids)
+    collect(frozen, smaps, frozenset(), sleeping)
+    guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()
     frozen.thaw()
     smaps.close()

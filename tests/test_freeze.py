@@ -11,6 +11,7 @@ import pytest
 
 from postcopy.dump_side import collect, freeze, memory
 from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.signals import late
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
@@ -158,21 +159,21 @@ def test_executor_leaves_neither_memory_nor_registers_changed() -> None:
 
 def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
     with program(SPINNING) as process:
-        frozen = Frozen(process.pid)
-        frozen.freeze()
+        tree = FrozenTree(process.pid)
+        tree.freeze()
         try:
-            smaps = memory.SmapsReader(process.pid)
-            smaps.begin()
+            smaps = memory.SmapsReader()
+            smaps.begin(tree.pids)
             # The program's own pipes lead to this test: what cannot be moved is not the point here.
             pipes = frozenset(os.stat(f"/proc/{process.pid}/fd/{fd}").st_ino for fd in (0, 1))
-            collected, _, _ = collect.collect(frozen, 0, smaps, pipes, {})
-            assert late(frozen, collected) == []
+            (collected,) = collect.collect(tree, smaps, pipes, {}).tree.processes
+            assert late(tree.root, collected) == []
             process.send_signal(signal.SIGUSR1)
-            assert [(s.tid, s.siginfo[0]) for s in late(frozen, collected)] == [(0, signal.SIGUSR1)]
+            assert [(s.tid, s.siginfo[0]) for s in late(tree.root, collected)] == [(0, signal.SIGUSR1)]
             smaps.close()
         finally:
-            frozen.thaw()
-            frozen.close()
+            tree.thaw()
+            tree.close()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,14 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             return Outcome({}, failure)
 
 
-def run_program(hosts: Pair, directory: Path, moves: int, *options: str, dump_options: Sequence[str] = ()) -> Report:
+def run_program(
+    hosts: Pair,
+    directory: Path,
+    moves: int,
+    *options: str,
+    dump_options: Sequence[str] = (),
+    restore_options: Sequence[str] = (),
+) -> Report:
     """Start the program, move it, let it verify; returns its report."""
     command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
     command += options
@@ -54,11 +61,11 @@ def run_program(hosts: Pair, directory: Path, moves: int, *options: str, dump_op
     end = program
     source, destination = hosts.a, hosts.b
     for _ in range(moves):
-        migration = move(source, destination, PID, dump_options=dump_options)
+        migration = move(source, destination, PID, dump_options=dump_options, restore_options=restore_options)
         migration.wait_drained()
         assert migration.restore is not None
         end = migration.restore
-        if not destination.alive(PID):
+        if not restore_options and not destination.alive(PID):
             complaints = (directory / "stderr").read_text()
             migration.fail(
                 f"the program is gone, restore ended with {end.wait(10)}; its standard error: {complaints!r}"

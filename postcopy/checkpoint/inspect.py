@@ -89,7 +89,7 @@ def _print(checkpoint: Checkpoint, console: Console) -> None:
             _about(process),
             _threads(process),
             _signals(process),
-            _descriptors(process.descriptors),
+            _descriptors(process, checkpoint.tree.descriptors),
             _memory(checkpoint, process),
         ):
             console.print(Padding(part, (1, 0, 0, 2), expand=False))
@@ -201,15 +201,15 @@ def _signals(process: Process) -> Table:
     return table
 
 
-def _descriptors(table: Descriptors) -> Table:
+def _descriptors(process: Process, table: Descriptors) -> Table:
     shown = _table("descriptor", "kind", "what", right=(0,))
     first: dict[int, int] = {}
-    for slot in table.slots:
+    for slot in process.slots:
         kind, text = _description(table.descriptions[slot.description], table)
         shared = first.setdefault(slot.description, slot.fd)
         text += f" (the same as descriptor {shared})" if shared != slot.fd else ""
         _add(shown, str(slot.fd), kind, text + (", closed by exec" if slot.close_on_exec else ""))
-    if not table.slots:
+    if not process.slots:
         _add(shown, "none", "", "")
     return shown
 

@@ -70,17 +70,18 @@ class PageFile:
         piece = bisect_right(firsts, ordinal) - 1
         while buffer:
             skipped = (ordinal - firsts[piece]) << PAGE_SHIFT
-            size = (firsts[piece + 1] - firsts[piece]) << PAGE_SHIFT
-            if not skipped and len(buffer) >= size:
-                self._read_pieces(piece, piece + 1, buffer)
-                taken = size
+            whole = bisect_right(firsts, ordinal + (len(buffer) >> PAGE_SHIFT)) - 1
+            if not skipped and whole > piece:
+                self._read_pieces(piece, whole, buffer)
+                taken = (firsts[whole] - ordinal) << PAGE_SHIFT
+                piece = whole
             else:
                 content = self._piece(piece)
-                taken = min(size - skipped, len(buffer))
+                taken = min(((firsts[piece + 1] - firsts[piece]) << PAGE_SHIFT) - skipped, len(buffer))
                 buffer[:taken] = content[skipped : skipped + taken]
+                piece += 1
             buffer = buffer[taken:]
             ordinal += taken >> PAGE_SHIFT
-            piece += 1
 
     def _piece(self, piece: int) -> memoryview:
         """A verified piece, from the cache if it is there."""

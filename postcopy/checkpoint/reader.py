@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from postcopy.checkpoint.format import (
@@ -22,10 +23,34 @@ from postcopy.checkpoint.format import (
 )
 from postcopy.checkpoint.page_file import PageFile
 from postcopy.errors import CheckpointError, ProtocolError
+from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.soundness import check
-from postcopy.state import Manifest, Process, Tree
+from postcopy.state import Manifest, Tree
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a state says of one address space: its number, whose it is, the pages sent along and those left lazy."""
+
+    number: int
+    owner: str
+    sent: PageRanges
+    lazy: PageRanges
+
+
+def spaces_of(tree: Tree) -> list[Space]:
+    """The address spaces of a tree, in the order of their sent pages' content."""
+    return [
+        Space(
+            process.space,
+            f"process {process.pid}",
+            PageRanges.unpack(process.memory.sent),
+            PageRanges.unpack(process.memory.lazy),
+        )
+        for process in tree.processes
+    ]
 
 
 class Checkpoint:
@@ -47,10 +72,8 @@ class Checkpoint:
         self.indices = indices
         self.sizes = sizes
         self._pages = pages
-        self._plan = {
-            process.space: PageRanges() if self.pages_elsewhere else PageRanges.unpack(process.memory.lazy)
-            for process in tree.processes
-        }
+        self._spaces = spaces_of(tree)
+        self._plan = {space.number: PageRanges() if self.pages_elsewhere else space.lazy for space in self._spaces}
 
     @classmethod
     def open(cls, directory: Path, *, any_host: bool = False) -> "Checkpoint":
@@ -72,7 +95,7 @@ class Checkpoint:
                 check(tree, about.manifest)
             except ProtocolError as error:
                 raise CheckpointError(f"{files.path(STATE)}: {printable(error.message)}") from None
-            indices = {process.space: _index(files, checkpoint, about, process) for process in tree.processes}
+            indices = {space.number: _index(files, checkpoint, about, space) for space in spaces_of(tree)}
             _check_spaces(files.path(MANIFEST), about, indices)
             for space, index in indices.items():
                 pages[space] = _page_file(files, space, index)
@@ -85,14 +108,14 @@ class Checkpoint:
             files.close()
 
     def sent_content(self) -> memoryview:
-        """The content of the pages that go with the state: processes in order, ranges in order. Verified."""
-        sent = [(process.space, PageRanges.unpack(process.memory.sent)) for process in self.tree.processes]
-        content = memoryview(bytearray(sum(each.end - each.start for _, ranges in sent for each in ranges)))
+        """The content of the pages that go with the state: `spaces_of` in order, ranges in order. Verified."""
+        total = sum(space.sent.total_pages for space in self._spaces)
+        content = memoryview(bytearray(total * PAGE_SIZE))
         at = 0
-        for space, ranges in sent:
-            for each in ranges:
+        for space in self._spaces:
+            for each in space.sent:
                 size = each.end - each.start
-                self._pages[space].read_into(each.start, content[at : at + size])
+                self._pages[space.number].read_into(each.start, content[at : at + size])
                 at += size
         return content
 
@@ -209,19 +232,17 @@ def _check_host(path: str, about: About) -> None:
         raise CheckpointError(f"{path}: cpu_features: this host's CPU lacks what the program may use: {lacking}")
 
 
-def _index(files: _Directory, checkpoint: bytes, about: About, process: Process) -> Index:
-    """Which pages of a process are held, and that they are those that the state names."""
-    name = index_name(process.space)
-    _, body = files.read(name, Kind.INDEX, process.space, checkpoint)
+def _index(files: _Directory, checkpoint: bytes, about: About, space: Space) -> Index:
+    """Which pages of an address space are held, and that they are those that the state names."""
+    name = index_name(space.number)
+    _, body = files.read(name, Kind.INDEX, space.number, checkpoint)
     try:
         index = Index.unpack(parse_body(files.path(name), PackedIndex, body))
     except ProtocolError as error:
         raise CheckpointError(f"{files.path(name)}: {error.message}") from None
-    expected = [*PageRanges.unpack(process.memory.sent)]
-    if not about.pages_elsewhere:
-        expected += PageRanges.unpack(process.memory.lazy)
+    expected = [*space.sent] if about.pages_elsewhere else [*space.sent, *space.lazy]
     if index.held != PageRanges.from_pairs((each.start, each.end) for each in expected):
-        raise CheckpointError(f"{files.path(name)}: held: not the pages that {STATE} names for process {process.pid}")
+        raise CheckpointError(f"{files.path(name)}: held: not the pages that {STATE} names for {space.owner}")
     return index
 
 

@@ -1,26 +1,24 @@
-"""A process that is to leave this host, or to be written down: frozen, collected, and then given back or ended."""
+"""A tree that is to leave this host, or to be written down: frozen, collected, and then given back or ended."""
 
 import contextlib
-import signal
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from postcopy.dump_side import memory, signals, sleepers
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
-from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
-from postcopy.kernel import ptrace
+from postcopy.kernel import procfs
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.state import LateSignal, Process, Tree
-
-_SPACE = 0
+from postcopy.state import LateSignal, Tree
 
 
 class Capture:
-    """Leaving the scope gives the process back, as if nothing had happened, unless `commit` or `end` was called."""
+    """Leaving the scope gives the tree back, as if nothing had happened, unless `commit` or `end` was called."""
 
     tree: Tree
     sent: dict[int, PageRanges]
@@ -30,15 +28,15 @@ class Capture:
         self, pid: int, trusted_pipes: frozenset[int], reporter: Reporter, choices: Choices | None = None
     ) -> None:
         """``trusted_pipes``: what the survey said. Nothing is frozen yet."""
-        self.frozen = Frozen(pid)
+        self.frozen = FrozenTree(pid)
         self.committed = False
         self.began = 0
         self._reporter = reporter
         self._trusted_pipes = trusted_pipes
         self._choices = choices or Choices()
-        self._guard = Guard(self.frozen.pidfd)
-        self._smaps = memory.SmapsReader(pid)
-        self._sleeping = sleepers.observe(pid)
+        self._guard = Guard()
+        self._smaps = memory.SmapsReader()
+        self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
 
     def __enter__(self) -> "Capture":
         return self
@@ -53,55 +51,52 @@ class Capture:
         self.frozen.close()
 
     def take(self) -> None:
-        """Freeze the process and collect its state. Raises DumpError, ProblemsError."""
+        """Freeze the tree and collect its state. Raises DumpError, ProblemsError."""
         self.began = time.monotonic_ns()
         self.frozen.freeze()
-        self._smaps.begin()
-        self._reporter.event("frozen", threads=len(self.frozen.threads))
-        process, pages, needed = collect(
-            self.frozen, _SPACE, self._smaps, self._trusted_pipes, self._sleeping, self._choices
-        )
-        self.tree = Tree([process], needed)
-        self.sent, self.lazy = {_SPACE: pages.sent}, {_SPACE: pages.lazy}
-        self._reporter.event("collected", vmas=len(process.memory.vmas))
+        self._smaps.begin(self.frozen.pids)
+        self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
+        collected = collect(self.frozen, self._smaps, self._trusted_pipes, self._sleeping, self._choices)
+        self.tree = collected.tree
+        spaces = [process.space for process in self.tree.processes]
+        self.sent = {space: pages.sent for space, pages in zip(spaces, collected.pages, strict=True)}
+        self.lazy = {space: pages.lazy for space, pages in zip(spaces, collected.pages, strict=True)}
+        self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
 
     @property
     def sources(self) -> dict[int, PageSource]:
         """Where the pages of each address space come from."""
-        return {_SPACE: FrozenProcess(self.frozen.pid, self.frozen.memory)}
+        pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
+        return {state.space: FrozenProcess(frozen.pid, frozen.memory) for state, frozen in pairs}
 
     def content(self) -> bytes:
         """The content of the pages that travel with the state."""
-        return memory.contents(self.frozen.memory, self.sent[_SPACE])
+        pairs = zip(self.sent.values(), self.frozen.processes, strict=True)
+        return b"".join(memory.contents(frozen.memory, sent) for sent, frozen in pairs)
 
     def late_signals(self) -> list[LateSignal]:
         """The signals that have come since the state was collected."""
-        return signals.late(self.frozen, self._process)
-
-    @property
-    def _process(self) -> Process:
-        return self.tree.processes[0]
+        pairs = zip(self.frozen.processes, self.tree.processes, strict=True)
+        return [late for frozen, state in pairs for late in signals.late(frozen, state)]
 
     def stop(self) -> None:
-        """Stop the process durably, one step before commit; if we die from here on, the guard wakes it."""
-        self._guard.stopping()
+        """Stop the tree durably, one step before commit; if we die from here on, the guard wakes it."""
+        self._guard.stopping(self.frozen.pidfds_to_wake)
         self.frozen.stop_durably()
 
     def commit(self) -> None:
-        """Whoever dies from here on: nobody wakes the process."""
+        """Whoever dies from here on: nobody wakes the tree."""
         self._guard.committing()
         self.committed = True
         self.frozen.stay_stopped()
 
     def end(self) -> None:
-        """The process is of no more use here."""
-        frozen = self.frozen
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(frozen.pidfd, signal.SIGKILL)
-        # As tracer we are told of each thread's end before its parent is; the leader's comes last.
-        for thread in (*frozen.threads[1:], frozen.threads[0]):
-            with contextlib.suppress(ChildProcessError):
-                while ptrace.wait(thread.tid).ended is None:
-                    pass
-        frozen.threads = []
-        self._reporter.event("killed", pid=frozen.pid)
+        """The tree is of no more use here."""
+        self.frozen.kill()
+        self._reporter.event("killed", pid=self.frozen.root.pid)
+
+
+def _asleep(pid: int) -> Iterator[tuple[int, sleepers.Observation]]:
+    """The sleeping threads of a process, which may have ended."""
+    with contextlib.suppress(OSError):
+        yield from sleepers.observe(pid).items()

@@ -1,9 +1,12 @@
-"""Collect the state of a frozen process: one batch of calls for each thread, the rest from ``/proc``."""
+"""Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
+
+from dataclasses import dataclass
 
 from postcopy.dump_side import (
     attributes,
     descriptors,
     edges,
+    epoll,
     filesystem,
     limits,
     lineage,
@@ -14,31 +17,84 @@ from postcopy.dump_side import (
 )
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.frozen_tree import FrozenTree
+from postcopy.dump_side.opened import Table
 from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
-from postcopy.state import FileIdentity, Process
+from postcopy.state import FileIdentity, Process, Tree
 
 Sleepers = dict[int, Observation]
 
 
+@dataclass
+class Collected:
+    """The state of a frozen tree, and the pages of each of its processes."""
+
+    tree: Tree
+    pages: list[memory.Pages]
+
+
 def collect(
-    frozen: Frozen,
-    space: int,
+    frozen: FrozenTree,
     smaps: memory.SmapsReader,
     trusted_pipes: frozenset[int],
     sleepers: Sleepers,
     choices: Choices | None = None,
-) -> tuple[Process, memory.Pages, list[FileIdentity]]:
-    """The state of the process, its pages, and the files it needs. ``smaps`` is being read meanwhile;
-    ``sleepers`` were observed before the freeze.
+) -> Collected:
+    """The state of the tree; process number N has address space N.
+
+    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
+    problems: list[str] = []
+    table = Table(frozenset([*frozen.pids, *frozen.zombies]), trusted_pipes, choices or Choices(), frozen=True)
+    statuses = {each.pid: each.threads[0].status for each in frozen.processes}
+    kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
+    problems += lineage.shared(frozen.pids)
+    problems += kin.problems()
+    zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
+    for each in frozen.processes:
+        table.slots[each.pid] = descriptors.collect(table, each.pid, problems)
+    epoll.complete(table, problems)
+    if problems:
+        raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
+    processes: list[Process] = []
+    pages: list[memory.Pages] = []
+    needed = list(table.needed)
+    stops = lineage.Stops(kin, frozen.processes)
+    for each in frozen.processes:
+        state, existing, files = _process(each, len(processes), smaps, table, kin, stops, sleepers)
+        _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
+        processes.append(state)
+        pages.append(existing)
+        needed += files
+    return Collected(Tree(processes, zombies, table.descriptors, list(dict.fromkeys(needed))), pages)
+
+
+def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:
+    """The signal at the end of its parent comes at the end of the thread whose child a process is (prctl(2))."""
+    if parent_thread is None or parent_thread == int(frozen.threads[0].status["PPid"]):
+        return
+    if any(thread.parent_death_signal for thread in state.threads):
+        text = f"process {frozen.pid} is to get a signal when thread {parent_thread} of its parent ends"
+        raise ProblemsError([f"{text}, which cannot be moved yet"], f"process {frozen.pid} cannot be moved any more")
+
+
+def _process(
+    frozen: Frozen,
+    space: int,
+    smaps: memory.SmapsReader,
+    table: Table,
+    kin: lineage.Kin,
+    stops: lineage.Stops,
+    sleepers: Sleepers,
+) -> tuple[Process, memory.Pages, list[FileIdentity]]:
+    """The state of one process, its pages, and the files that it maps."""
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *threads.problems(frozen.threads)]
-    table, found = descriptors.collect(pid, problems, trusted_pipes, choices, frozen=True)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
@@ -59,14 +115,16 @@ def collect(
         about_timers = timers.Question.ask(leaders)
         about_limits = limits.Question.ask(leaders)
         about_attributes = attributes.Question.ask(leaders)
+        stops.ask(pid, leaders)
         about_threads = [threads.Question.ask(batch) for _, batch in asked]
         for executor, batch in asked:
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
-        edges.find(table, executors[0])
+        edges.find(table, pid, executors[0])
     leader = answers[0]
+    stops.answered(pid, leader)
     state = Process(
-        pid=int(frozen.threads[0].status["NSpid"].split()[-1]),
+        pid=kin.inner(pid),
         space=space,
         threads=[
             question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
@@ -78,11 +136,12 @@ def collect(
         limits=about_limits.answered(leader),
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
-        lineage=lineage.collect(pid),
-        descriptors=table,
+        lineage=kin.lineage(pid),
+        slots=table.slots[pid],
         stopped_by=frozen.stopped_by,
+        stop_told=stops.told(pid),
     )
-    return state, pages, [*memory.identities(layout), *found.needed]
+    return state, pages, memory.identities(layout)
 
 
 def _checked(pid: int, answers: Answers) -> Answers:

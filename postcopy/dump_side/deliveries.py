@@ -5,8 +5,7 @@ import os
 import stat
 import struct
 
-from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
-from postcopy.kernel import procfs
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
 from postcopy.open_kinds import Delivery
 
 _F_GETOWN_EX = 16
@@ -23,20 +22,18 @@ def collect(table: Table, opened: Opened, description: int) -> Delivery | None:
         kind, owner = struct.unpack("<ii", fcntl.fcntl(own, _F_GETOWN_EX, bytes(8)))
     if not (owner or signal or opened.asynchronous):
         return None
-    inner = _inner(table, opened, kind, owner)
-    return Delivery(description, kind, inner, signal, opened.asynchronous, opened.flags)
+    return Delivery(description, kind, _inner(table, opened, kind, owner), signal, opened.asynchronous, opened.flags)
 
 
 def _inner(table: Table, opened: Opened, kind: int, owner: int) -> int:
     """The owner as the process itself sees it."""
     if not owner:
         return 0
-    field = "NSpid"
     if kind == _F_OWNER_PGRP:
-        known = owner == table.pid == os.getpgid(table.pid)
-        field = "NSpgid"
+        # A group has the number of its leader, which must be there to make it.
+        holder = owner if owner in table.pids and os.getpgid(owner) == owner else None
     else:
-        known = owner in procfs.tids(table.pid)
-    if not known:
+        holder = table.holder_of(owner)
+    if holder is None:
         raise Refused(f"{opened.link}: its signals go to {owner} (F_SETOWN), which is not moved along")
-    return int(procfs.status(table.pid, None if kind == _F_OWNER_PGRP else owner)[field].split()[-1])
+    return inner(holder, owner)

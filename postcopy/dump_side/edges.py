@@ -8,6 +8,7 @@ program would be told of an event twice rather than never. Alive, we leave out w
 import dataclasses
 
 from postcopy.deadline import uninterrupted
+from postcopy.dump_side.opened import Table
 from postcopy.errors import DumpError
 from postcopy.kernel.calls import call
 from postcopy.kernel.epoll import (
@@ -22,27 +23,29 @@ from postcopy.kernel.epoll import (
 )
 from postcopy.kernel.executor import RECORD_SIZE, Executor
 from postcopy.open_kinds import Epoll, EpollTarget
-from postcopy.state import Descriptors
+from postcopy.state import Description
 
 _EXTRA = 16 * RECORD_SIZE
 _PRIVATE = EPOLLET | EPOLLEXCLUSIVE | EPOLLONESHOT | EPOLLWAKEUP
 
 
-def find(state: Descriptors, executor: Executor) -> None:
-    """Set ``pending`` of the targets of every epoll instance; it stays set where it cannot be found out."""
-    numbers = {slot.fd: slot.description for slot in state.slots}
-    places = {slot.description: slot.fd for slot in reversed(state.slots)}
+def find(table: Table, pid: int, executor: Executor) -> None:
+    """Set ``pending`` of the targets of the epoll instances that this process is the first to have.
+
+    It stays set where it cannot be found out.
+    """
+    descriptions = table.descriptors.descriptions
+    numbers = {slot.fd: slot.description for slot in table.slots[pid]}
     instances = [
-        (number, description.epoll)
-        for number, description in enumerate(state.descriptions)
-        if description.epoll is not None and number in places and any(map(_is_edge, description.epoll.targets))
+        (number, fd, epoll)
+        for number, (holder, fd) in table.first_holders().items()
+        if holder == pid and (epoll := descriptions[number].epoll) is not None and any(map(_is_edge, epoll.targets))
     ]
     # Arming an inner instance anew is news for an outer one: the outer ones come first.
-    instances.sort(key=lambda each: -_depth(state, each[0]))
-    for number, epoll in instances:
+    instances.sort(key=lambda each: -_depth(descriptions, each[0]))
+    for number, fd, epoll in instances:
         if all(_can_be_armed_anew(target, numbers) for target in epoll.targets):
-            found = _find(places[number], epoll, executor)
-            state.descriptions[number] = dataclasses.replace(state.descriptions[number], epoll=found)
+            descriptions[number] = dataclasses.replace(descriptions[number], epoll=_find(fd, epoll, executor))
 
 
 def _find(instance: int, epoll: Epoll, executor: Executor) -> Epoll:
@@ -92,9 +95,9 @@ def _can_be_armed_anew(target: EpollTarget, numbers: dict[int, int]) -> bool:
     return numbers.get(target.fd) == target.description and not target.events & EPOLLEXCLUSIVE
 
 
-def _depth(state: Descriptors, number: int) -> int:
+def _depth(descriptions: list[Description], number: int) -> int:
     """How deeply instances are nested in this one (epoll(7) allows five levels)."""
-    epoll = state.descriptions[number].epoll
+    epoll = descriptions[number].epoll
     if epoll is None:
         return 0
-    return 1 + max((_depth(state, target.description) for target in epoll.targets), default=0)
+    return 1 + max((_depth(descriptions, target.description) for target in epoll.targets), default=0)

@@ -26,63 +26,64 @@ def collect(table: Table, opened: Opened) -> Description | None:
 
 
 def complete(table: Table, problems: list[str]) -> None:
-    """Add the targets of every epoll instance of the table, now that all that may be one is known."""
-    numbers = {slot.fd: slot.description for slot in table.slots}
-    seen: set[int] = set()
-    for slot in table.slots:
-        description = table.descriptions[slot.description]
-        if description.epoll is None or slot.description in seen:
+    """Add the targets of every epoll instance of the tree, now that all that may be one is known."""
+    holders = table.first_holders()
+    descriptions = table.descriptors.descriptions
+    for number, (pid, fd) in holders.items():
+        description = descriptions[number]
+        if description.epoll is None:
             continue
-        seen.add(slot.description)
         try:
-            found = _targets(table, slot.fd, numbers)
+            found = _targets(table, pid, fd, holders)
         except (Refused, OSError) as reason:
-            if os.path.lexists(f"/proc/{table.pid}/fd/{slot.fd}"):
-                problems.append(f"descriptor {slot.fd}: {reason}")
+            if os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+                problems.append(f"descriptor {fd} of process {pid}: {reason}")
             continue
         complete = dataclasses.replace(description.epoll, targets=found)
-        table.descriptions[slot.description] = dataclasses.replace(description, epoll=complete)
+        descriptions[number] = dataclasses.replace(description, epoll=complete)
 
 
-def _targets(table: Table, epoll: int, numbers: dict[int, int]) -> list[EpollTarget]:
+def _targets(table: Table, pid: int, epoll: int, holders: dict[int, tuple[int, int]]) -> list[EpollTarget]:
+    own = {slot.fd: slot.description for slot in table.slots[pid]}
     for look in range(_LOOKS):
-        lines = procfs.fdinfo_lines(table.pid, epoll)
+        lines = procfs.fdinfo_lines(pid, epoll)
         try:
-            return list(_resolved(table, epoll, numbers, lines))
+            return list(_resolved(pid, epoll, own, holders, lines))
         except Refused:
             if look == _LOOKS - 1:
                 raise
     raise AssertionError
 
 
-def _resolved(table: Table, epoll: int, numbers: dict[int, int], lines: Iterable[str]) -> Iterator[EpollTarget]:
+def _resolved(
+    pid: int, epoll: int, own: dict[int, int], holders: dict[int, tuple[int, int]], lines: Iterable[str]
+) -> Iterator[EpollTarget]:
     which: Counter[int] = Counter()
     for match in filter(None, map(_LINE.match, lines)):
         registered, events, data = int(match[1]), int(match[2], 16), int(match[3], 16)
-        fd = _where(table, epoll, registered, which[registered], numbers)
-        if fd is None:
+        candidates = _candidates(pid, registered, own, holders)
+        place = pid, epoll, registered, which[registered]
+        target = next((number for number, holder, fd in candidates if _is_target(holder, fd, *place)), None)
+        if target is None:
             raise Refused(
                 f"epoll: what it watches under number {registered} is not in the descriptor table any more, "
                 "which cannot be moved"
             )
         which[registered] += 1
-        yield EpollTarget(registered, numbers[fd], events, data, pending=bool(events & ~_PRIVATE))
+        yield EpollTarget(registered, target, events, data, pending=bool(events & ~_PRIVATE))
 
 
-def _where(table: Table, epoll: int, registered: int, which: int, numbers: dict[int, int]) -> int | None:
-    """A descriptor of the target, first the number under which it was registered."""
-    return next(
-        (fd for fd in _candidates(registered, numbers) if _is_target(table.pid, fd, epoll, registered, which)), None
-    )
+def _candidates(
+    pid: int, registered: int, own: dict[int, int], holders: dict[int, tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """Descriptions that may be the target, with a process and a descriptor: first what has the number now."""
+    if registered in own:
+        yield own[registered], pid, registered
+    for number, (holder, fd) in holders.items():
+        yield number, holder, fd
 
 
-def _candidates(registered: int, numbers: dict[int, int]) -> Iterator[int]:
-    if registered in numbers:
-        yield registered
-    yield from {description: fd for fd, description in numbers.items()}.values()
-
-
-def _is_target(pid: int, fd: int, epoll: int, registered: int, which: int) -> bool:
+def _is_target(holder: int, fd: int, pid: int, epoll: int, registered: int, which: int) -> bool:
     with contextlib.suppress(OSError):
-        return kcmp.is_epoll_target(pid, fd, epoll, registered, which)
+        return kcmp.is_epoll_target(holder, fd, pid, epoll, registered, which)
     return False

@@ -4,7 +4,7 @@ import os
 import stat
 
 from postcopy.dump_side.ghosts import DELETED
-from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
 from postcopy.kernel import procfs
 from postcopy.kernel.elf import build_id
 from postcopy.state import Description, FileIdentity, OpenFile
@@ -52,15 +52,15 @@ def _live(table: Table, opened: Opened) -> Description:
     parts = opened.link.split("/")
     path = opened.link
     if parts[1] == "proc" and parts[2].isdigit():
-        if path.endswith(DELETED) or int(parts[2]) != table.pid:
+        pid = int(parts[2])
+        if path.endswith(DELETED) or pid not in table.pids:
             raise Refused(f"{path}: files of other processes, or of those that have ended, cannot be moved yet")
+        parts[2] = "self" if pid == table.pid else str(inner(pid))
         if parts[3:4] == ["task"] and len(parts) > 4:
-            if int(parts[4]) not in procfs.tids(table.pid):
-                raise Refused(f"{path}: files of threads that have ended cannot be moved yet")
-            parts[4] = procfs.status(table.pid, int(parts[4]))["NSpid"].split()[-1]
-        return Description(
-            file=OpenFile("/".join(["", "proc", "self", *parts[3:]]), opened.flags, opened.position, "live")
-        )
+            if pid != table.pid or int(parts[4]) not in procfs.tids(pid):
+                raise Refused(f"{path}: files of threads elsewhere, or that have ended, cannot be moved yet")
+            parts[4] = str(inner(pid, int(parts[4])))
+        return Description(file=OpenFile("/".join(parts), opened.flags, opened.position, "live"))
     table.needed.append(FileIdentity.named(path))
     return Description(file=OpenFile(path, opened.flags, opened.position, "live"))
 

@@ -9,7 +9,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from postcopy.errors import DumpError
@@ -61,6 +61,8 @@ class Frozen:
         self.memory = ProcessMemory(pid)
         self.threads: list[FrozenThread] = []
         self.durable = False
+        self._awaited: set[int] = set()
+        self._stopped: dict[int, int] = {}
 
     @property
     def stopped_by(self) -> int:
@@ -69,28 +71,56 @@ class Frozen:
 
     def freeze(self) -> None:
         """Stop every thread; raises DumpError when a thread cannot be had. On an error everything runs on."""
-        stopped: dict[int, int] = {}
-        awaited: set[int] = set()
-        try:
-            while fresh := [tid for tid in procfs.tids(self.pid) if tid not in stopped]:
-                for tid in fresh:
-                    if _seize(self.pid, tid):
-                        awaited.add(tid)
-                for tid in sorted(awaited):
+        self.ask()
+        self.complete()
+
+    def ask(self) -> None:
+        """Ask every thread to stop; `complete` waits for them. Raises DumpError like `freeze`."""
+        with self._or_give_up():
+            self._ask_those_not_in({})
+
+    def complete(self) -> None:
+        """Wait for the threads that were asked, and stop those that have come since."""
+        with self._or_give_up():
+            stopped: dict[int, int] = {}
+            self._stopped = stopped
+            while True:
+                for tid in sorted(self._awaited):
                     group_stop = _wait_for_stop(tid)
-                    awaited.remove(tid)
+                    self._awaited.remove(tid)
                     if group_stop is not None:
                         stopped[tid] = group_stop
+                if not self._ask_those_not_in(stopped):
+                    break
             order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
             self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
-        except BaseException:
-            _give_up(awaited)
-            for tid in sorted(stopped, key=lambda tid: tid == self.pid):
-                _give_back(tid)
-            raise
         if not self.threads or self.threads[0].tid != self.pid:
             self.thaw()
             raise DumpError(f"process {self.pid} ended while it was being frozen")
+
+    def _ask_those_not_in(self, stopped: Mapping[int, int]) -> bool:
+        """Ask further threads to stop; whether there were any."""
+        fresh = [tid for tid in procfs.tids(self.pid) if tid not in stopped]
+        for tid in fresh:
+            if _seize(self.pid, tid):
+                self._awaited.add(tid)
+        return bool(fresh)
+
+    @contextlib.contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Let go of a process that has only been asked, or is stopped in part."""
+        _give_up(self._awaited)
+        for tid in sorted(self._stopped, key=lambda tid: tid == self.pid):
+            _give_back(tid)
+        self._stopped = {}
+        self.threads = []
 
     def thaw(self) -> None:
         """Let the process run on as if nothing had happened."""

@@ -23,8 +23,8 @@ def collect(table: Table, opened: Opened) -> Description | None:
     key = opened.stat.st_dev, opened.stat.st_ino
     if key not in table.ghost_numbers:
         ghost = _file(table, opened) if _is_mounted(opened) else _memfd(table, opened)
-        table.ghost_numbers[key] = len(table.ghosts)
-        table.ghosts.append(ghost)
+        table.ghost_numbers[key] = len(table.descriptors.ghosts)
+        table.descriptors.ghosts.append(ghost)
     return Description(ghost=GhostOpening(table.ghost_numbers[key], opened.flags, opened.position))
 
 

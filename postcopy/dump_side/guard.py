@@ -1,52 +1,59 @@
 """The guard: a process that wakes the tree when the control process dies between the durable stop and GO.
 
 ptrace(2) wakes a frozen tree when its tracer dies; the durable stop takes that away one step before commit. The
-control process tells the guard by a pipe where it stands; the pipe's end says that it has died.
+control process tells the guard by a socket where it stands; the end of the connection says that it has died.
 """
 
 import contextlib
-import os
 import signal
+import socket
+from collections.abc import Sequence
 
 from postcopy import roles
 
 _STOPPING, _COMMITTING = b"s", b"c"
+_MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
 
 class Guard:
-    """The control process's end of the pipe."""
+    """The control process's end of the connection."""
 
-    def __init__(self, target_pidfd: int) -> None:
-        """Fork the guard; ``target_pidfd`` is the process to wake."""
-        read_end, self._write_end = os.pipe()
+    def __init__(self) -> None:
+        """Fork the guard."""
+        self._connection, guards_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def body() -> None:
-            os.close(self._write_end)
-            watch(read_end, target_pidfd)
+            self._connection.close()
+            watch(guards_end)
 
         self._role = roles.start("postcopy-guard", body, dies_with_parent=False)
-        os.close(read_end)
+        guards_end.close()
 
-    def stopping(self) -> None:
-        """From here on the tree must be woken if we die."""
-        os.write(self._write_end, _STOPPING)
+    def stopping(self, pidfds: Sequence[int]) -> None:
+        """From here on these processes must be woken if we die."""
+        for first in range(0, len(pidfds), _MOST_DESCRIPTORS):
+            socket.send_fds(self._connection, [_STOPPING], pidfds[first : first + _MOST_DESCRIPTORS])
 
     def committing(self) -> None:
         """From here on the tree must not be woken by anybody."""
-        os.write(self._write_end, _COMMITTING)
+        self._connection.send(_COMMITTING)
 
     def dismiss(self) -> None:
         """The guard's work is done."""
-        # Killed rather than told: processes forked since may hold the pipe open.
+        # Killed rather than told: processes forked since may hold the connection open.
         self._role.kill()
-        os.close(self._write_end)
+        self._connection.close()
 
 
-def watch(read_end: int, target_pidfd: int) -> None:
+def watch(connection: socket.socket) -> None:
     """The guard's body: follow the control process to its end."""
-    last = b""
-    while said := os.read(read_end, 1):
-        last = said
-    if last == _STOPPING:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(target_pidfd, signal.SIGCONT)
+    to_wake: list[int] = []
+    while True:
+        said, pidfds, _, _ = socket.recv_fds(connection, 1, _MOST_DESCRIPTORS)
+        if said != _STOPPING:
+            break
+        to_wake += pidfds
+    if said != _COMMITTING:
+        for pidfd in to_wake:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)

@@ -1,16 +1,28 @@
-"""Session and process group, and what ties the process to others."""
+"""Parents, sessions and process groups; and what ties threads and processes together otherwise."""
 
-from collections.abc import Iterator
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cmp_to_key, partial
+from itertools import pairwise
 
 from postcopy.dump_side import namespaces
+from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import kcmp, procfs
-from postcopy.state import Lineage
+from postcopy.kernel.calls import call
+from postcopy.kernel.executor import Answers, Batch
+from postcopy.kernel.ptrace import SIGINFO_SIZE, WALL
+from postcopy.kinship import Unrelated, plan
+from postcopy.state import Lineage, Zombie
 
-_PF_EXITING = 0x4  # include/linux/sched.h
+_CORE_DUMPED = 0x80
+_P_PID = 1
+_LOOK_FOR_STOP = os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL
+_PF_EXITING = 0x00000004  # include/linux/sched.h
 
 
 def problems(pid: int, frozen: bool = False) -> list[str]:
-    """What cannot be moved yet: children, namespaces, and what single threads have for themselves.
+    """What single threads of a process have for themselves, and its namespaces.
 
     ``frozen``: all of it has been asked before; what nearly nobody does in between, and takes long, is left out.
     """
@@ -19,8 +31,6 @@ def problems(pid: int, frozen: bool = False) -> list[str]:
     if not frozen:
         found += namespaces.problems(pid)
         found += [problem for tid in others for problem in namespaces.problems_of_thread(pid, tid)]
-    if children := procfs.children(pid):
-        found.append(f"it has children ({', '.join(map(str, children))}); only single processes can be moved yet")
     return found
 
 
@@ -40,13 +50,95 @@ def _is_ending(pid: int, tid: int) -> bool:
     return bool(int(procfs.stat(pid, tid)[9]) & _PF_EXITING)
 
 
-def collect(pid: int) -> Lineage:
-    """The session and group, with the process's own marked by its pid as it sees itself (0: from outside)."""
-    fields = procfs.stat(pid)
-    inner = int(procfs.status(pid)["NSpid"].split()[-1])
-    group, session, foreground = (int(fields[i]) for i in (5, 6, 8))
-    return Lineage(
-        session=inner if session == pid else 0,
-        process_group=inner if group == pid else 0,
-        foreground=foreground == group,
-    )
+def shared(pids: Iterable[int]) -> Iterator[str]:
+    """What processes of a tree share that cannot be moved as shared."""
+    pids = list(pids)
+    for kind, name in kcmp.SHAREABLE.items():
+        # By sorting, in which those that share come to stand side by side.
+        in_order = sorted(pids, key=cmp_to_key(partial(kcmp.order, kind)))
+        for one, other in pairwise(in_order):
+            if kcmp.order(kind, one, other) == 0:
+                yield f"processes {min(one, other)} and {max(one, other)} share their {name}, which cannot be moved yet"
+
+
+class Kin:
+    """The processes and zombies of a tree, by their PIDs as we see them, the root first; and how each sees itself."""
+
+    def __init__(self, pids: Iterable[int], statuses: dict[int, dict[str, str]] | None = None) -> None:
+        """``statuses``: those of ``/proc/PID/status`` that have been read already. Raises OSError: one is gone."""
+        known = statuses or {}
+        self._statuses = {pid: known.get(pid) or procfs.status(pid) for pid in pids}
+        self._inner = {pid: _innermost(status["NSpid"]) for pid, status in self._statuses.items()}
+        self._root = next(iter(self._statuses))
+        root = self._inner[self._root]
+        ids = {key: _innermost(self._statuses[self._root][key]) for key in ("NSsid", "NSpgid")}
+        # What the root does not lead it has from outside, and so have those of the same session or group.
+        self._outside = {key: value for key, value in ids.items() if value != root}
+
+    def inner(self, pid: int) -> int:
+        """The PID as the process itself sees it."""
+        return self._inner[pid]
+
+    def lineage(self, pid: int) -> Lineage:
+        """The relations of one of them. Raises OSError."""
+        status, fields = self._statuses[pid], procfs.stat(pid)
+        session, group = (
+            0 if value == self._outside.get(key) else value
+            for key, value in ((key, _innermost(status[key])) for key in ("NSsid", "NSpgid"))
+        )
+        return Lineage(
+            parent=0 if pid == self._root else self._inner.get(int(status["PPid"]), 0),
+            session=session,
+            process_group=group,
+            exit_signal=max(int(fields[38]), 0),
+            foreground=int(fields[8]) == int(fields[5]),
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Why the relations cannot be made again."""
+        try:
+            plan(self.lineage(pid).relative(self._inner[pid]) for pid in self._statuses)
+        except Unrelated as reason:
+            yield str(reason)
+
+    def zombie(self, pid: int, problems: list[str]) -> Zombie:
+        """How one of them has ended. Raises OSError."""
+        status = int(procfs.stat(pid)[52])
+        if status & _CORE_DUMPED and status & 0x7F:
+            problems.append(f"zombie {pid} has left a core dump when it ended, which its parent is yet to be told")
+        name = os.fsencode(procfs.stat(pid)[2])
+        uid = int(self._statuses[pid]["Uid"].split()[0])
+        return Zombie(self._inner[pid], self.lineage(pid), name, uid, status)
+
+
+class Stops:
+    """Which parents in the tree have waited for the job-control stops of their children; parents are asked first."""
+
+    def __init__(self, kin: Kin, processes: Iterable[Frozen]) -> None:
+        self._kin = kin
+        self._stopped: dict[int, list[int]] = defaultdict(list)
+        for each in processes:
+            if each.stopped_by:
+                self._stopped[int(each.threads[0].status["PPid"])].append(each.pid)
+        self._rooms: dict[int, int] = {}
+        self._told: dict[int, bool] = {}
+
+    def ask(self, parent: int, batch: Batch) -> None:
+        """Add the calls to a batch of the parent's leader."""
+        for child in self._stopped[parent]:
+            room = self._rooms[child] = batch.room(SIGINFO_SIZE)
+            made = call("waitid", _P_PID, self._kin.inner(child), room, _LOOK_FOR_STOP, 0)
+            batch.add(made, f"looking whether the stop of process {child} has been waited for")
+
+    def answered(self, parent: int, answers: Answers) -> None:
+        """Take the answers of such a batch."""
+        for child in self._stopped[parent]:
+            self._told[child] = not any(answers.read(self._rooms[child], 4))
+
+    def told(self, child: int) -> bool:
+        """Whether the parent has been told; parents from outside of the tree have."""
+        return self._told.get(child, True)
+
+
+def _innermost(ids: str) -> int:
+    return int(ids.split()[-1])

@@ -2,10 +2,12 @@
 
 import os
 import stat
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from postcopy import roles
+from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
@@ -17,6 +19,7 @@ from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
+_NUMBER = struct.Struct("=Q")
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
@@ -56,35 +59,41 @@ class Layout:
 class SmapsReader:
     """A process that reads ``smaps`` while we do other things: the kernel walks all page tables for it."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self) -> None:
         """Fork it; it waits for `begin`."""
         begin_read, self._begin = os.pipe()
         self._content, content_write = os.pipe()
 
         def body() -> None:
             os.close(self._begin)
-            if os.read(begin_read, 1):
-                with open(content_write, "wb") as stream:
-                    stream.write(procfs.read(pid, "smaps"))
+            with open(begin_read, "rb") as asked, open(content_write, "wb") as stream:
+                while pid := asked.read(_NUMBER.size):
+                    content = procfs.read(_NUMBER.unpack(pid)[0], "smaps")
+                    stream.write(_NUMBER.pack(len(content)) + content)
+                    stream.flush()
 
         self._role = roles.start("postcopy-smaps", body, dies_with_parent=True)
         os.close(begin_read)
         os.close(content_write)
+        self._stream = open(self._content, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def begin(self) -> None:
-        """Let it read now."""
-        os.write(self._begin, b"b")
+    def begin(self, pids: Iterable[int]) -> None:
+        """Let it read now, of these processes."""
+        os.write(self._begin, b"".join(map(_NUMBER.pack, pids)))
 
     def result(self) -> bytes:
-        """What it has read."""
-        with open(self._content, "rb", closefd=False) as stream:
-            return stream.read()
+        """What it has read of the next of them. Raises DumpError when it cannot read any more."""
+        size = self._stream.read(_NUMBER.size)
+        if not size:
+            raise DumpError("the memory layout of a process cannot be read")
+        return self._stream.read(*_NUMBER.unpack(size))
 
     def close(self) -> None:
         """End it, whether it has read or not."""
         # Killed rather than waited for: what it has still to write, nobody reads any more.
         self._role.kill()
         os.close(self._begin)
+        self._stream.close()
         os.close(self._content)
 
 

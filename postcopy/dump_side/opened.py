@@ -3,13 +3,13 @@
 import contextlib
 import os
 import stat
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
 from postcopy.kernel import pidfd, procfs
-from postcopy.open_kinds import Delivery, Ghost, Lock
-from postcopy.state import Description, FileIdentity, Pipe, Slot
+from postcopy.state import Descriptors, FileIdentity, Slot
 
 O_PATH = 0o10000000
 FASYNC = 0o20000
@@ -86,32 +86,48 @@ class Opened:
 
 @dataclass
 class Table:
-    """What is found while a table is collected.
+    """What is found while the descriptor tables of a tree are collected.
 
-    ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``trusted_pipes``:
-    inodes of pipes of which an earlier look has found no end outside; looking takes long. ``holders``: for what
-    other processes have open, by its link, one of them; once it has been looked for. ``frozen``: contents are
-    read, too.
+    ``pids``: the processes of the tree; ``pid``: the one whose table is being collected. ``frozen``: contents are read,
+    too. ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
+    ``holders``: for what other processes have open, by its link, one of them; once it has been looked for.
+    ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``alike``:
+    descriptors that may share a description, by what they show, each as (process, descriptor, number of its
+    description), as kcmp orders. ``slots``: the tables, by process.
     """
 
-    pid: int
-    trusted_pipes: frozenset[int]
+    pids: frozenset[int]
+    trusted_pipes: frozenset[int] = frozenset()
     choices: Choices = field(default_factory=Choices)
     frozen: bool = False
-    descriptions: list[Description] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-    pipes: list[Pipe] = field(default_factory=list)
+    pid: int = 0
+    slots: dict[int, list[Slot]] = field(default_factory=dict)
+    descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = field(default_factory=dict)
-    ghosts: list[Ghost] = field(default_factory=list)
     ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    deliveries: list[Delivery] = field(default_factory=list)
-    locks: list[Lock] = field(default_factory=list)
     external: list[str] = field(default_factory=list)
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+    alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
 
-    @property
-    def inner_pid(self) -> int:
-        """The PID as the process itself sees it."""
-        return int(procfs.status(self.pid)["NSpid"].split()[-1])
+    def holder_of(self, tid: int) -> int | None:
+        """The process of the tree that has this thread."""
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                if tid in procfs.tids(pid):
+                    return pid
+        return None
+
+    def first_holders(self) -> dict[int, tuple[int, int]]:
+        """A process and a descriptor of each description: those that will make it again."""
+        found: dict[int, tuple[int, int]] = {}
+        for pid, slots in self.slots.items():
+            for slot in slots:
+                found.setdefault(slot.description, (pid, slot.fd))
+        return found
+
+
+def inner(pid: int, tid: int | None = None) -> int:
+    """The PID of a process, or the TID of its thread, as it sees it itself."""
+    return int(procfs.status(pid, tid)["NSpid"].split()[-1])

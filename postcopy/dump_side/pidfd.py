@@ -1,7 +1,6 @@
 """pidfd_open(2): a process, or a thread, by descriptor."""
 
-from postcopy.dump_side.opened import Opened, Refused, Table
-from postcopy.kernel import procfs
+from postcopy.dump_side.opened import Opened, Refused, Table, inner
 from postcopy.open_kinds import PidDescriptor
 from postcopy.state import Description
 
@@ -14,7 +13,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     number = int(pid)
     if number < 0:
         raise Refused(f"{opened.link}: it stands for a process that has ended, which cannot be moved yet")
-    if number not in procfs.tids(table.pid):
+    holder = table.holder_of(number)
+    if holder is None:
         raise Refused(f"{opened.link}: it stands for process {number}, which is not moved along")
-    inner = int(procfs.status(table.pid, number)["NSpid"].split()[-1])
-    return Description(process=PidDescriptor(inner, opened.flags))
+    return Description(process=PidDescriptor(inner(holder, number), opened.flags))

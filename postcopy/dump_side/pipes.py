@@ -23,18 +23,18 @@ def collect(table: Table, opened: Opened) -> Description | None:
     if inode not in table.pipe_numbers:
         if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.link)):
             raise Refused(
-                f"{opened.link}: process {holder} holds an end of this pipe too; redirect the stream to a file and "
-                f"start the program again, or let restore give it another: --external '{opened.link}' here, and "
-                f"--inherit-fd 'fd[N]:{opened.link}' there"
+                f"{opened.link}: process {holder}, which is not moved, holds an end of this pipe too; redirect the "
+                "stream to a file and start the program again, or let restore give it another: "
+                f"--external '{opened.link}' here, and --inherit-fd 'fd[N]:{opened.link}' there"
             )
-        table.pipe_numbers[inode] = len(table.pipes)
-        table.pipes.append(_look(opened, path))
+        table.pipe_numbers[inode] = len(table.descriptors.pipes)
+        table.descriptors.pipes.append(_look(opened, path))
         if path:
             table.needed.append(FileIdentity.named(path, "fifo"))
     number = table.pipe_numbers[inode]
-    found = table.pipes[number]
+    found = table.descriptors.pipes[number]
     if opened.flags & os.O_DIRECT and found.content and not found.packets:
-        table.pipes[number] = dataclasses.replace(found, packets=[len(found.content)])
+        table.descriptors.pipes[number] = dataclasses.replace(found, packets=[len(found.content)])
     return Description(pipe=PipeEnd(number, opened.flags))
 
 
@@ -82,9 +82,11 @@ def _is_untouched(opened: Opened) -> bool:
 
 
 def _holder_outside(table: Table, link: str) -> int | None:
-    """A process other than the table's that has an end of the pipe open."""
+    """A process outside of the tree that has an end of the pipe open."""
     if table.holders is None:
-        table.holders = _holders({table.pid, os.getpid()})
+        # Children may have been born to the tree since its processes were listed.
+        own = {each for pid in table.pids for each in (pid, *procfs.descendants(pid))}
+        table.holders = _holders({*own, os.getpid()})
     return table.holders.get(link)
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
-from postcopy.deadline import Interrupted, deadline, uninterrupted
+from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
+from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
@@ -48,6 +49,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     source process has ended. Raises PostcopyError; before commit the process then runs on as if nothing had happened,
     after it (LostAfterCommit) it stays stopped.
     """
+    allow_descriptors()
     manifest, _ = survey(options.pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         _listens(options, manifest, listener, reporter)
@@ -74,8 +76,10 @@ def dump_to_directory(
 
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
+    allow_descriptors()
     manifest, pipes = survey(pid, choices)
     writer = Writer(directory, pages_elsewhere=False)
+    whole = False
     try:
         with _errors_named(pid), Capture(pid, pipes, reporter, choices) as capture:
             capture.take()
@@ -83,13 +87,19 @@ def dump_to_directory(
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
             writer.finish(manifest, replace(capture.tree, late_signals=capture.late_signals()))
             reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
-            if leave_stopped:
-                capture.frozen.stop_durably()
-                capture.commit()
-            elif not leave_running:
-                capture.end()
+            with uninterrupted():
+                if leave_stopped:
+                    capture.frozen.stop_durably()
+                # From here on the directory may be all that there is of the process.
+                whole = True
+                if leave_stopped:
+                    capture.commit()
+                elif not leave_running:
+                    capture.end()
+                disregard_signals()
     except BaseException:
-        writer.abandon()
+        if not whole:
+            writer.withdraw()
         raise
 
 
@@ -102,6 +112,7 @@ def dump_state_to_directory(
     raises before commit, ``directory`` does not exist.
     """
     pid = options.pid
+    allow_descriptors()
     manifest, pipes = survey(pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)
@@ -208,6 +219,7 @@ def _commit(options: Options, capture: Capture, giving: Giving, go: control.Go) 
             giving.go(go)
         giving.await_resumed(capture.began)
         drained = giving.await_drained(capture.frozen.stay_stopped)
+        disregard_signals()
         giving.end()
         capture.end()
         giving.tell(drained)

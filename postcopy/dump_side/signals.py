@@ -39,14 +39,15 @@ class Question:
 
 
 def late(frozen: Frozen, collected: Process) -> list[LateSignal]:
-    """Signals that somebody has sent since the state was collected; the destination queues them before it resumes.
+    """Signals that somebody has sent to a process since its state was collected; the destination queues them at last.
 
     Those that the kernel raised (timers) are left out: what raises them has been moved and will raise them there.
     """
     leader = frozen.threads[0].tid
-    found = [LateSignal(0, siginfo) for siginfo in _new(leader, True, collected.signals.pending)]
+    pid = collected.pid
+    found = [LateSignal(pid, 0, siginfo) for siginfo in _new(leader, True, collected.signals.pending)]
     for thread, state in zip(frozen.threads, collected.threads, strict=True):
-        found += [LateSignal(state.tid, siginfo) for siginfo in _new(thread.tid, False, state.pending)]
+        found += [LateSignal(pid, state.tid, siginfo) for siginfo in _new(thread.tid, False, state.pending)]
     return found
 
 

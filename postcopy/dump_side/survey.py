@@ -1,15 +1,18 @@
-"""The survey: everything that can be found out about a process without touching it.
+"""The survey: everything that can be found out about a process tree without touching it.
 
-Gathers every reason why the process cannot be moved, and what the destination must have (the manifest).
+Gathers every reason why the tree cannot be moved, and what the destination must have (the manifest).
 """
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import descriptors, filesystem, lineage, memory, timers
+from postcopy.dump_side import descriptors, epoll, filesystem, lineage, memory, timers
 from postcopy.dump_side.choices import Choices
+from postcopy.dump_side.opened import Table
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
@@ -17,6 +20,7 @@ from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.state import FileIdentity, Manifest
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
+_LOOKS, _BETWEEN_LOOKS = 4, 0.02
 _SECCOMP = {"1": "strict", "2": "filter"}
 
 
@@ -48,7 +52,7 @@ def check_target(pid: int) -> None:
 
 
 def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, frozenset[int]]:
-    """What the destination must have, and the pipes (inodes) that are known not to leave the process.
+    """What the destination must have, and the pipes (inodes) that are known not to leave the tree.
 
     Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
     """
@@ -63,31 +67,104 @@ def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, frozense
 
 
 def _survey(pid: int, choices: Choices) -> tuple[Manifest, frozenset[int]]:
-    layout = memory.layout(pid)
-    problems = [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
-    slots, table = descriptors.collect(pid, problems, choices=choices)
-    filesystem.collect(pid, problems)
-    exe = _exe(pid, problems)
-    if problems:
-        name = procfs.stat(pid)[2]
-        raise ProblemsError(problems, f"process {pid} ({name}) cannot be moved")
+    """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much."""
+    looks = 0
+    while True:
+        descendants = procfs.descendants(pid)
+        looks += 1
+        try:
+            return _look(pid, descendants, choices)
+        except ProblemsError:
+            if not descendants or looks == _LOOKS:
+                raise
+            time.sleep(_BETWEEN_LOOKS)
+
+
+def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, frozenset[int]]:
+    found = _Findings(Table(frozenset({root, *descendants}), choices=choices))
+    found.look(root)
+    for pid in descendants:
+        name = _name(pid)
+        own = len(found.problems)
+        try:
+            if not _has_ended(pid):
+                found.look(pid)
+        except OSError:
+            if not _has_ended(pid):
+                raise
+            # What it had, it has no longer.
+            del found.problems[own:]
+        found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
+    epoll.complete(found.table, found.problems)
+    alive = [pid for pid in descendants if pid in found.tids]
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
+        found.problems += lineage.shared([root, *alive])
+        found.problems += lineage.Kin([root, *descendants]).problems()
+    if found.problems:
+        raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
+    manifest = Manifest(
+        pid=found.tids[root][0],
+        tids=[tid for tids in found.tids.values() for tid in tids],
+        name=_name(root),
+        files=list(dict.fromkeys((*found.files, *found.table.needed))),
+        vdso=found.vdso,
+        xsave_size=cpu.xsave_size(),
+        memory_bytes=found.memory_bytes,
+        highest_fd=found.highest_fd,
+        external=found.table.external,
+    )
+    return manifest, frozenset(found.table.pipe_numbers)
+
+
+@dataclass
+class _Findings:
+    """What is found of one process after the other; ``tids``: of each its threads, as it sees them itself."""
+
+    table: Table
+    problems: list[str] = field(default_factory=list)
+    files: list[FileIdentity] = field(default_factory=list)
+    tids: dict[int, list[int]] = field(default_factory=dict)
+    vdso: bytes = b""
+    memory_bytes: int = 0
+    highest_fd: int = 0
+
+    def look(self, pid: int) -> None:
+        """Add a process; raises OSError."""
+        layout = memory.layout(pid)
+        self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
+        slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)
+        filesystem.collect(pid, self.problems)
+        self.files += [*_exe(pid, self.problems), *memory.identities(layout)]
+        if not self.vdso:
+            self.vdso = _vdso(pid, layout)
+        resident = procfs.status(pid).get("VmRSS", "0 kB")
+        self.memory_bytes += int(resident.split()[0]) * 1024
+        self.highest_fd = max([self.highest_fd, *(slot.fd for slot in slots)])
+        self.tids[pid] = list(_inner_tids(pid))
+
+
+def _vdso(pid: int, layout: memory.Layout) -> bytes:
     reader = ProcessMemory(pid)
     try:
-        vdso = reader.read(layout.vdso.start, len(layout.vdso))
+        return reader.read(layout.vdso.start, len(layout.vdso))
     finally:
         reader.close()
-    manifest = Manifest(
-        pid=int(procfs.status(pid)["NSpid"].split()[-1]),
-        tids=list(_inner_tids(pid)),
-        name=procfs.stat(pid)[2],
-        files=[*memory.identities(layout), *table.needed, *exe],
-        vdso=vdso,
-        xsave_size=cpu.xsave_size(),
-        memory_bytes=int(procfs.status(pid)["VmRSS"].split()[0]) * 1024,
-        highest_fd=max((slot.fd for slot in slots.slots), default=0),
-        external=table.external,
-    )
-    return manifest, frozenset(table.pipe_numbers)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process has; its parent may have to be told yet."""
+    try:
+        return procfs.stat(pid)[3] in "ZX" and len(procfs.tids(pid)) == 1
+    except OSError:
+        return True
+
+
+def _name(pid: int) -> str:
+    try:
+        return procfs.stat(pid)[2]
+    except OSError:
+        return "?"
 
 
 def _inner_tids(pid: int) -> Iterator[int]:

@@ -204,7 +204,7 @@ class Executor:
         self._stop = stop
         self._last = call("tgkill", *inner, stop)
         self._running: Batch | None = None
-        self.born: list[int] = []  # tasks that the calls made, while PTRACE_O_TRACECLONE was on
+        self.born: list[int] = []  # tasks that the calls made, while PTRACE_O_TRACECLONE and TRACEFORK were on
         self.swallowed: list[int] = []  # signals of somebody else that came meanwhile, to be sent again
 
     def install(self, mask: int, registers: Registers) -> None:
@@ -284,7 +284,7 @@ class Executor:
             stop = stop or ptrace.wait(self.tid)
             if stop.ended is not None:
                 raise ptrace.ended(stop, self.tid)
-            if stop.event == ptrace.PTRACE_EVENT_CLONE:
+            if stop.event in (ptrace.PTRACE_EVENT_CLONE, ptrace.PTRACE_EVENT_FORK):
                 self.born.append(ptrace.event_message(self.tid))
                 ptrace.cont(self.tid)
                 stop = None

@@ -7,29 +7,43 @@ from postcopy.kernel.libc import address_of, lib, refused, syscall
 
 _NR_KCMP = NUMBERS["kcmp"]
 _ORDER = (0, -1, 1)
-_KCMP_FILE, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL_TFD = 0, 2, 3, 7
+_KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND, _KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 7
+
+# What processes may share by clone(2) although they are no threads of one another.
+SHAREABLE = {
+    _KCMP_VM: "memory (vfork, CLONE_VM)",
+    _KCMP_FILES: "descriptor table (CLONE_FILES)",
+    _KCMP_FS: "working directory (CLONE_FS)",
+    _KCMP_SIGHAND: "signal actions (CLONE_SIGHAND)",
+}
 
 
-def order_of_descriptions(pid: int, first: int, second: int) -> int:
-    """How the open file descriptions of two descriptors of a process are ordered: 0 where they are one, else -1 or 1.
+def order_of_descriptions(pid: int, fd: int, other_pid: int, other_fd: int) -> int:
+    """How the open file descriptions of two descriptors are ordered: 0 where they are one, else -1 or 1.
 
     The order has no meaning, but it holds as long as both are open.
     """
     # Directly: among thousands of descriptors that look alike, this is what takes the time.
-    found: int = lib.syscall(_NR_KCMP, pid, pid, _KCMP_FILE, first, second, 0)
+    found: int = lib.syscall(_NR_KCMP, pid, other_pid, _KCMP_FILE, fd, other_fd, 0)
     if found < 0:
-        raise refused(f"comparing descriptors {first} and {second} of process {pid}")
+        raise refused(f"comparing descriptor {fd} of process {pid} with descriptor {other_fd} of process {other_pid}")
     return _ORDER[found]
 
 
-def is_epoll_target(pid: int, fd: int, epoll: int, registered: int, which: int) -> bool:
-    """Whether descriptor ``fd`` is what ``epoll`` watches under the number ``registered``.
+def is_epoll_target(pid: int, fd: int, epoll_pid: int, epoll: int, registered: int, which: int) -> bool:
+    """Whether descriptor ``fd`` of a process is what an epoll instance watches under the number ``registered``.
 
-    ``which`` tells those apart that were registered under one number, which was closed in between; in order.
+    ``epoll`` is its descriptor in process ``epoll_pid``. ``which`` tells those apart that were registered under one
+    number, which was closed in between; in order.
     """
     slot = struct.pack("<3I", epoll, registered, which)  # struct kcmp_epoll_slot
     what = f"comparing descriptor {fd} of process {pid} with a target of epoll instance {epoll}"
-    return syscall(what, NUMBERS["kcmp"], pid, pid, _KCMP_EPOLL_TFD, fd, address_of(slot)) == 0
+    return syscall(what, _NR_KCMP, pid, epoll_pid, _KCMP_EPOLL_TFD, fd, address_of(slot)) == 0
+
+
+def order(kind: int, pid: int, other: int) -> int:
+    """How something in `SHAREABLE` of two processes is ordered: 0 where they share it, else -1 or 1."""
+    return (0, -1, 1)[syscall(f"comparing processes {pid} and {other}", NUMBERS["kcmp"], pid, other, kind, 0, 0)]
 
 
 def same_table(first: int, second: int) -> bool:

@@ -92,13 +92,26 @@ def tids(pid: int) -> list[int]:
 
 def children(pid: int) -> list[int]:
     """The child processes, of all threads."""
-    found: list[int] = []
-    for tid in tids(pid):
+    return [child for tid in tids(pid) for child in children_of_thread(pid, tid)]
+
+
+def children_of_thread(pid: int, tid: int) -> list[int]:
+    """The child processes of one thread; none where it has ended. Complete only where they do not come and go."""
+    try:
+        return [int(word) for word in read(pid, f"task/{tid}/children").split()]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    """The children, their children and so on, parents first; of a running process, as far as they are there to see."""
+    found = [pid]
+    for each in found:
         try:
-            found += [int(word) for word in read(pid, f"task/{tid}/children").split()]
+            found += [child for child in children(each) if child not in found]
         except OSError:
-            continue  # the thread ended while we looked
-    return found
+            continue  # it has ended while we looked
+    return found[1:]
 
 
 def descriptors(pid: int) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
@@ -12,7 +13,11 @@ from postcopy.kernel.process_memory import ProcessMemory
 
 _AT_EMPTY_PATH = 0x1000
 _OPTIONS = (
-    ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_TRACECLONE | ptrace.PTRACE_O_TRACEEXEC | ptrace.PTRACE_O_EXITKILL
+    ptrace.PTRACE_O_TRACESYSGOOD
+    | ptrace.PTRACE_O_TRACEFORK
+    | ptrace.PTRACE_O_TRACECLONE
+    | ptrace.PTRACE_O_TRACEEXEC
+    | ptrace.PTRACE_O_EXITKILL
 )
 
 
@@ -28,6 +33,11 @@ class Newborn:
         self.pidfd = os.pidfd_open(pid)
         self.memory = ProcessMemory(pid)
 
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.memory.close()
+        os.close(self.pidfd)
+
     def kill(self) -> None:
         """End it and wait for its end."""
         tids: list[int] = []
@@ -40,6 +50,16 @@ class Newborn:
             with contextlib.suppress(ChildProcessError):
                 while ptrace.wait(tid).ended is None:
                     pass
+
+
+def kill(newborns: Iterable[Newborn]) -> None:
+    """End them and wait for their ends."""
+    newborns = list(newborns)
+    for newborn in newborns:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(newborn.pidfd, signal.SIGKILL)
+    for newborn in reversed(newborns):
+        newborn.kill()
 
 
 def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:

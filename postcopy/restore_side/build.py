@@ -4,11 +4,12 @@ The order is the kernel's: the new process is emptied, laid out and filled; then
 threads; userfaultfd is armed as soon as the memory is laid out; what takes privileges away comes last.
 """
 
+import contextlib
 import errno
 import os
 import resource
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -30,7 +31,6 @@ from postcopy.restore_side import (
     descriptors,
     filesystem,
     limits,
-    lineage,
     memory,
     scheduling,
     signals,
@@ -38,7 +38,7 @@ from postcopy.restore_side import (
     timers,
 )
 from postcopy.restore_side.own import own_credentials
-from postcopy.state import LateSignal, Process
+from postcopy.state import Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
@@ -54,7 +54,10 @@ _UFFD_FEATURES = (
 
 @dataclass
 class Built:
-    """A process that is ready to go on; it dies with us until `resume`. ``tids``: as we see them, leader first."""
+    """A process that is ready to go on; it dies with us until it is detached.
+
+    ``tids``: as we see them, leader first.
+    """
 
     newborn: birth.Newborn
     state: Process
@@ -66,46 +69,47 @@ class Built:
         """The PID as we see it."""
         return self.newborn.pid
 
-    def resume(self, late: Iterable[LateSignal] = ()) -> None:
-        """Let it run: from here on it no longer depends on us. ``late``: signals that came last."""
-        tids = dict(zip((thread.tid for thread in self.state.threads), self.tids, strict=True))
-        if self.state.stopped_by:
-            os.kill(self.pid, self.state.stopped_by)
-        # After the stop: a SIGCONT among them takes it back.
-        for each in late:
-            signals.send(each, self.pid, tids.get(each.tid))
-        for tid in self.tids:
-            ptrace.detach(tid)
 
+class Building:
+    """A process on the way to being `Built`: first every process of a tree is begun, in its order, then each finished.
 
-def build(
-    state: Process,
-    pages: memoryview,
-    newborn: birth.Newborn,
-    parent_stays: bool,
-    inherited: Mapping[str, int] | None = None,
-) -> Built:
-    """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
-    Private anonymous memory is armed for missing pages. ``inherited``: which descriptor of the newborn is to take the
-    place of which external resource.
-
-    Raises RestoreError with what was refused and why; the new process is then to be killed.
+    Both raise RestoreError with what was refused and why; the new process is then to be killed.
     """
-    built = Built(newborn, state, -1, [newborn.pid])
+
+    def __init__(self, state: Process, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool) -> None:
+        """``shared``: the same for all processes of a tree."""
+        self.built = Built(newborn, state, -1, [newborn.pid])
+        self._shared = shared
+        self._parent_stays = parent_stays
+
+    def begin(self, pages: memoryview) -> None:
+        """Lay out and fill its memory, make its threads, open its files; ``pages`` is the content that came with it."""
+        with _errors_named(self.built.state):
+            self._builder = _Builder(self.built, self._shared, self._parent_stays)
+            self._builder.begin(pages)
+
+    def finish(self) -> Built:
+        """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last."""
+        with _errors_named(self.built.state):
+            self._builder.finish()
+        return self.built
+
+
+@contextlib.contextmanager
+def _errors_named(state: Process) -> Iterator[None]:
     try:
-        _Builder(built, parent_stays, inherited or {}).run(pages)
+        yield
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
     except (struct.error, ValueError, IndexError) as error:
         # What is well-formed may still make no sense.
         raise RestoreError(f"building process {state.pid}: its state cannot be: {error}") from None
-    return built
 
 
 class _Builder:
-    def __init__(self, built: Built, parent_stays: bool, inherited: Mapping[str, int]) -> None:
-        self._inherited = inherited
+    def __init__(self, built: Built, shared: descriptors.Shared, parent_stays: bool) -> None:
         self._built = built
+        self._shared = shared
         self._state = built.state
         self._newborn = built.newborn
         self._parent_stays = parent_stays
@@ -114,20 +118,26 @@ class _Builder:
         self._asleep: set[int] = set()
         self._current = own_credentials()
         rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
-        rooms[0] += _estimate(self._state)
+        rooms[0] += _estimate(self._state, shared)
         self._rooms = [page_up(room) for room in rooms]
         self._size = sum(self._rooms)
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def run(self, pages: memoryview) -> None:
-        pid, state = self._newborn.pid, self._state
+    def begin(self, pages: memoryview) -> None:
+        """Up to where the other processes of the tree may refer to this one."""
         self._allow_descriptors()
         self._install()
         self._run_memory()
-        memory.write_pages(state.memory, pages, self._newborn.memory)
+        memory.write_pages(self._state.memory, pages, self._newborn.memory)
         self._run_leader()
+
+    def finish(self) -> None:
+        """What may refer to the other processes of the tree, and what must come last."""
+        pid, state, leader = self._newborn.pid, self._state, self._executors[0]
+        run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
+        descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
@@ -141,15 +151,16 @@ class _Builder:
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
-        pid, table = self._newborn.pid, self._state.descriptors
+        pid = self._newborn.pid
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        lent = 2 * len(self._inherited) + max(self._inherited.values(), default=0)
-        wanted = max(descriptors.highest(table), len(self._state.memory.files) + lent + 8)
+        inherited = self._shared.inherited
+        lent = 2 * len(inherited) + max(inherited.values(), default=0)
+        wanted = max(descriptors.highest(self._state, self._shared), len(self._state.memory.files) + lent + 8)
         self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
         except (PermissionError, ValueError):
-            if not descriptors.fits(table, hard):
+            if not descriptors.fits(self._state, self._shared, hard):
                 raise RestoreError(
                     f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
                     "raise it for restore: ulimit -Hn; at most to fs.nr_open",
@@ -206,7 +217,7 @@ class _Builder:
         high = len(self._state.memory.files) + 1
         attributes.disable_huge_pages(batch)
         # What is lent steps aside, so that the numbers of what is opened are known beforehand.
-        lent = [0, 1, 2, *self._inherited.values()]
+        lent = [0, 1, 2, *self._shared.inherited.values()]
         high = max(high, *(fd + 1 for fd in lent))
         for number, fd in enumerate(lent):
             batch.add(call("dup3", fd, high + number, 0o2000000))
@@ -220,7 +231,6 @@ class _Builder:
     def _run_leader(self) -> None:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
-        lineage.rebuild(state.lineage, batch)
         attributes.rebuild(state.attributes, batch)
         threads.ask_for(state.threads[1:], batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
@@ -229,14 +239,11 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
-        descriptors.rebuild(state.descriptors, self._most_descriptors, list(self._inherited), batch)
+        descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
         filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, state.pid, batch)
         self._checked(leader.run(batch))
-        descriptors.fill(state.descriptors, self._newborn.pidfd)
-        descriptors.connect(
-            state.descriptors, self._most_descriptors, lambda made: self._checked(leader.run(made)), leader.batch
-        )
+        descriptors.fill(state, self._shared, self._newborn.pidfd)
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""
@@ -288,13 +295,13 @@ class _Builder:
         return answers
 
 
-def _estimate(state: Process) -> int:
+def _estimate(state: Process, shared: descriptors.Shared) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
     return (
         _ESTIMATE
         + _PER_VMA * len(state.memory.vmas)
-        + descriptors.room(state.descriptors)
+        + descriptors.room(state, shared)
         + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
         + 4 * paths
         + 64 * len(state.memory.guards)

@@ -16,7 +16,9 @@ def rebuild(plan: "Plan") -> None:
     """Add the calls."""
     batch = plan.batch
     for state in plan.state.deliveries:
-        fd = plan.places[state.description]
+        if plan.shared.descriptions[state.description][0] != plan.pid:
+            continue
+        fd = plan.place(state.description, "finding a descriptor")
         purpose = f"setting whom descriptor {fd} signals"
         if state.owner:
             owner = batch.place(struct.pack("<ii", state.kind, state.owner))

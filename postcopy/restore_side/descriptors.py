@@ -4,12 +4,13 @@ In three steps: a batch that opens everything (`rebuild`), contents that are wri
 for what refers to all of it, or must not notice how it was made (`connect`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
+from postcopy.open_kinds import Ghost
 from postcopy.restore_side import (
     deliveries,
     epoll,
@@ -25,39 +26,84 @@ from postcopy.restore_side import (
     terminals,
     timerfd,
 )
-from postcopy.state import Descriptors, Slot
+from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
 
-_CLOSE_ALL = 0xFFFF_FFFF
 _O_CLOEXEC = 0o2000000
 _F_SETFD, _F_SETFL = 2, 4
 _STREAMS = 3
-_MOST_LENT = 16  # what is not known when the limit is set
+_PATH_ROOM = 8192
+
+
+class Shared:
+    """What the tables of a tree share: where descriptions, pipes and files without a name are to be had once they are
+    there.
+
+    Its first holder in the order of building makes it; the others take it from there.
+    """
+
+    def __init__(self, tree: Tree, inherited: Mapping[str, int] | None = None) -> None:
+        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource."""
+        self.descriptors: Descriptors = tree.descriptors
+        self.inherited = inherited or {}
+        self.descriptions: dict[int, tuple[int, int]] = {}
+        self.pipes: dict[int, tuple[int, int]] = {}
+        self.ghosts: dict[int, tuple[int, int]] = {}
+        for process in tree.processes:
+            for slot in process.slots:
+                where = process.pid, slot.fd
+                self.descriptions.setdefault(slot.description, where)
+                description = self.descriptors.descriptions[slot.description]
+                if description.pipe is not None:
+                    self.pipes.setdefault(description.pipe.pipe, where)
+                elif description.ghost is not None:
+                    self.ghosts.setdefault(description.ghost.ghost, where)
+
+    def made_by(self, process: Process) -> list[Description]:
+        """The descriptions that a process makes itself."""
+        mine = (slot for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd))
+        return [self.descriptors.descriptions[slot.description] for slot in mine]
+
+    def pipes_made_by(self, process: Process) -> list[Pipe]:
+        """The pipes that a process makes itself."""
+        return [self.descriptors.pipes[number] for number, (pid, _) in self.pipes.items() if pid == process.pid]
+
+    def ghosts_made_by(self, process: Process) -> list[tuple[Ghost, int]]:
+        """The files without a name that a process makes itself, and a descriptor of each."""
+        return [
+            (self.descriptors.ghosts[number], fd) for number, (pid, fd) in self.ghosts.items() if pid == process.pid
+        ]
 
 
 @dataclass
 class Plan:
-    """Where descriptors lie while the table is being built: what is parked lies where the program has nothing.
+    """Where descriptors lie while a table is being built: what is parked lies where the program has nothing.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams``: where those are parked that ``restore`` lends; ``inherited``: and
-    what it was given for external resources; ``pipes`` and ``ghosts``: the ends of
-    each pipe, and each file without a name, by number. ``taken``: parked ends that the program has got themselves.
-    ``places``: a descriptor of each description, and ``slots`` by their numbers, once they are there.
+    into one batch. ``streams``: where those are parked that ``restore`` lends; ``inherited``: and what it was given for
+    external resources; ``pipes`` and ``ghosts``: ends of pipes, and files without a name, by number. ``taken``: parked
+    ends that the program has got themselves. ``slots``: the table by number, once it is there.
     """
 
     batch: Batch
-    state: Descriptors
+    pid: int
+    shared: Shared
     spaces: Iterator[int]
     used: set[int] = field(default_factory=set)
     lowest: int = 0
     parked: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     inherited: dict[str, int] = field(default_factory=dict)
-    pipes: list[tuple[int, int]] = field(default_factory=list)
+    pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
-    ghosts: list[int] = field(default_factory=list)
-    places: dict[int, int] = field(default_factory=dict)
+    ghosts: dict[int, int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
+    _places: dict[int, int] = field(default_factory=dict)
+    _holders: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Descriptors:
+        """What the tables of the tree refer to."""
+        return self.shared.descriptors
 
     def next_fd(self) -> int:
         """The number that the next opened descriptor gets; it counts as used."""
@@ -109,6 +155,36 @@ class Plan:
         self.parked.append(place)
         return place
 
+    def borrow(self, pid: int, fd: int, purpose: str) -> int:
+        """What is open as ``fd`` in another process, which has been built already: the number it gets here."""
+        if pid not in self._holders:
+            opened = self.next_fd()
+            self.batch.add(call("pidfd_open", pid, 0), purpose)
+            self._holders[pid] = self.park(opened, purpose)
+        opened = self.next_fd()
+        self.batch.add(call("pidfd_getfd", self._holders[pid], fd, 0), purpose)
+        return opened
+
+    def place(self, description: int, purpose: str) -> int:
+        """A descriptor of ``description`` in the finished table, parked where only another process has one."""
+        if description not in self._places:
+            holder, fd = self.shared.descriptions[description]
+            self._places[description] = self.park(self.borrow(holder, fd, purpose), purpose)
+        return self._places[description]
+
+    def finished(self, slots: Iterable[Slot]) -> None:
+        """Take note of the finished table."""
+        for slot in slots:
+            self.slots[slot.fd] = slot
+            self._places.setdefault(slot.description, slot.fd)
+        self.used |= set(self.slots)
+
+    def end(self) -> None:
+        """Close what is parked."""
+        for place in self.parked:
+            # Without a purpose: a stream that ``restore`` does not have is none here.
+            self.batch.add(call("close", place))
+
 
 Opener = Callable[[Plan, Slot, Any], None]
 
@@ -127,99 +203,116 @@ _KINDS: dict[str, Opener] = {
 }
 
 
-def spaces(state: Descriptors, limit: int, lent: int = 0) -> Iterator[int]:
+def spaces(slots: Iterable[Slot], limit: int, lent: int = 0) -> Iterator[int]:
     """Numbers where the table has nothing, from just above the highest on, then in gaps; all below ``limit``.
 
     The first ``lent`` numbers are taken by what is lent.
     """
-    taken = {*range(lent), *(slot.fd for slot in state.slots)}
+    taken = {*range(lent), *(slot.fd for slot in slots)}
     above = max(taken, default=-1) + 1
     yield from range(above, limit)
     yield from (number for number in range(min(above, limit) - 1, -1, -1) if number not in taken)
 
 
-def needed(state: Descriptors) -> int:
-    """How many numbers are used beside those of the table."""
-    return _STREAMS + _MOST_LENT + 2 * len(state.pipes) + len(state.ghosts) + 8
+def needed(process: Process, shared: Shared) -> int:
+    """How many numbers are used at once beside those of the table, at most."""
+    lent = _STREAMS + len(shared.inherited)
+    holders = {shared.descriptions[slot.description][0] for slot in process.slots}
+    watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
+    foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
+    return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + 8
 
 
-def highest(state: Descriptors) -> int:
+def highest(process: Process, shared: Shared) -> int:
     """One more than the highest number that building the table would like to use."""
-    return max((slot.fd for slot in state.slots), default=-1) + 1 + needed(state)
+    return max((slot.fd for slot in process.slots), default=-1) + 1 + needed(process, shared)
 
 
-def fits(state: Descriptors, limit: int) -> bool:
+def fits(process: Process, shared: Shared, limit: int) -> bool:
     """Whether the table can be built with numbers below ``limit``, if need be in its gaps."""
-    return all(slot.fd < limit for slot in state.slots) and len(state.slots) + needed(state) <= limit
+    return all(slot.fd < limit for slot in process.slots) and len(process.slots) + needed(process, shared) <= limit
 
 
-def room(state: Descriptors) -> int:
+def room(process: Process, shared: Shared) -> int:
     """Bytes that the batches take."""
-    each = 1024 * len(state.slots) + 256 * (len(state.deliveries) + len(state.locks))
-    contents = sum(2 * len(pipe.content) + 128 * len(pipe.packets) + 8192 for pipe in state.pipes)
-    paths = sum(8192 for _ in state.ghosts)
-    for description in state.descriptions:
+    state = shared.descriptors
+    each = 1024 * (len(process.slots) + len(shared.inherited)) + 256 * (len(state.deliveries) + len(state.locks))
+    pipes = shared.pipes_made_by(process)
+    contents = sum(2 * len(pipe.content) + 128 * len(pipe.packets) + _PATH_ROOM for pipe in pipes)
+    paths = _PATH_ROOM * len(shared.ghosts_made_by(process))
+    for description in shared.made_by(process):
         if description.file is not None:
             paths += 4 * len(description.file.path)
         elif description.epoll is not None:
-            each += 640 * len(description.epoll.targets)
+            each += 1024 * len(description.epoll.targets)
         elif description.inotify is not None:
             paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
     return each + contents + paths
 
 
-def rebuild(state: Descriptors, limit: int, lent: Sequence[str], batch: Batch) -> None:
-    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends.
+def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
+    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, and those from 3
+    on what it was given for external resources.
 
-    ``limit``: no number may be higher. ``lent``: the external resources for which those from 3 on were given.
+    ``limit``: no number may be higher.
     """
-    plan = Plan(batch, state, spaces(state, limit, _STREAMS + len(lent)))
+    lent = _STREAMS + len(shared.inherited)
+    plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent))
     for stream in range(_STREAMS):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         plan.streams.append(plan.parking())
         batch.add(call("dup3", stream, plan.streams[-1], _O_CLOEXEC))
-    for number, resource in enumerate(lent, start=_STREAMS):
+    for number, resource in enumerate(shared.inherited, start=_STREAMS):
         plan.inherited[resource] = plan.parking()
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
     batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
-    plan.pipes = [pipes.rebuild(plan, pipe) for pipe in state.pipes]
-    plan.ghosts = [ghosts.rebuild(plan, ghost) for ghost in state.ghosts]
     first: dict[int, int] = {}
-    for slot in state.slots:
+    for slot in process.slots:
         if slot.description in first:
             plan.duplicate(first[slot.description], slot.fd, slot.close_on_exec, f"duplicating descriptor {slot.fd}")
             continue
         first[slot.description] = slot.fd
-        description = state.descriptions[slot.description]
+        holder, fd = shared.descriptions[slot.description]
+        if holder != process.pid:
+            purpose = f"taking descriptor {slot.fd} from process {holder}"
+            plan.settle(plan.borrow(holder, fd, purpose), slot.fd, slot.close_on_exec, purpose)
+            continue
+        description = shared.descriptors.descriptions[slot.description]
         for kind, opener in _KINDS.items():
             if (found := getattr(description, kind)) is not None:
                 opener(plan, slot, found)
-    for place in plan.parked:
-        # Without a purpose: see the streams.
-        batch.add(call("close", place))
+    plan.end()
 
 
-def fill(state: Descriptors, process: int) -> None:
-    """Write the contents of files without a name. ``process``: a pidfd of the stopped process whose table it is.
+def fill(process: Process, shared: Shared, pidfd: int) -> None:
+    """Write the contents of the files without a name that the process has made; ``pidfd`` is its own.
 
     Raises OSError.
     """
-    ghosts.fill(state, process)
+    for ghost, fd in shared.ghosts_made_by(process):
+        ghosts.fill(ghost, pidfd, fd)
 
 
-def connect(state: Descriptors, limit: int, run: Callable[[Batch], Answers], batch: Callable[[], Batch]) -> None:
+def connect(
+    process: Process,
+    shared: Shared,
+    limit: int,
+    run: Callable[[Batch], Answers],
+    batch: Callable[[], Batch],
+) -> None:
     """Make the calls for what refers to other descriptors, or must not notice how they were made.
 
-    ``batch`` begins a list of calls, ``run`` makes them.
+    The tables of all processes are there. ``batch`` begins a list of calls, ``run`` makes them.
     """
-    slots = {slot.fd: slot for slot in state.slots}
-    places = {slot.description: slot.fd for slot in reversed(state.slots)}
 
     def plan() -> Plan:
-        return Plan(batch(), state, spaces(state, limit), set(slots), places=places, slots=slots)
+        made = Plan(batch(), process.pid, shared, spaces(process.slots, limit))
+        made.finished(process.slots)
+        return made
 
     connecting = plan()
     armed = epoll.connect(connecting)
+    connecting.end()
     answers = run(connecting.batch)
     last = plan()
     epoll.disarm(last, armed, answers)
@@ -227,4 +320,5 @@ def connect(state: Descriptors, limit: int, run: Callable[[Batch], Answers], bat
     locks.rebuild(last)
     # Last: nothing that we do here is to be an event.
     inotify.connect(last)
+    last.end()
     run(last.batch)

@@ -60,9 +60,9 @@ def connect(plan: "Plan") -> Armed:
     """
     armed = Armed()
     for number, description in enumerate(plan.state.descriptions):
-        if description.epoll is None or number not in plan.places:
+        if description.epoll is None or plan.shared.descriptions[number][0] != plan.pid:
             continue
-        instance = plan.places[number]
+        instance = plan.shared.descriptions[number][1]
         told = 0
         for target in description.epoll.targets:
             if _is_disarmed(target):
@@ -107,7 +107,7 @@ def _register(plan: "Plan", instance: int, target: EpollTarget, what: int, event
     purpose = f"registering descriptor {target.fd} with epoll instance {instance}"
     batch = plan.batch
     made = call("epoll_ctl", instance, what, target.fd, batch.place(event(events, target.data)))
-    place = plan.places[target.description]
+    place = plan.place(target.description, purpose)
     owner = plan.slots.get(target.fd)
     if owner is not None and owner.description == target.description:
         batch.add(made, purpose)

@@ -8,7 +8,7 @@ from postcopy.kernel import pidfd
 from postcopy.kernel.calls import call
 from postcopy.kernel.memfd import F_ADD_SEALS, MFD_ALLOW_SEALING
 from postcopy.open_kinds import Ghost, GhostOpening
-from postcopy.state import Descriptors, Slot
+from postcopy.state import Slot
 
 if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
@@ -19,7 +19,16 @@ _NAME_MAX = 255
 _O_TMPFILE = 0o20000000 | os.O_DIRECTORY
 
 
-def rebuild(plan: "Plan", ghost: Ghost) -> int:
+def _parked(plan: "Plan", number: int) -> int:
+    """The number where the file is parked: made here, or taken from who has made it."""
+    holder, fd = plan.shared.ghosts[number]
+    if holder == plan.pid:
+        return _make(plan, plan.state.ghosts[number])
+    purpose = f"taking {plan.state.ghosts[number].name} from process {holder}"
+    return plan.park(plan.borrow(holder, fd, purpose), purpose)
+
+
+def _make(plan: "Plan", ghost: Ghost) -> int:
     """Add the calls that make the file, still empty; the number where it is parked."""
     batch = plan.batch
     purpose = f"making {ghost.name}, which has no name any more, in {ghost.directory}"
@@ -50,6 +59,8 @@ def _free_name(ghost: Ghost) -> str:
 
 def open_ghost(plan: "Plan", slot: Slot, state: GhostOpening) -> None:
     """Add the calls that open the parked file once."""
+    if state.ghost not in plan.ghosts:
+        plan.ghosts[state.ghost] = _parked(plan, state.ghost)
     ghost, parked = plan.state.ghosts[state.ghost], plan.ghosts[state.ghost]
     purpose = f"opening {ghost.name} (descriptor {slot.fd})"
     if state.flags & _O_TMPFILE == _O_TMPFILE:
@@ -64,19 +75,16 @@ def open_ghost(plan: "Plan", slot: Slot, state: GhostOpening) -> None:
         plan.batch.add(call("lseek", slot.fd, state.position, _SEEK_SET), purpose)
 
 
-def fill(state: Descriptors, process: int) -> None:
-    """Write the contents, and set what a file has besides. ``process``: a pidfd. Raises OSError."""
-    filled: set[int] = set()
-    for slot in state.slots:
-        opening = state.descriptions[slot.description].ghost
-        if opening is None or opening.ghost in filled:
-            continue
-        filled.add(opening.ghost)
-        theirs = pidfd.getfd(process, slot.fd)
-        try:
-            _fill(state.ghosts[opening.ghost], theirs)
-        finally:
-            os.close(theirs)
+def fill(ghost: Ghost, process: int, fd: int) -> None:
+    """Write the content, and set what a file has besides; it is open as ``fd`` in the process of this pidfd.
+
+    Raises OSError.
+    """
+    theirs = pidfd.getfd(process, fd)
+    try:
+        _fill(ghost, theirs)
+    finally:
+        os.close(theirs)
 
 
 def _fill(ghost: Ghost, theirs: int) -> None:

@@ -15,32 +15,44 @@ _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
 @dataclass(frozen=True)
 class Handover:
-    """The address spaces to fill, and the root of the tree: its PID as we see it, and a pidfd."""
+    """The address spaces to fill, and the processes of the tree, the root first: PIDs as we see them, and pidfds."""
 
     spaces: Sequence[HandedSpace]
-    root_pid: int
-    root_pidfd: int
+    processes: Sequence[tuple[int, int]]
+
+    @property
+    def pidfds(self) -> list[int]:
+        """Those of all processes."""
+        return [pidfd for _, pidfd in self.processes]
 
     def send(self, connection: socket.socket) -> None:
         """Pass it on by a Unix seqpacket socket; ranges by a memfd, since they may be many. Raises OSError."""
-        content = msgpack.packb([self.root_pid, [[s.space, s.lazy.pack()] for s in self.spaces]])
+        content = msgpack.packb([[pid for pid, _ in self.processes], [[s.space, s.lazy.pack()] for s in self.spaces]])
         with os.fdopen(os.memfd_create("postcopy-handover"), "wb") as memory:
             memory.write(content)
             memory.flush()
-            fds = [memory.fileno(), self.root_pidfd, *(s.uffd for s in self.spaces)]
-            socket.send_fds(connection, [b"h"], fds)
+            socket.send_fds(connection, [b"h"], [memory.fileno()])
+        fds = [*self.pidfds, *(s.uffd for s in self.spaces)]
+        for first in range(0, len(fds), _MOST_DESCRIPTORS):
+            socket.send_fds(connection, [b"f"], fds[first : first + _MOST_DESCRIPTORS])
 
     @classmethod
     def receive(cls, connection: socket.socket) -> "Handover | None":
         """Wait for one, with descriptors of our own; None when the other side has closed the connection instead."""
-        said, fds, _, _ = socket.recv_fds(connection, 1, _MOST_DESCRIPTORS)
+        said, first, _, _ = socket.recv_fds(connection, 1, 1)
         if not said:
             return None
-        with os.fdopen(fds[0], "rb") as memory:
+        with os.fdopen(first[0], "rb") as memory:
             memory.seek(0)
-            root_pid, spaces = msgpack.unpackb(memory.read())
+            pids, spaces = msgpack.unpackb(memory.read())
+        fds: list[int] = []
+        while len(fds) < len(pids) + len(spaces):
+            said, more, _, _ = socket.recv_fds(connection, 1, _MOST_DESCRIPTORS)
+            if not said:
+                return None
+            fds += more
         handed = [
             HandedSpace(space, uffd, PageRanges.unpack(lazy))
-            for (space, lazy), uffd in zip(spaces, fds[2:], strict=True)
+            for (space, lazy), uffd in zip(spaces, fds[len(pids) :], strict=True)
         ]
-        return cls(handed, root_pid, fds[1])
+        return cls(handed, list(zip(pids, fds, strict=False)))

@@ -23,9 +23,9 @@ def rebuild(plan: "Plan", slot: Slot, state: Inotify) -> None:
 def connect(plan: "Plan") -> None:
     """Add the calls that add the watches."""
     for number, description in enumerate(plan.state.descriptions):
-        if description.inotify is None or number not in plan.places:
+        if description.inotify is None or plan.shared.descriptions[number][0] != plan.pid:
             continue
-        instance = plan.places[number]
+        instance = plan.shared.descriptions[number][1]
         for watch in description.inotify.watches:
             purpose = f"watching {watch.path}"
             plan.batch.add(call("ioctl", instance, INOTIFY_IOC_SETNEXTWD, watch.number), purpose)

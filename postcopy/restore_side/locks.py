@@ -17,7 +17,9 @@ def rebuild(plan: "Plan") -> None:
     """Add the calls."""
     batch = plan.batch
     for lock in plan.state.locks:
-        fd = plan.places[lock.description]
+        if (lock.owner or plan.shared.descriptions[lock.description][0]) != plan.pid:
+            continue
+        fd = plan.place(lock.description, "finding a descriptor")
         purpose = f"taking the lock of descriptor {fd}, which somebody else has"
         if lock.kind == "flock":
             how = fcntl.LOCK_EX if lock.type == fcntl.F_WRLCK else fcntl.LOCK_SH

@@ -15,7 +15,18 @@ _F_SETPIPE_SZ = 1031
 _O_LARGEFILE = 0o100000
 
 
-def rebuild(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
+def _parked(plan: "Plan", number: int) -> tuple[int, int]:
+    """The parked numbers of a read and a write end of a pipe; opened anew, any end gives any other."""
+    holder, fd = plan.shared.pipes[number]
+    if holder == plan.pid:
+        return _make(plan, plan.state.pipes[number])
+    purpose = f"taking an end of a pipe from process {holder}"
+    one = plan.park(plan.borrow(holder, fd, purpose), purpose)
+    plan.taken.add(one)
+    return one, one
+
+
+def _make(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
     """Add the calls that make the pipe; the parked numbers of its read and write end."""
     purpose = f"opening FIFO {pipe.path}" if pipe.path else "making a pipe"
     batch = plan.batch
@@ -44,6 +55,8 @@ def rebuild(plan: "Plan", pipe: Pipe) -> tuple[int, int]:
 def open_end(plan: "Plan", slot: Slot, end: PipeEnd) -> None:
     """Add the calls that give ``slot`` an end of a parked pipe, as an open file description of its own."""
     purpose = f"opening an end of a pipe (descriptor {slot.fd})"
+    if end.pipe not in plan.pipes:
+        plan.pipes[end.pipe] = _parked(plan, end.pipe)
     read_end, write_end = plan.pipes[end.pipe]
     source = read_end if end.flags & os.O_ACCMODE == os.O_RDONLY else write_end
     if not end.flags & _O_LARGEFILE and source not in plan.taken:

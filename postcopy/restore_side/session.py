@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import msgpack
 
 from postcopy import roles, soundness
 from postcopy.checkpoint.reader import Checkpoint
-from postcopy.deadline import deadline, uninterrupted
+from postcopy.deadline import deadline, disregard_signals, uninterrupted
 from postcopy.errors import (
     ConnectionLost,
     LostAfterCommit,
@@ -26,20 +27,22 @@ from postcopy.errors import (
     ProblemsError,
     RestoreError,
 )
+from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.restore_side import eager
 from postcopy.restore_side import manifest as manifests
-from postcopy.restore_side.birth import Newborn, give_birth
-from postcopy.restore_side.build import Built, build
+from postcopy.restore_side.birth import Newborn, give_birth, kill
+from postcopy.restore_side.build import Built
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.tree import BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
-from postcopy.state import Process, Tree
+from postcopy.state import Tree
 from postcopy.transport import DEFAULT_PORT, Channels, connect
 from postcopy.wire import control
 from postcopy.wire.control import Kind
@@ -52,8 +55,7 @@ _NEWS_SIZE = 65536
 @dataclass(frozen=True)
 class Options:
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
-    ``patience``: seconds to wait for the source to listen. ``inherited``: descriptors of ours, by the external resource
-    whose place each is to take; those above 2 are closed here."""
+    ``patience``: seconds to wait for the source to listen."""
 
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -82,6 +84,7 @@ def restore(
     program runs on at the source.
     """
     check_privileges()
+    allow_descriptors()
     if channels is None:
         channels, peer = connect(options.address, options.port, options.patience)
         channels.limit_silence(options.timeout)
@@ -114,7 +117,8 @@ class _Takeover:
         self._checkpoint = checkpoint
         self._namespace: PidNamespace | None = None
         self._newborn: Newborn | None = None
-        self._built: Built | None = None
+        self._newborns: dict[int, Newborn] = {}
+        self._built: BuiltTree | None = None
         self._watchdog: Role | None = None
         self._orders = -1
         self._news: socket.socket | None = None
@@ -172,14 +176,13 @@ class _Takeover:
         with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
-            process = self._only(tree)
             assert self._newborn is not None
-            self._built = build(
-                process, pages, self._newborn, parent_stays=not self._options.detach, inherited=self._options.inherited
-            )
+            stays, inherited = not self._options.detach, self._options.inherited
+            self._built = build_tree(tree, pages, self._newborn, self._newborns, stays, inherited)
             self._boot_bytes = len(pages)
-            self._hand_over(self._spaces(process))
-            self._reporter.event("built", pid=self._built.pid, threads=len(process.threads))
+            self._hand_over(self._built)
+            threads = sum(len(process.threads) for process in tree.processes)
+            self._reporter.event("built", pid=self._newborn.pid, processes=len(tree.processes), threads=threads)
             self._check_daemon()
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
@@ -198,14 +201,6 @@ class _Takeover:
         assert self._watchdog is not None
         if select.select([self._watchdog.pidfd], [], [], 0)[0]:
             raise RestoreError("the daemon that would fetch the program's memory has died")
-
-    def _only(self, tree: Tree) -> Process:
-        if len(tree.processes) != 1:
-            raise RestoreError(f"trees of {len(tree.processes)} processes cannot be restored yet")
-        process = tree.processes[0]
-        if self._newborn is None or process.pid != self._newborn.inner_pid:
-            raise RestoreError(f"the state is of process {process.pid}, not of the one the manifest announced")
-        return process
 
     def _start_watchdog(self) -> None:
         """Fork the daemon, before there is anything to guard: this costs no stand-still."""
@@ -233,10 +228,9 @@ class _Takeover:
         self._channels.demand.close()
         self._channels.bulk.close()
 
-    def _spaces(self, process: Process) -> list[HandedSpace]:
+    def _spaces(self, built: BuiltTree) -> list[HandedSpace]:
         """What is left to fill once the tree has been built."""
-        assert self._built is not None
-        spaces = [HandedSpace(process.space, self._built.uffd, PageRanges.unpack(process.memory.lazy))]
+        spaces = built.spaces()
         if self._options.lazy:
             return spaces
         assert self._checkpoint is not None
@@ -244,18 +238,17 @@ class _Takeover:
         self._reporter.event("filled", pages=sum(each.lazy.total_pages for each in spaces))
         return [HandedSpace(each.space, each.uffd, PageRanges()) for each in spaces]
 
-    def _hand_over(self, spaces: list[HandedSpace]) -> None:
+    def _hand_over(self, built: BuiltTree) -> None:
         """Give the built tree to the daemon; from here on that alone keeps its memory waiting for pages."""
-        assert self._built is not None
+        spaces = self._spaces(built)
         self._lazy_pages = sum(each.lazy.total_pages for each in spaces)
-        Handover(spaces, self._built.pid, self._built.newborn.pidfd).send(self._handovers)
-        os.close(self._built.uffd)
-        self._built.uffd = -1
+        Handover(spaces, [(each.pid, each.newborn.pidfd) for each in built.processes]).send(self._handovers)
+        built.close_userfaultfds()
 
     def undo(self) -> None:
         """Leave nothing here."""
         if self._newborn is not None:
-            self._newborn.kill()
+            kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
         if self._namespace is not None:
             self._namespace.kill()
         if self._watchdog is not None:
@@ -277,15 +270,17 @@ class _Takeover:
                     self._where_it_is,
                 ) from None
             if self._namespace:
-                self._namespace.entrust(self._built.state.pid)
-            self._lend_terminal(self._built)
+                self._namespace.entrust(self._built.root.state.pid)
+            self._lend_terminal(self._built.root)
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
             os.write(self._orders, RESUMED)
+            # Before anybody is told that the program runs: who ends us from here on means the program.
+            self._leave_signals_to_the_program()
         self._channels.control.close()
         scheduling()
-        pid = self._built.pid
+        pid = self._built.root.pid
         if self._options.pidfile:
             try:
                 self._options.pidfile.write_text(f"{pid}\n")
@@ -294,10 +289,23 @@ class _Takeover:
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
 
+    def _leave_signals_to_the_program(self) -> None:
+        if self._options.detach:
+            disregard_signals()
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        # A terminal's Ctrl-C goes to the program too, and it is the program's to decide about.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd(), number)
+
     def _lend_terminal(self, built: Built) -> None:
         """Make a process group of its own, which was in the foreground of its terminal, the foreground of ours."""
         lineage = built.state.lineage
-        if lineage.foreground and lineage.process_group and not lineage.session and os.isatty(0):
+        if lineage.foreground and lineage.process_group == built.state.pid and not lineage.session and os.isatty(0):
             # A background process that sets the foreground group is stopped, unless it ignores this.
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             with contextlib.suppress(OSError):
@@ -312,10 +320,6 @@ class _Takeover:
     def stay(self) -> int:
         """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
         assert self._built is not None and self._news is not None
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda signum, _: signal.pidfd_send_signal(self._pidfd(), signum))
-        # A terminal's Ctrl-C goes to the program too, and it is the program's to decide about.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         poll = select.poll()
         poll.register(self._pidfd(), select.POLLIN)
         poll.register(self._news.fileno(), select.POLLIN)
@@ -336,7 +340,7 @@ class _Takeover:
                 continue
             if self._pidfd() in ready:
                 break
-        _, status = os.waitpid(self._built.pid, 0)
+        _, status = os.waitpid(self._built.root.pid, 0)
         self._take_terminal_back()
         if watching:
             lost = self._hear_the_rest() or lost
@@ -344,7 +348,7 @@ class _Takeover:
             raise LostAfterCommit(f"the program was killed: {lost}", self._where_it_is)
         code = os.waitstatus_to_exitcode(status)
         code = 128 - code if code < 0 else code
-        self._reporter.event("exited", pid=self._built.pid, status=code)
+        self._reporter.event("exited", pid=self._built.root.pid, status=code)
         return code
 
     @property
@@ -356,7 +360,7 @@ class _Takeover:
 
     def _pidfd(self) -> int:
         assert self._built is not None
-        return self._built.newborn.pidfd
+        return self._built.root.newborn.pidfd
 
     def _hear_the_rest(self) -> str:
         """What the watchdog still has to say once the program has ended; its reason if the program was killed."""

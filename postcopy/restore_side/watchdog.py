@@ -90,7 +90,7 @@ class Watchdog:
             self._to_handler.close()
             if tree := Handover.receive(handovers):
                 _take_over_at_death_of(watchdog, tree, self.namespace_init)
-                FaultHandler(tree.spaces, demand, ring, reports, self.background, [tree.root_pidfd]).run()
+                FaultHandler(tree.spaces, demand, ring, reports, self.background, tree.pidfds).run()
 
         return body
 
@@ -217,7 +217,7 @@ class Watchdog:
                 message = f"pages could not be fetched ({error.message}); the program was killed at the destination"
                 self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
         if self.tree is not None:
-            kill_tree(self.tree.root_pid, self.tree.root_pidfd, self.namespace_init)
+            kill_tree(self.tree, self.namespace_init)
         _wait_for_end_of(self.uffds)
         self._tell({"event": "lost", "reason": error.message})
 
@@ -227,7 +227,7 @@ def _take_over_at_death_of(watchdog: int, tree: Handover, namespace_init: int | 
 
     def end(*_: object) -> NoReturn:
         log.error("the watchdog has died; the program is killed here, it never saw a wrong byte")
-        kill_tree(tree.root_pid, tree.root_pidfd, namespace_init)
+        kill_tree(tree, namespace_init)
         _wait_for_end_of(_own_userfaultfds())
         os._exit(1)
 
@@ -252,23 +252,18 @@ def _wait_for_end_of(uffds: list[int]) -> None:
         time.sleep(0.01)
 
 
-def kill_tree(root_pid: int, root_pidfd: int, namespace_init: int | None) -> None:
-    """SIGKILL the root and all its descendants; with a PID namespace of its own, everything in it."""
-    # Once the root has ended, its PID may be somebody else's.
-    descendants = [] if select.select([root_pidfd], [], [], 0)[0] else _descendants(root_pid)
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(root_pidfd, signal.SIGKILL)
+def kill_tree(tree: Handover, namespace_init: int | None) -> None:
+    """SIGKILL its processes and all their descendants; with a PID namespace of its own, everything in it."""
+    # Once one has ended, its PID may be somebody else's.
+    alive = [(pid, pidfd) for pid, pidfd in tree.processes if not select.select([pidfd], [], [], 0)[0]]
+    known = {pid for pid, _ in alive}
+    born_since = {each for pid in known for each in procfs.descendants(pid)} - known
+    for _, pidfd in alive:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     if namespace_init is not None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(namespace_init, signal.SIGKILL)
-    for pid in descendants:
+    for pid in born_since:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for child in procfs.children(pid):
-            found += [child, *_descendants(child)]
-    return found

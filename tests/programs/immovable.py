@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 SYS_TIMER_CREATE, SYS_SECCOMP, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 317, 425, 462
 SYS_INOTIFY_INIT1, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 300, 323
 MAP_HUGETLB = 0x40000
+SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
 PR_SET_NO_NEW_PRIVS = 38
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -38,8 +40,23 @@ def checked(result: int) -> int:
     return result
 
 
-def child(directory: Path) -> None:
-    kept.append(subprocess.Popen(["sleep", "1000"], close_fds=True))
+def shared_table(directory: Path) -> None:
+    cloned(CLONE_FILES)
+
+
+def shared_places(directory: Path) -> None:
+    cloned(CLONE_FS)
+
+
+def vfork(directory: Path) -> None:
+    if not os.fork():
+        cloned(CLONE_VM | CLONE_VFORK)
+
+
+def cloned(flags: int) -> None:
+    if not checked(libc.syscall(SYS_CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0)):
+        while True:
+            signal.pause()
 
 
 def tcp_socket(directory: Path) -> None:
@@ -52,7 +69,7 @@ def unix_socket(directory: Path) -> None:
 
 def pipe_that_leaves(directory: Path) -> None:
     read_end, write_end = os.pipe()
-    kept.append(subprocess.Popen(["sleep", "1000"], stdin=read_end))
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], stdin=read_end, check=True)
     os.close(read_end)
     kept.append(write_end)
 
@@ -218,7 +235,9 @@ def seccomp(directory: Path) -> None:
 
 #: What is made, and what dump says of it.
 KINDS: dict[Callable[[Path], None], str] = {
-    child: "it has children (",
+    shared_table: "share their descriptor table (CLONE_FILES)",
+    shared_places: "share their working directory (CLONE_FS)",
+    vfork: "share their memory (vfork, CLONE_VM)",
     tcp_socket: "socket:[",
     unix_socket: "socket:[",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",

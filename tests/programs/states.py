@@ -26,6 +26,7 @@ from tests.programs.cases import (
     registers,
     signals,
     threads,
+    trees,
 )
 
 UNSUPPORTED = "unsupported: "
@@ -167,6 +168,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--hold", type=float, default=5.0, help="seconds that the timed waits last")
     parser.add_argument("--user", type=int, help="become this user first, for good")
+    parser.add_argument("--tree", action="store_true", help="try what belongs to a process tree instead")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="try these cases alone")
     parser.add_argument("--files", type=Path, help="where the cases' own files lie, if not there")
     options = parser.parse_args()
@@ -178,6 +180,8 @@ def main() -> int:
         identity.Unprivileged.user = options.user
     kinds = CASES if options.user is None else UNPRIVILEGED
     kinds = (*kinds, *ON_REQUEST) if options.only else kinds
+    if options.tree:
+        kinds = trees.CASES
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()

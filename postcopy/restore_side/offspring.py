@@ -1,0 +1,226 @@
+"""Bring the root's descendants into being: each born by its own parent, in its session and process group.
+
+A child is a copy of its maker, which holds nothing but the tiny program: that takes no execve. It arrives stopped,
+traced by us, and dies with us (PTRACE_O_TRACEFORK, ptrace(2)).
+"""
+
+import errno
+import os
+import signal
+import struct
+from collections import defaultdict
+from collections.abc import Iterable
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import clone3, ptrace, tiny_elf
+from postcopy.kernel.calls import call
+from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, signal_bit, stop_signal
+from postcopy.kernel.page import page_up
+from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
+from postcopy.kinship import Making, Unrelated, plan
+from postcopy.restore_side.birth import Newborn
+from postcopy.state import Process, Tree, Zombie
+
+_PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
+_ALL = 0xFFFF_FFFF_FFFF_FFFF
+_FIXED_ROOM, _PER_BIRTH = 4096, 256
+_SIG_DFL, _SIG_IGN = bytes(32), struct.pack("<Q24x", 1)
+_KILLED_BY = 0x7F
+
+
+def bring_up(tree: Tree, root: Newborn, newborns: dict[int, Newborn]) -> None:
+    """Make the other processes of the tree; ``newborns`` takes them in, by PID as they see it, as soon as they are.
+
+    Ends with every zombie dead. Raises RestoreError: a PID is taken, or the tree cannot be.
+    """
+    newborns[root.inner_pid] = root
+    try:
+        makings = plan(each.lineage.relative(each.pid) for each in tree.members)
+    except Unrelated as reason:
+        raise RestoreError(f"the state is of a tree that cannot be: {reason}") from None
+    _Nursery(makings, newborns).run(tree)
+
+
+class _Nursery:
+    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn]) -> None:
+        self._makings = makings
+        self._newborns = newborns
+        self._stop = stop_signal(0, 0)
+        most = max(len(making.births) for making in makings.values())
+        self._room = page_up(CODE_SIZE + _FIXED_ROOM + _PER_BIRTH * most)
+        self._base = 0
+        self._executors: dict[int, Executor] = {}
+        self._to_forget: dict[int, set[int]] = defaultdict(set)
+        self._ended: dict[int, list[int]] = defaultdict(list)
+
+    def run(self, tree: Tree) -> None:
+        """All of it."""
+        if len(self._makings) == 1 and not self._acts(*self._makings.values()) and not tree.processes[0].stopped_by:
+            return
+        root = next(iter(self._newborns.values()))
+        self._base = lone_syscall(
+            root.pid, tiny_elf.SYSCALL_AT, call("mmap", 0, self._room, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0)
+        )
+        if self._base < 0:
+            raise RestoreError(f"mapping the executor: {_name(-self._base)}")
+        for pid, making in self._makings.items():
+            self._make(pid, making)
+        for pid, making in self._makings.items():
+            if making.joins_group:
+                batch = self._executor(pid).batch()
+                group = making.relative.group
+                batch.add(call("setpgid", 0, group), f"joining process group {group}")
+                self._run(pid, batch)
+        self._end_those_for_a_while()
+        for zombie in tree.zombies:
+            self._become(zombie)
+        for process in tree.processes:
+            if process.stopped_by:
+                self._stop_job(process)
+        self._forget()
+
+    @staticmethod
+    def _acts(making: Making) -> bool:
+        return bool(making.births or making.makes_session or making.makes_group)
+
+    def _make(self, pid: int, making: Making) -> None:
+        """Have a process make others, its session and its process group."""
+        if not self._acts(making):
+            return
+        executor = self._executor(pid)
+        batch = executor.batch()
+        self._add_births(batch, making.early)
+        if making.makes_session:
+            batch.add(call("setsid"), "making its session")
+        self._add_births(batch, making.middle)
+        if making.makes_group:
+            batch.add(call("setpgid", 0, 0), "making its process group")
+        self._add_births(batch, making.late)
+        self._add_births(batch, making.siblings, clone3.CLONE_PARENT)
+        already = len(executor.born)
+        self._run(pid, batch)
+        for inner_pid, child in zip(making.births, executor.born[already:], strict=True):
+            self._newborns[inner_pid] = Newborn(child, inner_pid)
+            while (stop := ptrace.wait(child)).event != ptrace.PTRACE_EVENT_STOP:
+                if stop.ended is not None:
+                    raise RestoreError(f"the new process {inner_pid} ended before it could be built")
+                ptrace.cont(child)
+
+    def _add_births(self, batch: Batch, pids: Iterable[int], flags: int = 0) -> None:
+        for pid in pids:
+            # With CLONE_PARENT the child gets the exit signal of its maker, and none may be named.
+            exit_signal = 0 if flags else self._makings[pid].relative.exit_signal
+            wanted = batch.place(struct.pack("<I", pid))
+            arguments = batch.place(clone3.arguments(flags, exit_signal, wanted, 1))
+            batch.add(call("clone3", arguments, clone3.SIZE), f"making process {pid}")
+
+    def _executor(self, pid: int) -> Executor:
+        """The executor of a process, in the memory that it has from the root."""
+        if pid not in self._executors:
+            newborn = self._newborns[pid]
+            tid = newborn.pid
+            executor = Executor(tid, newborn.memory, self._base, self._room, self._stop, (pid, pid))
+            executor.install(0, ptrace.get_registers(tid))
+            ptrace.set_signal_mask(tid, _ALL & ~signal_bit(self._stop))
+            self._executors[pid] = executor
+        return self._executors[pid]
+
+    def _run(self, pid: int, batch: Batch) -> None:
+        answers = self._executor(pid).run(batch)
+        for made, purpose, number in answers.refusals():
+            hint = "end the process that has it, or restore with --new-pid-namespace" if number == errno.EEXIST else ""
+            what = "the PID is taken" if number == errno.EEXIST else f"{made.name} was refused with {_name(number)}"
+            raise RestoreError(f"process {pid}: {purpose}: {what}", hint)
+
+    # -- those who end before the tree begins -------------------------------------------------------------------------
+
+    def _end_those_for_a_while(self) -> None:
+        """End the leaders that were made for a while, and have their parents wait for them."""
+        for pid, making in self._makings.items():
+            if not making.lasting:
+                executor = self._executor(pid)
+                batch = executor.batch()
+                batch.add(call("exit_group", 0))
+                executor.start(batch)
+                self._await_end(pid)
+                self._ended[making.relative.parent].append(pid)
+                del self._newborns[pid]
+        for parent, ended in self._ended.items():
+            batch = self._executor(parent).batch()
+            for pid in ended:
+                batch.add(call("wait4", pid, 0, ptrace.WALL, 0), f"waiting for process {pid}")
+            self._run(parent, batch)
+
+    def _become(self, zombie: Zombie) -> None:
+        """Let a process end as the zombie ended that it is to be."""
+        tid, number = self._newborns[zombie.pid].pid, zombie.status & _KILLED_BY
+        executor = self._executor(zombie.pid)
+        batch = executor.batch()
+        batch.add(call("prctl", PR_SET_NAME, batch.text(zombie.name)), "setting its name")
+        batch.add(call("setresuid", zombie.uid, zombie.uid, zombie.uid), "setting its user id")
+        # No core dump of this.
+        batch.add(call("prctl", PR_SET_DUMPABLE, 0), "setting the dumpable attribute")
+        self._run(zombie.pid, batch)
+        if not number:
+            batch = executor.batch()
+            batch.add(call("exit_group", zombie.status >> 8))
+            executor.start(batch)
+        else:
+            ptrace.set_signal_mask(tid, _ALL & ~signal_bit(number))
+            os.kill(tid, number)
+            if number != signal.SIGKILL:
+                ptrace.cont(tid)
+                stop = ptrace.wait(tid)
+                if stop.signal != number or stop.event:
+                    raise RestoreError(f"process {zombie.pid}, which is to die of signal {number}, met {stop}")
+                ptrace.cont(tid, number)
+        self._await_end(zombie.pid)
+        del self._newborns[zombie.pid]
+
+    def _await_end(self, pid: int) -> None:
+        newborn = self._newborns[pid]
+        while ptrace.wait(newborn.pid).ended is None:
+            ptrace.cont(newborn.pid)
+        relative = self._makings[pid].relative
+        self._to_forget[relative.parent].add(relative.exit_signal)
+        newborn.close()
+
+    def _stop_job(self, process: Process) -> None:
+        """Put a process into the job-control stop that it was in; what is made of it later does not end that.
+
+        By SIGSTOP, whatever signal it was: the others do nothing in an orphaned group. Only after all those have ended
+        who were to end: an end that orphans a group continues its stopped members (setpgid(2)).
+        """
+        tid, parent = self._newborns[process.pid].pid, process.lineage.parent
+        ptrace.set_signal_mask(tid, _ALL)
+        os.kill(tid, signal.SIGSTOP)
+        ptrace.cont(tid)
+        while (stop := ptrace.wait(tid)).signal != signal.SIGSTOP or stop.event:
+            ptrace.cont(tid)
+        ptrace.cont(tid, signal.SIGSTOP)
+        stop = ptrace.wait(tid)
+        if stop.signal != signal.SIGSTOP or stop.event != ptrace.PTRACE_EVENT_STOP:
+            raise RestoreError(f"process {process.pid}, which is to be stopped, met {stop}")
+        if parent:
+            self._to_forget[parent].add(signal.SIGCHLD)
+            if process.stop_told:
+                batch = self._executor(parent).batch()
+                made = call("wait4", process.pid, 0, os.WUNTRACED | os.WNOHANG | ptrace.WALL, 0)
+                batch.add(made, f"waiting for the stop of process {process.pid}")
+                self._run(parent, batch)
+
+    def _forget(self) -> None:
+        """Take back the signals by which the kernel told parents of ends and stops: what was due is in the state."""
+        for parent, numbers in self._to_forget.items():
+            if parent not in self._newborns:
+                continue  # it is outside of the tree, or has ended too
+            batch = self._executor(parent).batch()
+            for number in filter(None, numbers):
+                # Ignoring a signal takes it from the queue (sigaction(2)).
+                for action in (_SIG_IGN, _SIG_DFL):
+                    batch.add(call("rt_sigaction", number, batch.place(action), 0, 8), f"forgetting signal {number}")
+            self._run(parent, batch)
+
+
+def _name(number: int) -> str:
+    return errno.errorcode.get(number, str(number))

@@ -1,0 +1,85 @@
+"""Build a whole tree, stopped, out of its state: first its processes are born, then one after the other is built."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import ptrace
+from postcopy.page_ranges import PageRanges
+from postcopy.restore_side import signals
+from postcopy.restore_side.birth import Newborn
+from postcopy.restore_side.build import Building, Built
+from postcopy.restore_side.descriptors import Shared
+from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.restore_side.offspring import bring_up
+from postcopy.state import LateSignal, Tree
+
+
+@dataclass
+class BuiltTree:
+    """A tree that is ready to go on; it dies with us until `resume`. The root is the first."""
+
+    processes: list[Built]
+
+    @property
+    def root(self) -> Built:
+        """The process that the user named."""
+        return self.processes[0]
+
+    def spaces(self) -> list[HandedSpace]:
+        """Its address spaces, with the pages that are missing."""
+        return [
+            HandedSpace(built.state.space, built.uffd, PageRanges.unpack(built.state.memory.lazy))
+            for built in self.processes
+        ]
+
+    def close_userfaultfds(self) -> None:
+        """Once the daemon has them, it alone is to keep the memory waiting for pages."""
+        for built in self.processes:
+            os.close(built.uffd)
+            built.uffd = -1
+
+    def resume(self, late: list[LateSignal]) -> None:
+        """Let all of it run: from here on it no longer depends on us. ``late``: signals that came last."""
+        by_pid = {built.state.pid: built for built in self.processes}
+        for each in late:
+            if target := by_pid.get(each.pid):
+                tids = dict(zip((thread.tid for thread in target.state.threads), target.tids, strict=True))
+                signals.send(each, target.pid, tids.get(each.tid))
+        for built in self.processes:
+            for tid in built.tids:
+                ptrace.detach(tid)
+
+
+def build_tree(
+    tree: Tree,
+    pages: memoryview,
+    root: Newborn,
+    newborns: dict[int, Newborn],
+    parent_stays: bool,
+    inherited: Mapping[str, int] | None = None,
+) -> BuiltTree:
+    """Build ``tree`` around ``root``; ``pages`` is the content of the pages that came with it, process by process.
+    ``inherited``: which descriptor of ours, and of ``root``, is to take the place of which external resource.
+
+    Every process is in ``newborns`` as soon as it is there. Raises RestoreError; all of them are then to be killed.
+    """
+    if not tree.processes or tree.processes[0].pid != root.inner_pid:
+        raise RestoreError("the state is not that of the process which the manifest announced")
+    shared = Shared(tree, inherited)
+    try:
+        bring_up(tree, root, newborns)
+    except OSError as error:
+        raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
+    buildings = []
+    place = 0
+    for process in tree.processes:
+        size = sum(sent.end - sent.start for sent in PageRanges.unpack(process.memory.sent))
+        content = pages[place : place + size]
+        buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
+        buildings[-1].begin(content)
+        place += size
+    if place != len(pages):
+        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {place}")
+    return BuiltTree([building.finish() for building in buildings])

@@ -1,0 +1,696 @@
+"""What processes of a tree are to one another: parents, sessions, groups, ends, and what they share."""
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from tests.programs.cases import Case, differences, first_problem, libc, syscall, unlike
+from tests.programs.cases.identity import prctl
+
+SYS_CLONE = 56
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 2, 36
+ANSWER_SECONDS = 20
+WAIT_SECONDS = 10
+
+
+class Line:
+    """A line to another process: two pipes, of which this is one side."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd, self.write_fd = read_fd, write_fd
+
+    def say(self, what: Any) -> None:
+        """One line of JSON."""
+        os.write(self.write_fd, json.dumps(what).encode() + b"\n")
+
+    def hear(self) -> Any:
+        """Wait for one. Raises TimeoutError, EOFError."""
+        line = b""
+        while not line.endswith(b"\n"):
+            if not select.select([self.read_fd], [], [], ANSWER_SECONDS)[0]:
+                raise TimeoutError(f"no answer after {line!r}")
+            byte = os.read(self.read_fd, 1)
+            if not byte:
+                raise EOFError(f"the other side is gone after {line!r}")
+            line += byte
+        return json.loads(line)
+
+    def wait(self) -> None:
+        """Wait for the next word, however long that takes; the process ends where the other side is gone."""
+        byte = b""
+        while byte != b"\n":
+            byte = os.read(self.read_fd, 1)
+            if not byte:
+                os._exit(0)
+
+
+class Child(Line):
+    """A child process that runs ``body`` with its side of a line, and ends with 0."""
+
+    def __init__(self, body: Callable[[Line], object], *keep: int, make: Callable[[], int] = os.fork) -> None:
+        """The child closes every descriptor but the standard streams and those of ``keep``."""
+        to_child, from_child = os.pipe(), os.pipe()
+        self.pid = make()
+        if not self.pid:
+            line = Line(to_child[0], from_child[1])
+            self._live(body, line, {0, 1, 2, line.read_fd, line.write_fd, *keep})
+        os.close(to_child[0])
+        os.close(from_child[1])
+        super().__init__(from_child[0], to_child[1])
+
+    @staticmethod
+    def _live(body: Callable[[Line], object], line: Line, keep: set[int]) -> NoReturn:
+        try:
+            for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+                if fd not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            body(line)
+            os._exit(0)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                line.say(f"{type(error).__name__}: {error}")
+            os._exit(99)
+
+    def end(self) -> int:
+        """Close the line and wait for the end: the wait status."""
+        os.close(self.write_fd)
+        return os.waitpid(self.pid, 0)[1]
+
+
+def relations() -> dict[str, Any]:
+    """What a process is to others, as it sees it."""
+    with open("/proc/self/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "session": os.getsid(0),
+        "group": os.getpgid(0),
+        "exit signal": int(fields[35]),
+    }
+
+
+def answering(line: Line) -> None:
+    """A body that tells its relations once now and once when it is asked."""
+    line.say(relations())
+    line.wait()
+    line.say(relations())
+    line.wait()
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true in time."""
+    until = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+class Relations(Case):
+    """Case whose processes all tell their relations before and after."""
+
+    def make(self) -> list[Line]:
+        """The lines of the processes, each of which answers."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Make them and hear what they say."""
+        self.lines = self.make()
+        self.before = [line.hear() for line in self.lines]
+
+    def verify(self) -> str | None:
+        """They say the same."""
+        for line in self.lines:
+            line.say("again")
+        return differences(
+            {str(number): told for number, told in enumerate(self.before)},
+            {str(number): line.hear() for number, line in enumerate(self.lines)},
+        )
+
+
+class Generations(Relations):
+    """Five generations, each process the child of the one before, and each waited for by its parent."""
+
+    DEPTH = 5
+
+    def make(self) -> list[Line]:
+        """Each process makes the next and passes on what is said."""
+        self.first = Child(lambda line: self._live(line, self.DEPTH))
+        return [self.first]
+
+    def _live(self, line: Line, left: int) -> None:
+        below = Child(lambda below: self._live(below, left - 1)) if left > 1 else None
+        for _ in range(2):
+            told = [relations()]
+            if below:
+                told += below.hear()
+            line.say(told)
+            line.wait()
+            if below:
+                below.say("again")
+        if below and (status := below.end()):
+            line.say(f"child {below.pid} ended with {status}")
+        os._exit(left)
+
+    def verify(self) -> str | None:
+        """And everyone ends as it should."""
+        problem = super().verify()
+        os.write(self.first.write_fd, b"\n")
+        return problem or unlike("status of the first", self.DEPTH << 8, self.first.end())
+
+
+class Sessions(Relations):
+    """A session with a group of its own in it, and children that were born before their parent left the session."""
+
+    def make(self) -> list[Line]:
+        """Four processes below one that makes a session when it has a child already."""
+        found: list[Line] = []
+        pipes = [(os.pipe(), os.pipe()) for _ in range(5)]
+        lines = [Line(down[0], up[1]) for down, up in pipes]
+        mine = [Line(up[0], down[1]) for down, up in pipes]
+        found += mine
+
+        def leader(_: Line) -> None:
+            self._fork(lines[1], lambda: None)
+            os.setsid()
+            self._fork(lines[2], lambda: os.setpgid(0, 0))
+            self._fork(lines[3], lambda: None)
+            self._fork(lines[4], os.setsid)
+            answering(lines[0])
+
+        self.leader = Child(leader, *(fd for line in lines for fd in (line.read_fd, line.write_fd)))
+        return found
+
+    @staticmethod
+    def _fork(line: Line, before: Callable[[], object]) -> None:
+        if not os.fork():
+            before()
+            answering(line)
+            os._exit(0)
+
+
+class OrphansOfGoneLeaders(Relations):
+    """Orphans with a subreaper as parent: their session's leader is gone, and the leader of a group of theirs."""
+
+    def make(self) -> list[Line]:
+        """A reaper, below which a leader makes three processes and ends."""
+        pipes = [(os.pipe(), os.pipe()) for _ in range(4)]
+        lines = [Line(down[0], up[1]) for down, up in pipes]
+        self.reaper = Child(
+            lambda _: self._reap(lines), *(fd for line in lines for fd in (line.read_fd, line.write_fd))
+        )
+        return [Line(up[0], down[1]) for down, up in pipes]
+
+    def _reap(self, lines: list[Line]) -> None:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        leader = os.fork()
+        if not leader:
+            os.setsid()
+            self._orphan(lines[1], 0)
+            # A group whose leader ends too; its two members stay.
+            group = os.fork()
+            if not group:
+                signal.pause()
+            os.setpgid(group, group)
+            self._orphan(lines[2], group)
+            self._orphan(lines[3], group)
+            os.kill(group, signal.SIGKILL)
+            os.waitpid(group, 0)
+            os._exit(0)
+        os.waitpid(leader, 0)
+        answering(lines[0])
+
+    @staticmethod
+    def _orphan(line: Line, group: int) -> None:
+        joined = os.pipe()
+        leader = os.getpid()
+        if not os.fork():
+            if group:
+                os.setpgid(0, group)
+            os.write(joined[1], b"j")
+            wait_for(lambda: os.getppid() != leader)
+            answering(line)
+            os._exit(0)
+        os.read(joined[0], 1)
+
+
+class SiblingsSession(Relations):
+    """An orphan in the session of a brother who is still there."""
+
+    def make(self) -> list[Line]:
+        """The brother forks twice: the orphan goes to the reaper."""
+        pipes = [(os.pipe(), os.pipe()) for _ in range(3)]
+        lines = [Line(down[0], up[1]) for down, up in pipes]
+
+        def reaper(_: Line) -> None:
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+            if not os.fork():
+                os.setsid()
+                between = os.fork()
+                if not between:
+                    parent = os.getpid()
+                    if not os.fork():
+                        wait_for(lambda: os.getppid() != parent)
+                        answering(lines[2])
+                    os._exit(0)
+                os.waitpid(between, 0)
+                answering(lines[1])
+                os._exit(0)
+            answering(lines[0])
+
+        self.reaper = Child(reaper, *(fd for line in lines for fd in (line.read_fd, line.write_fd)))
+        return [Line(up[0], down[1]) for down, up in pipes]
+
+
+class Zombies(Case):
+    """Children that have ended, each in its own way, and are still to be waited for; one of them led a group."""
+
+    def setup(self) -> None:
+        """Make them and wait until they are zombies."""
+        self.made: list[tuple[int, int]] = []
+        for status in (7 << 8, 0, int(signal.SIGKILL), int(signal.SIGTERM)):
+            pid = os.fork()
+            if not pid:
+                os.setpgid(0, 0)
+                if status in signal.valid_signals():
+                    os.kill(os.getpid(), status)
+                os._exit(status >> 8)
+            self.made.append((pid, status))
+        self.leader = self.made[0][0]
+        for pid, _ in self.made:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self.member = Child(answering)
+        self.member.hear()
+        self.member_of_group = Child(self._join)
+        self.group = self.member_of_group.hear()["group"]
+        self.before = [self._look(pid) for pid, _ in self.made]
+
+    def _join(self, line: Line) -> None:
+        os.setpgid(0, self.leader)
+        answering(line)
+
+    @staticmethod
+    def _look(pid: int) -> list[str]:
+        with open(f"/proc/{pid}/stat") as stat:
+            head, _, tail = stat.read().rpartition(")")
+        fields = tail.split()
+        return [head.partition("(")[2], *fields[:4], fields[35]]
+
+    def verify(self) -> str | None:
+        """They look as before, and are waited for once, each with its status."""
+        problem = first_problem(
+            unlike("their looks", self.before, [self._look(pid) for pid, _ in self.made]),
+            unlike("the first of the group", self.leader, os.waitpid(-self.leader, os.WNOHANG | os.WUNTRACED)[0]),
+        )
+        found = [(self.leader, self.made[0][1])] + [os.waitpid(pid, os.WNOHANG) for pid, _ in self.made[1:]]
+        self.member_of_group.say("again")
+        again = self.member_of_group.hear()["group"]
+        return problem or first_problem(
+            unlike("statuses", self.made, found), unlike("group", self.leader, again), self._no_more()
+        )
+
+    def _no_more(self) -> str | None:
+        for pid, _ in self.made:
+            with contextlib.suppress(ChildProcessError):
+                return f"{pid} is waited for twice: {os.waitpid(pid, os.WNOHANG)}"
+        return None
+
+
+class NoNewSigchld(Case):
+    """A process with a handler for SIGCHLD, with zombies and stopped children: it hears of none of them again."""
+
+    def setup(self) -> None:
+        """All of it in a child, so that other cases do not disturb."""
+        self.child = Child(self._live)
+        self.before = self.child.hear()
+
+    def _live(self, line: Line) -> None:
+        count = 0
+
+        def heard(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        signal.signal(signal.SIGCHLD, heard)
+        for _ in range(3):
+            if not os.fork():
+                os._exit(3)
+        self._stopped = os.fork()
+        if not self._stopped:
+            while True:
+                signal.pause()
+        os.kill(self._stopped, signal.SIGSTOP)
+        os.waitpid(self._stopped, os.WUNTRACED)
+        time.sleep(0.1)
+        line.say(count)
+        line.wait()
+        line.say([count, os.waitpid(self._stopped, os.WUNTRACED | os.WNOHANG)[0]])
+        line.wait()
+        os.kill(self._stopped, signal.SIGKILL)
+
+    def verify(self) -> str | None:
+        """No new signal, and the stop is not told twice."""
+        self.child.say("again")
+        return unlike("signals and stops", [self.before, 0], self.child.hear())
+
+
+class StoppedChild(Case):
+    """A stopped child stays stopped, and goes on when it is told to."""
+
+    def setup(self) -> None:
+        """Stop one."""
+        self.child = Child(answering)
+        self.child.hear()
+        os.kill(self.child.pid, signal.SIGSTOP)
+        os.waitpid(self.child.pid, os.WUNTRACED)
+
+    def verify(self) -> str | None:
+        """Stopped, then not."""
+        self.child.say("again")
+        with open(f"/proc/{self.child.pid}/stat") as stat:
+            state = stat.read().rpartition(")")[2].split()[0]
+        silent = not select.select([self.child.read_fd], [], [], 0.2)[0]
+        os.kill(self.child.pid, signal.SIGCONT)
+        told = self.child.hear()
+        return first_problem(
+            unlike("state", "T", state),
+            unlike("silent while it is stopped", True, silent),
+            unlike("pid", self.child.pid, told["pid"]),
+        )
+
+
+class BlockedWait(Case):
+    """A process that waits for its child while both are moved."""
+
+    def setup(self) -> None:
+        """A child that waits for a grandchild."""
+        down, up = os.pipe(), os.pipe()
+        self.grandchild = Line(up[0], down[1])
+
+        def grandchild(line: Line) -> None:
+            line.say("there")
+            line.wait()
+            os._exit(42)
+
+        def child(line: Line) -> None:
+            pid = os.fork()
+            if not pid:
+                grandchild(Line(down[0], up[1]))
+            line.say(pid)
+            line.say(list(os.waitpid(pid, 0)))
+
+        self.child = Child(child, down[0], up[1])
+        self.pid = self.child.hear()
+        self.grandchild.hear()
+
+    def verify(self) -> str | None:
+        """It hears of the end."""
+        self.grandchild.say("end")
+        return unlike("what it waited for", [self.pid, 42 << 8], self.child.hear())
+
+
+class ExitSignal(Case):
+    """A child whose end is told by another signal than SIGCHLD."""
+
+    def setup(self) -> None:
+        """Made by clone(2)."""
+        self.heard: list[int] = []
+        signal.signal(signal.SIGUSR2, lambda number, _: self.heard.append(number))
+        self.child = Child(answering, make=lambda: syscall(SYS_CLONE, int(signal.SIGUSR2), 0, 0, 0, 0))
+        self.before = self.child.hear()
+
+    def verify(self) -> str | None:
+        """The signal is still its own, and comes."""
+        self.child.say("again")
+        after = self.child.hear()
+        heard = list(self.heard)
+        os.kill(self.child.pid, signal.SIGKILL)
+        wait_for(lambda: bool(self.heard))
+        WALL = 0x40000000
+        return first_problem(
+            differences(self.before, after),
+            unlike("signals before the end", [], heard),
+            unlike("signals at the end", [signal.SIGUSR2], self.heard),
+            unlike("status", signal.SIGKILL, os.waitpid(self.child.pid, WALL)[1]),
+        )
+
+
+class DeathOfParent(Case):
+    """A process that gets a signal when its parent ends, and one that goes to a subreaper then."""
+
+    def setup(self) -> None:
+        """A reaper, its child, and the child's child."""
+        down, up = os.pipe(), os.pipe()
+        self.last = Line(up[0], down[1])
+
+        def last(parent: int) -> None:
+            line = Line(down[0], up[1])
+            heard: list[int] = []
+            signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+            line.say("there")
+            line.wait()
+            wait_for(lambda: bool(heard) and os.getppid() != parent)
+            line.say([heard, os.getppid()])
+            os._exit(0)
+
+        def middle() -> None:
+            if not os.fork():
+                last(os.getppid())
+            while True:
+                signal.pause()
+
+        def reaper(line: Line) -> None:
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+            pid = os.fork()
+            if not pid:
+                middle()
+            line.say(pid)
+            line.wait()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            line.say("killed")
+            line.wait()
+
+        self.reaper = Child(reaper, down[0], up[1])
+        self.reaper.hear()
+        self.last.hear()
+
+    def verify(self) -> str | None:
+        """The signal comes, and the reaper is its parent."""
+        self.last.say("again")
+        self.reaper.say("kill")
+        self.reaper.hear()
+        return unlike("signal and parent", [[signal.SIGUSR1], self.reaper.pid], self.last.hear())
+
+
+class SharedOffset(Case):
+    """A file that was opened before the fork: one offset, one set of flags; under other numbers too."""
+
+    def setup(self) -> None:
+        """Open, fork, move the offset in the child."""
+        path = self.directory / "inherited"
+        path.write_bytes(b"0123456789" * 100)
+        self.fd = os.open(path, os.O_RDWR)
+
+        def child(line: Line) -> None:
+            os.dup2(self.fd, 333)
+            apart = os.open(path, os.O_RDWR)
+            os.close(self.fd)
+            os.lseek(333, 100, os.SEEK_SET)
+            line.say("there")
+            line.wait()
+            before = os.lseek(333, 0, os.SEEK_CUR)
+            os.lseek(333, 700, os.SEEK_SET)
+            os.set_blocking(333, False)
+            line.say([before, os.lseek(apart, 0, os.SEEK_CUR)])
+            line.wait()
+
+        self.child = Child(child, self.fd)
+        self.child.hear()
+
+    def verify(self) -> str | None:
+        """Move it in the parent and in the child."""
+        before = os.lseek(self.fd, 0, os.SEEK_CUR)
+        os.lseek(self.fd, 200, os.SEEK_SET)
+        self.child.say("again")
+        told = self.child.hear()
+        return first_problem(
+            unlike("offset", 100, before),
+            unlike("offset in the child, and apart", [200, 0], told),
+            unlike("offset after the child's", 700, os.lseek(self.fd, 0, os.SEEK_CUR)),
+            unlike("blocking", False, os.get_blocking(self.fd)),
+        )
+
+
+class PipesBetween(Case):
+    """A pipe with content from one child to another, held by nobody else; one from the parent; one without a reader."""
+
+    def setup(self) -> None:
+        """Two children, three pipes."""
+        full, busy, broken = os.pipe(), os.pipe(), os.pipe()
+        self.content = os.urandom(50_000)
+
+        def writer(line: Line) -> None:
+            os.write(full[1], self.content)
+            line.say("there")
+            line.wait()
+            os.write(full[1], b"more")
+            try:
+                os.write(broken[1], b"?")
+                line.say("writing without a reader was allowed")
+            except BrokenPipeError:
+                line.say(None)
+
+        def reader(line: Line) -> None:
+            line.say("there")
+            line.wait()
+            content = b""
+            while piece := os.read(full[0], 4096):
+                content += piece
+            line.say(content == self.content + b"more")
+            line.say(os.read(busy[0], 100).decode())
+            line.wait()
+
+        self.writer = Child(writer, full[1], broken[1])
+        self.reader = Child(reader, full[0], busy[0])
+        for fd in (*full, *broken):
+            os.close(fd)
+        self.busy = busy
+        self.writer.hear()
+        self.reader.hear()
+
+    def verify(self) -> str | None:
+        """All content, in order, then the end."""
+        self.writer.say("again")
+        problem = self.writer.hear()
+        os.waitpid(self.writer.pid, 0)
+        self.reader.say("again")
+        complete = self.reader.hear()
+        os.write(self.busy[1], b"late")
+        return first_problem(problem, unlike("content", True, complete), unlike("late", "late", self.reader.hear()))
+
+
+class OwnMemory(Case):
+    """What a child has written since the fork is its own; what it has not is as its parent had it."""
+
+    PAGES = 64
+
+    def setup(self) -> None:
+        """Fork with memory, then write in both."""
+        memory = mmap.mmap(-1, self.PAGES * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(self.PAGES):
+            memory[page * mmap.PAGESIZE] = page
+        self.memory = memory
+
+        def child(line: Line) -> None:
+            memory[mmap.PAGESIZE] = 201
+            line.say("there")
+            line.wait()
+            line.say([memory[page * mmap.PAGESIZE] for page in range(self.PAGES)])
+            line.wait()
+
+        self.child = Child(child)
+        self.child.hear()
+        memory[2 * mmap.PAGESIZE] = 202
+
+    def verify(self) -> str | None:
+        """Both."""
+        self.child.say("again")
+        own = [self.memory[page * mmap.PAGESIZE] for page in range(self.PAGES)]
+        expected = list(range(self.PAGES))
+        return first_problem(
+            unlike("of the child", [0, 201, *expected[2:]], self.child.hear()),
+            unlike("of the parent", [0, 1, 202, *expected[3:]], own),
+        )
+
+
+class ThreadsOfChild(Case):
+    """A child with threads, each with its TID."""
+
+    def setup(self) -> None:
+        """Three of them, which wait."""
+        self.child = Child(self._live)
+        self.before = self.child.hear()
+
+    def _live(self, line: Line) -> None:
+        ask = threading.Event()
+        tids: list[int] = []
+        answers: list[int] = []
+
+        def thread() -> None:
+            tids.append(threading.get_native_id())
+            ask.wait()
+            answers.append(libc.syscall(186))
+
+        threads = [threading.Thread(target=thread) for _ in range(3)]
+        for each in threads:
+            each.start()
+        wait_for(lambda: len(tids) == len(threads))
+        line.say(sorted(tids))
+        line.wait()
+        ask.set()
+        for each in threads:
+            each.join()
+        line.say(sorted(answers))
+        line.wait()
+
+    def verify(self) -> str | None:
+        """The same TIDs."""
+        self.child.say("again")
+        return unlike("TIDs", self.before, self.child.hear())
+
+
+class Credentials(Case):
+    """A child of another user, with its own limits, below a parent that keeps its own."""
+
+    def setup(self) -> None:
+        """Become somebody else."""
+
+        def child(line: Line) -> None:
+            os.setgroups([4321])
+            os.setresgid(4322, 4322, 4322)
+            os.setresuid(4323, 4323, 4323)
+            for _ in range(2):
+                line.say([os.getresuid(), os.getresgid(), os.getgroups()])
+                line.wait()
+
+        self.child = Child(child)
+        self.before = self.child.hear()
+
+    def verify(self) -> str | None:
+        """Both."""
+        self.child.say("again")
+        return first_problem(
+            unlike("of the child", self.before, self.child.hear()), unlike("of the parent", 0, os.getuid())
+        )
+
+
+CASES: tuple[type[Case], ...] = (
+    Generations,
+    Sessions,
+    OrphansOfGoneLeaders,
+    SiblingsSession,
+    Zombies,
+    NoNewSigchld,
+    StoppedChild,
+    BlockedWait,
+    ExitSignal,
+    DeathOfParent,
+    SharedOffset,
+    PipesBetween,
+    OwnMemory,
+    ThreadsOfChild,
+    Credentials,
+)
