@@ -77,7 +77,7 @@ def pipe_that_leaves(directory: Path) -> None:
 def fifo_that_leaves(directory: Path) -> None:
     os.mkfifo(directory / "fifo")
     both = os.open(directory / "fifo", os.O_RDWR)
-    kept.append(subprocess.Popen(["sleep", "1000"], stdin=both))
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], stdin=both, check=True)
     kept.append(both)
 
 
@@ -126,7 +126,7 @@ def epoll_of_what_left(directory: Path) -> None:
     kept.append(epoll)
     event = os.eventfd(0)
     epoll.register(event, select.EPOLLIN)
-    kept.append(subprocess.Popen(["sleep", "1000"], pass_fds=[event]))
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], pass_fds=[event], check=True)
     os.close(event)
 
 
