@@ -23,7 +23,8 @@ from tests.migrate import move
 from tests.programs.cases.trees import CASES
 from tests.programs.clan import records
 from tests.programs.states import UNSUPPORTED
-from tests.test_failures import STEPS, Side, blocked_signals, die_after, other_ends
+from tests.sides import Side
+from tests.test_failures import STEPS, blocked_signals, die_after, other_ends
 from tests.test_states import Report, run_program
 
 PID = 4500
