@@ -407,11 +407,9 @@ def test_program_survives_kills_at_random_moments_and_can_be_moved_afterwards(sc
 @pytest.mark.parametrize("role", ["postcopy-faults", "postcopy-receive", "postcopy-watch"])
 def test_source_runs_on_when_the_daemon_dies_before_commit(scene: Scene, watched: Watched, role: str) -> None:
     destination, source = watched.both("restore", "built")
+    watchdog = of_role(scene.hosts.b, "postcopy-watch")
     scene.hosts.b.kill(of_role(scene.hosts.b, role))
-    if role != "postcopy-watch":
-        wait_until(
-            lambda: scene.hosts.b.proc_state(of_role(scene.hosts.b, "postcopy-watch")) == "Z", SECONDS, "it ends"
-        )
+    wait_until(lambda: scene.hosts.b.proc_state(watchdog) == "Z", SECONDS, "it ends")
     destination.process.send_signal(signal.SIGCONT)
     destination.process.wait(SECONDS)
     source.process.wait(SECONDS)

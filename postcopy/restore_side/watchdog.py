@@ -138,7 +138,10 @@ class Watchdog:
         self.tree = Handover.receive(self.handovers)
         if self.tree is not None:
             self.uffds = [space.uffd for space in self.tree.spaces]
-            self.tree.send(self._to_handler)
+            try:
+                self.tree.send(self._to_handler)
+            except OSError:
+                raise PostcopyError("the fault handler has died") from None
 
     def _take_order(self) -> bool:
         """Act on the control process's next word; whether it was the last."""
