@@ -158,8 +158,9 @@ class _Takeover:
 
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
-        # On a busy host, every other process would lengthen the stand-still.
-        scheduling(nice=-20)
+        if self._options.lazy:
+            # On a busy host, every other process would lengthen the stand-still.
+            scheduling(nice=-20)
         if self._checkpoint is not None:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
         else:
