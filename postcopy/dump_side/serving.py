@@ -89,6 +89,7 @@ def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
 
     def body() -> None:
         here.close()
+        roles.leave_output(but_logs=True)
         try:
             give(checkpoint, checkpoint.plan() if lazy else {}, there, Silent())
         except PostcopyError as error:

@@ -208,6 +208,7 @@ class _Takeover:
             handovers=watchdogs_handovers,
             news=watchdogs_news,
             namespace_init=self._namespace.pidfd if self._namespace else None,
+            detached=self._options.detach,
         )
 
         def body() -> None:
