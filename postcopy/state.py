@@ -116,10 +116,29 @@ class LateSignal:
 
 
 @dataclass(frozen=True, slots=True)
+class PosixTimer:
+    """A timer of timer_create(2): its id, its clock as the kernel keeps it, whom it tells and how (SIGEV_ number).
+
+    ``value`` is what its signal carries; ``tid`` the thread that gets it (0: the process); ``setting`` the interval and
+    what is left (struct itimerspec). ``raised``: its signal is queued, and the timer rests until that is taken.
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    clock: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    notify: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    signal: Annotated[int, msgspec.Meta(ge=0, le=64)]
+    value: Unsigned
+    tid: Unsigned
+    setting: bytes
+    raised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Timers:
-    """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each)."""
+    """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each); POSIX timers by their ids."""
 
     intervals: list[bytes]
+    posix: list[PosixTimer]
 
 
 @dataclass(frozen=True, slots=True)

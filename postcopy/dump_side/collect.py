@@ -1,6 +1,6 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from postcopy.dump_side import (
     attributes,
@@ -106,7 +106,7 @@ def _process(
         leaders = asked[0][1]
         about_memory = memory.Question.ask(leaders)
         about_signals = signals.Question.ask(leaders)
-        about_timers = timers.Question.ask(leaders)
+        about_timers = timers.Question.ask(leaders, pid)
         about_limits = limits.Question.ask(leaders)
         about_attributes = attributes.Question.ask(leaders)
         stops.ask(pid, leaders)
@@ -116,16 +116,21 @@ def _process(
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
     leader = answers[0]
     stops.answered(pid, leader)
+    found_threads = [
+        question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
+        for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
+    ]
+    found_signals = about_signals.answered(leader, pid)
+    inner = {thread.tid: state.tid for thread, state in zip(frozen.threads, found_threads, strict=True)}
+    queued = [*found_signals.pending, *(siginfo for thread in found_threads for siginfo in thread.pending)]
+    found_timers = about_timers.answered(leader, inner, queued)
     state = Process(
         pid=kin.inner(pid),
         space=space,
-        threads=[
-            question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
-            for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
-        ],
+        threads=[replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads],
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),
-        signals=about_signals.answered(leader, pid),
-        timers=about_timers.answered(leader),
+        signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
+        timers=found_timers,
         limits=about_limits.answered(leader),
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),

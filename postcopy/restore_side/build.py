@@ -237,9 +237,12 @@ class _Builder:
         for executor in self._executors:
             self._checked(executor.finish())
         # The change of any thread's ids resets what the whole process shares.
+        asking = self._executors[0].batch()
+        clocks = timers.Clocks(self._state.timers, asking)
+        now = clocks.now(self._checked(self._executors[0].run(asking))) if asking.calls else {}
         last = self._executors[0].batch()
         attributes.rebuild_last(self._state.attributes, last)
-        timers.rebuild(self._state.timers, last)
+        timers.rebuild(self._state.timers, now, last)
         self._checked(self._executors[0].run(last))
 
     def _fall_asleep(self) -> None:

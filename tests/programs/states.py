@@ -24,6 +24,7 @@ from tests.programs.cases import (
     registers,
     signals,
     threads,
+    timers,
     trees,
 )
 
@@ -72,6 +73,9 @@ CASES: tuple[type[Case], ...] = (
     signals.AlternateStack,
     signals.IntervalTimers,
     signals.TimerFires,
+    timers.PosixTimers,
+    timers.RaisedTimers,
+    timers.ThreadTimer,
     memory.Protections,
     memory.AnonymousMemory,
     memory.Advice,
