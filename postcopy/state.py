@@ -236,6 +236,22 @@ class Scheduling:
 
 
 @dataclass(frozen=True, slots=True)
+class SeccompFilter:
+    """A classic BPF program (8 bytes an instruction) and the SECCOMP_FILTER_FLAG_ bits that stay with it."""
+
+    program: bytes
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Seccomp:
+    """How seccomp(2) confines a thread: SECCOMP_MODE_ (0: not at all), and its filters, oldest first."""
+
+    mode: Annotated[int, msgspec.Meta(ge=0, le=2)]
+    filters: list[SeccompFilter]
+
+
+@dataclass(frozen=True, slots=True)
 class Rseq:
     """The rseq registration; ``pointer`` 0: none."""
 
@@ -271,6 +287,7 @@ class Thread:
     sleep: Sleep | None
     parent_death_signal: Unsigned
     credentials: Credentials
+    seccomp: Seccomp
     scheduling: Scheduling
 
 

@@ -9,6 +9,7 @@ from postcopy.dump_side import (
     limits,
     lineage,
     memory,
+    seccomp,
     signals,
     threads,
     timers,
@@ -87,7 +88,7 @@ def _process(
 ) -> tuple[Process, memory.Pages, list[FileIdentity]]:
     """The state of one process, its pages, and the files that it maps."""
     pid = frozen.pid
-    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *threads.problems(frozen.threads)]
+    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     slots = descriptors.collect(table, pid, problems)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))

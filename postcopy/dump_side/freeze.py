@@ -325,6 +325,9 @@ def _look(pid: int, tid: int, group_stop: int, memory: ProcessMemory) -> FrozenT
     if rseq.pointer:
         registers = _out_of_critical_section(registers, rseq, memory)
     status = procfs.status(pid, tid)
+    if status.get("Seccomp", "0") != "0":
+        # The executor's calls are none of the program's, which may be forbidden to make them.
+        ptrace.set_options(tid, _OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP)
     return FrozenThread(tid, registers, ptrace.get_signal_mask(tid), rseq, group_stop, status)
 
 

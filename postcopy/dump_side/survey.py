@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import descriptors, filesystem, lineage, memory, timers
+from postcopy.dump_side import descriptors, filesystem, lineage, memory, seccomp, timers
 from postcopy.dump_side.opened import Table
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
@@ -20,7 +20,6 @@ from postcopy.state import FileIdentity, Manifest
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
 _LOOKS, _BETWEEN_LOOKS = 4, 0.02
-_SECCOMP = {"1": "strict", "2": "filter"}
 
 
 def check_target(pid: int) -> None:
@@ -129,7 +128,8 @@ class _Findings:
     def look(self, pid: int) -> None:
         """Add a process; raises OSError."""
         layout = memory.layout(pid)
-        self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
+        self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
+        self.problems += [*seccomp.problems(pid), *_of_process(pid)]
         slots = descriptors.collect(self.table, pid, self.problems)
         filesystem.collect(pid, self.problems)
         self.files += [*_exe(pid, self.problems), *memory.identities(layout)]
@@ -192,8 +192,6 @@ def _exe(pid: int, problems: list[str]) -> list[FileIdentity]:
 def _of_process(pid: int) -> Iterator[str]:
     """What stands in ``status``, and in what namespaces and by what program it runs."""
     status = procfs.status(pid)
-    if mode := _SECCOMP.get(status.get("Seccomp", "0")):
-        yield f"it is confined by seccomp ({mode} mode), which cannot be moved yet"
     if "shstk" in status.get("x86_Thread_features", ""):
         yield "it uses shadow stacks, which cannot be moved yet"
     if _is_32_bit(pid):

@@ -12,7 +12,7 @@ from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.process_memory import ProcessMemory
 
 _AT_EMPTY_PATH = 0x1000
-_OPTIONS = (
+OPTIONS = (
     ptrace.PTRACE_O_TRACESYSGOOD
     | ptrace.PTRACE_O_TRACEFORK
     | ptrace.PTRACE_O_TRACECLONE
@@ -79,7 +79,7 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
         if not child:
             _become_tiny(go_read, go_write, program, mount_namespace)
         try:
-            ptrace.seize(child, _OPTIONS)
+            ptrace.seize(child, OPTIONS)
             os.write(go_write, b"g")
             _until_event(child, ptrace.PTRACE_EVENT_EXEC)
             # get_signal() is the clean place to start from: the execve itself must return first.

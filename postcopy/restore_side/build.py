@@ -31,6 +31,7 @@ from postcopy.restore_side import (
     limits,
     memory,
     scheduling,
+    seccomp,
     signals,
     threads,
     timers,
@@ -118,6 +119,8 @@ class _Builder:
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
+        if seccomp.is_confined(state.threads):
+            self._confine()
         self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
@@ -244,6 +247,24 @@ class _Builder:
         attributes.rebuild_last(self._state.attributes, last)
         timers.rebuild(self._state.timers, now, last)
         self._checked(self._executors[0].run(last))
+
+    def _confine(self) -> None:
+        """Put the threads under seccomp, which does nothing yet as long as they are traced."""
+        state = self._state.threads
+        for tid in self._built.tids:
+            ptrace.set_options(tid, birth.OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP)
+        common = seccomp.common(state) if len(state) > 1 else 0
+        if common:
+            batch = self._executors[0].batch()
+            seccomp.rebuild_common(state[0].seccomp.filters[:common], batch)
+            answers = self._checked(self._executors[0].run(batch))
+            if refusing := next(filter(None, answers.results), 0):
+                raise RestoreError(f"adding a seccomp filter: thread {refusing} cannot be synchronized")
+        for executor, thread in zip(self._executors, state, strict=True):
+            batch = executor.batch()
+            seccomp.rebuild_own(thread, common, batch)
+            if batch.calls:
+                self._checked(executor.run(batch))
 
     def _fall_asleep(self) -> None:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):

@@ -10,18 +10,16 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-SYS_TIMER_CREATE, SYS_SECCOMP, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 317, 425, 462
+SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_SIGNALFD4, SYS_TIMERFD_CREATE, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 289, 283, 300, 323
 MAP_HUGETLB = 0x40000
 SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
-PR_SET_NO_NEW_PRIVS = 38
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.shmat.restype = ctypes.c_void_p
@@ -189,13 +187,6 @@ def deleted_directory(directory: Path) -> None:
     (directory / "cwd").rmdir()
 
 
-def seccomp(directory: Path) -> None:
-    allow = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
-    program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", 1, ctypes.addressof(allow)))
-    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    checked(libc.syscall(SYS_SECCOMP, 1, 0, program))
-
-
 #: What is made, and what dump says of it.
 KINDS: dict[Callable[[Path], None], str] = {
     shared_table: "share their descriptor table (CLONE_FILES)",
@@ -227,7 +218,6 @@ KINDS: dict[Callable[[Path], None], str] = {
     sealed: "sealed mappings (mseal) cannot be moved yet",
     posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",
     deleted_directory: "its cwd directory",
-    seccomp: "it is confined by seccomp (filter mode)",
 }
 
 
