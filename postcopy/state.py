@@ -43,8 +43,9 @@ class FileIdentity:
 class Vma:
     """One vma: [start, end), PROT_ bits, and what backs it.
 
-    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``vvar`` or ``vdso``; ``file`` indexes
-    ``Memory.files`` (-1: none), ``offset`` is the place in it; ``flags`` are the VmFlags that mmap and madvise set.
+    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``object``, ``vvar`` or ``vdso``; ``file`` indexes
+    ``Memory.files``, or for an object ``Tree.shared_memory`` (-1: none), ``offset`` is the place in it; ``writable``:
+    a shared mapping that mprotect may make so; ``flags`` are the VmFlags that mmap and madvise set.
     """
 
     start: Address
@@ -54,6 +55,7 @@ class Vma:
     backing: str
     file: int
     offset: Unsigned
+    writable: bool
     flags: list[str]
     name: str
 
@@ -93,6 +95,39 @@ class Memory:
     sent: bytes
     lazy: bytes
     guards: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SystemV:
+    """What a System V segment has beyond its memory (shmget(2)): ``removed``: it ends with its last attachment."""
+
+    identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    key: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Memory with an identity of its own: vmas and descriptors of any process refer to it by its index.
+
+    ``kind``: ``anonymous`` (MAP_SHARED), ``memfd``, ``system_v`` or ``deleted`` (a mapped file without a name).
+    ``inode``: its number at the source; ``name``: a memfd's, or the path that the file had; ``size`` in bytes;
+    ``seals``: F_SEAL_ bits. ``space`` numbers it in the page protocol, where addresses are offsets; ``sent`` and
+    ``lazy`` as of `Memory`.
+    """
+
+    kind: str
+    space: Unsigned
+    inode: Unsigned
+    name: str
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
+    mode: Unsigned
+    owner: tuple[Unsigned, Unsigned]
+    seals: Unsigned
+    reserved: bool
+    system_v: SystemV | None
+    sent: bytes
+    lazy: bytes
 
 
 # -- what a whole process has ----------------------------------------------------------------------------------------
@@ -308,6 +343,15 @@ class OpenFile:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenMemory:
+    """A descriptor of a memfd; ``memory`` indexes ``Tree.shared_memory``, ``position`` is in bytes."""
+
+    memory: Unsigned
+    flags: Unsigned
+    position: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class PipeEnd:
     """One end of a pipe with both ends in the tree; ``pipe`` indexes ``Descriptors.pipes``."""
 
@@ -338,6 +382,7 @@ class Description:
     file: OpenFile | None = None
     pipe: PipeEnd | None = None
     stream: StandardStream | None = None
+    memory: OpenMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,8 +449,8 @@ Member = Process | Zombie
 class Tree:
     """A process tree, frozen; the root is the first, and every process comes after its parent.
 
-    ``descriptors`` is what the entries of all descriptor tables refer to; ``late_signals``: those of a tree that was
-    written down.
+    ``descriptors`` is what the entries of all descriptor tables refer to, ``shared_memory`` what vmas and descriptors
+    do; ``late_signals``: those of a tree that was written down.
     """
 
     processes: list[Process]
@@ -413,6 +458,7 @@ class Tree:
     descriptors: Descriptors
     files: list[FileIdentity]
     late_signals: list[LateSignal] = field(default_factory=list)
+    shared_memory: list[SharedMemory] = field(default_factory=list)
 
     @property
     def members(self) -> list[Member]:

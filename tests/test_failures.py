@@ -22,6 +22,8 @@ from postcopy.dump_side import freeze, memory, sleepers
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.opened import Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.process_memory import ProcessMemory
 from tests.hosts import Host, Pair, wait_until
@@ -312,7 +314,7 @@ def freeze_and_die(pid: int, steps: int) -> None:
     sleeping = sleepers.observe(pid)
     frozen.freeze()
     smaps.begin(frozen.pids)
-    collect(frozen, smaps, frozenset(), sleeping)
+    collect(frozen, smaps, Trusted(), sleeping, SharedObjects())
     guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()
     frozen.thaw()

@@ -1,6 +1,6 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from postcopy.dump_side import (
     attributes,
@@ -16,7 +16,8 @@ from postcopy.dump_side import (
 )
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
-from postcopy.dump_side.opened import Table
+from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
@@ -26,25 +27,18 @@ from postcopy.state import Descriptors, FileIdentity, Process, Tree
 Sleepers = dict[int, Observation]
 
 
-@dataclass
-class Collected:
-    """The state of a frozen tree, and the pages of each of its processes."""
-
-    tree: Tree
-    pages: list[memory.Pages]
-
-
 def collect(
-    frozen: FrozenTree, smaps: memory.SmapsReader, trusted_pipes: frozenset[int], sleepers: Sleepers
-) -> Collected:
+    frozen: FrozenTree, smaps: memory.SmapsReader, trusted: Trusted, sleepers: Sleepers, shared: SharedObjects
+) -> Tree:
     """The state of the tree; process number N has address space N.
 
-    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze.
+    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze. The memory that
+    its processes may share is added to ``shared``, which must stay open as long as its content is needed.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
     problems: list[str] = []
-    table = Table(frozenset(frozen.pids), trusted_pipes)
+    table = Table(frozenset(frozen.pids), shared, trusted.pipes)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
     problems += lineage.shared(frozen.pids)
@@ -53,19 +47,19 @@ def collect(
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []
-    pages: list[memory.Pages] = []
     needed: dict[str, FileIdentity] = {}
     stops = lineage.Stops(kin, frozen.processes)
     for each in frozen.processes:
-        state, existing, files = _process(each, len(processes), smaps, table, kin, stops, sleepers)
+        state, files = _process(each, len(processes), smaps, table, kin, stops, sleepers)
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
-        pages.append(existing)
         needed.update((file.path, file) for file in files)
     needed.update((file.path, file) for file in table.needed)
-    return Collected(
-        Tree(processes, zombies, Descriptors(table.descriptions, table.pipes), list(needed.values())), pages
-    )
+    problems += shared.problems(set(frozen.pids), trusted.memory)
+    if problems:
+        raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
+    found = Descriptors(table.descriptions, table.pipes)
+    return Tree(processes, zombies, found, list(needed.values()), shared_memory=shared.collect())
 
 
 def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:
@@ -85,8 +79,8 @@ def _process(
     kin: lineage.Kin,
     stops: lineage.Stops,
     sleepers: Sleepers,
-) -> tuple[Process, memory.Pages, list[FileIdentity]]:
-    """The state of one process, its pages, and the files that it maps."""
+) -> tuple[Process, list[FileIdentity]]:
+    """The state of one process, and the files that it maps."""
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     slots = descriptors.collect(table, pid, problems)
@@ -97,7 +91,7 @@ def _process(
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     # Before the executors have memory of their own in the process, which is not to be found in the layout.
-    layout = memory.layout(pid, smaps.result())
+    layout = memory.layout(pid, table.shared, smaps.result())
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
@@ -140,7 +134,7 @@ def _process(
         stopped_by=frozen.stopped_by,
         stop_told=stops.told(pid),
     )
-    return state, pages, memory.identities(layout)
+    return state, memory.identities(layout)
 
 
 def _checked(pid: int, answers: Answers) -> Answers:

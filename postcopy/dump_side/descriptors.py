@@ -2,12 +2,12 @@
 
 import os
 
-from postcopy.dump_side import files, pipes, terminals
+from postcopy.dump_side import files, memfds, pipes, terminals
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
 from postcopy.state import Description, Slot
 
-_KINDS = (pipes.collect, terminals.collect, files.collect)
+_KINDS = (pipes.collect, terminals.collect, memfds.collect, files.collect)
 
 
 def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:

@@ -1,5 +1,6 @@
 """Memory: the layout of a process, which of its pages exist, and what of them travels with the state."""
 
+import contextlib
 import os
 import stat
 import struct
@@ -7,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from postcopy import roles
+from postcopy.dump_side import shared_memory
+from postcopy.dump_side.shared_memory import DELETED, SharedObjects
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
@@ -14,7 +17,6 @@ from postcopy.kernel.elf import build_id
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SIZE, page_down
 from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap
-from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
@@ -33,9 +35,6 @@ _REFUSED_FLAGS = {
     "io": "device memory cannot be moved",
 }
 _SPECIAL_NAMES = {
-    "/dev/zero (deleted)": "shared anonymous memory cannot be moved yet",
-    "/SYSV": "System V shared memory cannot be moved yet",
-    "/memfd:": "memfd memory cannot be moved yet",
     "anon_inode:": "memory of a kernel object cannot be moved",
     "/[aio]": "asynchronous I/O contexts cannot be moved yet",
     "socket:": "memory of a socket cannot be moved",
@@ -97,8 +96,11 @@ class SmapsReader:
         os.close(self._content)
 
 
-def layout(pid: int, smaps: bytes | None = None) -> Layout:
-    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already."""
+def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None) -> Layout:
+    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already.
+
+    What it may share with other processes is added to ``shared``.
+    """
     found = Layout()
     numbers: dict[MappedFile, int] = {}
     content = procfs.read(pid, "smaps") if smaps is None else smaps
@@ -114,6 +116,10 @@ def layout(pid: int, smaps: bytes | None = None) -> Layout:
         if backing == "file":
             mapped = MappedFile(line.name, writable=line.shared and "mw" in line.flags)
             number = numbers.setdefault(mapped, len(numbers))
+        elif backing == "object":
+            with contextlib.suppress(FileNotFoundError):  # a running process has changed its layout meanwhile
+                mapping = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+                number = shared.of_vma(pid, line, mapping)
         found.vmas.append(
             Vma(
                 start=line.start,
@@ -122,7 +128,8 @@ def layout(pid: int, smaps: bytes | None = None) -> Layout:
                 shared=line.shared,
                 backing=backing,
                 file=number,
-                offset=line.offset if backing == "file" else 0,
+                offset=line.offset if number >= 0 else 0,
+                writable="mw" in line.flags,
                 flags=sorted(line.flags & _CARRIED_FLAGS),
                 name=line.name,
             )
@@ -150,6 +157,8 @@ def _backing(
     for prefix, text in _SPECIAL_NAMES.items():
         if line.name.startswith(prefix):
             return _Problem(text)
+    if os.makedev(*line.device) == shared_memory.DEVICE:
+        return "object" if shared_memory.kind_of(line.name) else _Problem("memory of a kernel object cannot be moved")
     if not line.inode:
         if line.shared:
             return _Problem("shared memory of an unknown kind")
@@ -169,8 +178,8 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
     try:
         named = os.stat(line.name)
     except OSError:
-        if line.name.endswith(" (deleted)"):
-            return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
+        if line.name.endswith(DELETED) and stat.S_ISREG(mapped.st_mode):
+            return _Problem("the file has lost this name, but has others") if mapped.st_nlink else "object"
         return _Problem("the file cannot be found under this name any more")
     if not stat.S_ISREG(mapped.st_mode):
         return _Problem("mappings of devices cannot be moved")
@@ -235,11 +244,6 @@ def keep_together(pages: Pages, found: Layout) -> Pages:
     left = pages.lazy.subtract(wiped)
     sent = [(r.start, r.end) for r in (*pages.sent, *pages.lazy.subtract(left))]
     return Pages(left, PageRanges.from_pairs(sorted(sent)), pages.guards)
-
-
-def contents(memory: ProcessMemory, ranges: PageRanges) -> bytes:
-    """The bytes of the pages that travel with the state, one range after the other."""
-    return b"".join(memory.read(r.start, r.end - r.start) for r in ranges)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import stat
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from postcopy.dump_side.shared_memory import Key, SharedObjects
 from postcopy.kernel import procfs
 from postcopy.state import Description, FileIdentity, Pipe
 
@@ -61,18 +62,27 @@ class Opened:
         return self.link, self.flags, self.position
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """What an earlier look has not found outside of the tree, for looking takes long: pipes (inodes), memory."""
+
+    pipes: frozenset[int] = frozenset()
+    memory: frozenset[Key] = frozenset()
+
+
 @dataclass
 class Table:
     """What is found while the descriptor tables of a tree are collected. ``pipe_numbers``: pipes by inode.
 
     ``pids``: the processes of the tree; ``pid``: the one whose table is being collected.
-    ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
+    ``shared``: the memory of memfds; ``trusted_pipes``: see `Trusted`.
     ``holders``: for each pipe of another process, by its link, that process; once it has been looked for.
     ``alike``: descriptors that may share a description, by what they show, each as (process, descriptor, number of its
     description), as kcmp orders.
     """
 
     pids: frozenset[int]
+    shared: SharedObjects
     trusted_pipes: frozenset[int] = frozenset()
     pid: int = 0
     descriptions: list[Description] = field(default_factory=list)

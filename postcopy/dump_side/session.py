@@ -66,11 +66,11 @@ def dump_to_directory(
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
     allow_descriptors()
-    manifest, pipes = survey(pid)
+    manifest, trusted = survey(pid)
     writer = Writer(directory, pages_elsewhere=False)
     whole = False
     try:
-        with _errors_named(pid), Capture(pid, pipes, reporter) as capture:
+        with _errors_named(pid), Capture(pid, trusted, reporter) as capture:
             capture.take()
             for space, source in capture.sources.items():
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
@@ -102,11 +102,11 @@ def dump_state_to_directory(
     """
     pid = options.pid
     allow_descriptors()
-    manifest, pipes = survey(pid)
+    manifest, trusted = survey(pid)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)
         try:
-            with _errors_named(pid), Capture(pid, pipes, reporter) as capture:
+            with _errors_named(pid), Capture(pid, trusted, reporter) as capture:
                 capture.take()
                 for space, source in capture.sources.items():
                     writer.write_space(space, source, capture.sent[space], PageRanges())
@@ -140,10 +140,10 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
     """Survey again, freeze, and give it all to the destination that has connected."""
     try:
         with _errors_named(options.pid):
-            manifest, pipes = survey(options.pid)
+            manifest, trusted = survey(options.pid)
             reporter.event("surveyed", files=len(manifest.files))
             giving.agree(manifest)
-            with Capture(options.pid, pipes, reporter) as capture:
+            with Capture(options.pid, trusted, reporter) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
                 with deadline(options.timeout, "the way from freeze to commit"):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from postcopy import capabilities
 from postcopy.dump_side import descriptors, filesystem, lineage, memory, seccomp, timers
-from postcopy.dump_side.opened import Table
+from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
@@ -49,8 +50,8 @@ def check_target(pid: int) -> None:
         )
 
 
-def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
-    """What the destination must have, and the pipes (inodes) that are known not to leave the tree.
+def survey(pid: int) -> tuple[Manifest, Trusted]:
+    """What the destination must have, and what is known not to leave the tree.
 
     Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
     """
@@ -64,7 +65,7 @@ def survey(pid: int) -> tuple[Manifest, frozenset[int]]:
         raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
 
-def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
+def _survey(pid: int) -> tuple[Manifest, Trusted]:
     """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much."""
     looks = 0
     while True:
@@ -78,8 +79,9 @@ def _survey(pid: int) -> tuple[Manifest, frozenset[int]]:
             time.sleep(_BETWEEN_LOOKS)
 
 
-def _look(root: int, descendants: list[int]) -> tuple[Manifest, frozenset[int]]:
-    found = _Findings(Table(frozenset({root, *descendants})))
+def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
+    shared = SharedObjects()
+    found = _Findings(Table(frozenset({root, *descendants}), shared))
     found.look(root)
     for pid in descendants:
         name = _name(pid)
@@ -98,6 +100,7 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, frozenset[int]]:
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
         found.problems += lineage.shared([root, *alive])
         found.problems += lineage.Kin([root, *descendants]).problems()
+    found.problems += shared.problems({root, *descendants})
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
     manifest = Manifest(
@@ -110,7 +113,7 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, frozenset[int]]:
         memory_bytes=found.memory_bytes,
         highest_fd=found.highest_fd,
     )
-    return manifest, frozenset(found.table.pipe_numbers)
+    return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys)
 
 
 @dataclass
@@ -127,7 +130,7 @@ class _Findings:
 
     def look(self, pid: int) -> None:
         """Add a process; raises OSError."""
-        layout = memory.layout(pid)
+        layout = memory.layout(pid, self.table.shared)
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*seccomp.problems(pid), *_of_process(pid)]
         slots = descriptors.collect(self.table, pid, self.problems)

@@ -133,7 +133,7 @@ class _Builder:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
         pid, wanted = self._newborn.pid, descriptors.highest(self._state.slots, self._shared)
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        wanted = max(wanted, len(self._state.memory.files) + 8, hard)
+        wanted = max(wanted, memory.descriptors(self._state.memory) + 8, hard)
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, wanted))
         except (PermissionError, ValueError):
@@ -188,16 +188,22 @@ class _Builder:
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
-        high = len(self._state.memory.files) + 1
+        high = memory.descriptors(self._state.memory)
+        lender = high + 3
         attributes.disable_huge_pages(batch)
-        # The standard streams step aside, so that the numbers of what is opened are known beforehand.
+        # These step aside, so that the numbers of what is opened are known beforehand.
+        if lender != birth.lender_number():
+            batch.add(
+                call("dup3", birth.lender_number(), lender, 0o2000000), "keeping the directory of lent descriptors"
+            )
         for stream in range(3):
             batch.add(call("dup3", stream, high + stream, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
-        memory.rebuild(self._state.memory, batch, present, keep, keep.stop)
+        memory.rebuild(self._state.memory, self._shared.memory, batch, present, keep, keep.stop, lender)
         for stream in range(3):
             batch.add(call("dup3", high + stream, stream, 0))
-        batch.add(call("close_range", 3, 0xFFFF_FFFF, 0), "closing what is open for a while")
+        batch.add(call("dup3", lender, 3, 0o2000000), "keeping the directory of lent descriptors")
+        batch.add(call("close_range", 4, 0xFFFF_FFFF, 0), "closing what is open for a while")
         self._checked(leader.run(batch))
 
     def _run_leader(self) -> None:

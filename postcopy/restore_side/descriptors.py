@@ -6,20 +6,23 @@ from typing import Any
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Batch
-from postcopy.restore_side import files, pipes, terminals
+from postcopy.restore_side import files, memfds, pipes, terminals
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Process, Slot, Tree
 
 _CLOSE_ALL = 0xFFFF_FFFF
 _O_CLOEXEC = 0o2000000
+_LENDER_AT = 3
 
 
 class Shared:
     """What the tables of a tree share: where each description, and each pipe, is to be had once it has been built.
 
-    Its first holder in the order of building makes it; the others take it from there.
+    Its first holder in the order of building makes it; the others take it from there. ``memory`` has been made before.
     """
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, memory: SharedObjects) -> None:
+        self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
         self.descriptions: dict[int, tuple[int, int]] = {}
         self.pipes: dict[int, tuple[int, int]] = {}
@@ -46,7 +49,8 @@ class Plan:
     """Where descriptors lie while the table is being built: ``parked`` are above all that the program has.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams`` is where the three standard streams that ``restore`` lends are parked.
+    into one batch. ``streams`` is where the three standard streams that ``restore`` lends are parked, ``lender`` where
+    the directory of its descriptors is (`birth.lender_number`).
     """
 
     batch: Batch
@@ -56,6 +60,7 @@ class Plan:
     used: set[int] = field(default_factory=set)
     lowest: int = 0
     streams: int = 0
+    lender: int = 0
     parked_pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
     _holders: dict[int, int] = field(default_factory=dict)
 
@@ -109,26 +114,30 @@ _KINDS: dict[str, Callable[[Plan, Slot, Any], None]] = {
     "file": files.rebuild,
     "pipe": pipes.rebuild,
     "stream": terminals.rebuild,
+    "memory": memfds.rebuild,
 }
 
 
 def highest(slots: list[Slot], shared: Shared) -> int:
     """One more than the highest number that building the table uses."""
     holders = {shared.descriptions[slot.description][0] for slot in slots}
-    return _park(slots) + 3 + 2 * len(shared.descriptors.pipes) + 2 * len(holders)
+    return _park(slots) + 4 + 2 * len(shared.descriptors.pipes) + 2 * len(holders)
 
 
 def _park(slots: list[Slot]) -> int:
-    return max((slot.fd for slot in slots), default=-1) + 4
+    return max((slot.fd for slot in slots), default=-1) + 5
 
 
 def rebuild(process: Process, shared: Shared, batch: Batch) -> None:
-    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends."""
+    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, and 3 is the
+    directory of its descriptors."""
     plan = Plan(batch, process.pid, shared, park=_park(process.slots))
     plan.streams = plan.park
     for stream in range(3):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         batch.add(call("dup3", stream, plan.parking(), _O_CLOEXEC))
+    plan.lender = plan.parking()
+    batch.add(call("dup3", _LENDER_AT, plan.lender, _O_CLOEXEC), "keeping the directory of lent descriptors")
     batch.add(call("close_range", 0, plan.streams - 1, 0), "clearing the descriptor table")
     first: dict[int, int] = {}
     for slot in process.slots:

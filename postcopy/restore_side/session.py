@@ -39,6 +39,7 @@ from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
@@ -118,6 +119,7 @@ class _Takeover:
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
         self._built: BuiltTree | None = None
+        self._shared = SharedObjects()
         self._watchdog: Role | None = None
         self._orders = -1
         self._news: socket.socket | None = None
@@ -172,7 +174,8 @@ class _Takeover:
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
-            self._built = build_tree(tree, pages, self._newborn, self._newborns, parent_stays=not self._options.detach)
+            parent_stays = not self._options.detach
+            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays)
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)
@@ -244,6 +247,7 @@ class _Takeover:
         """Leave nothing here."""
         if self._newborn is not None:
             kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
+        self._shared.undo()
         if self._namespace is not None:
             self._namespace.kill()
         if self._watchdog is not None:

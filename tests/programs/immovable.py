@@ -22,7 +22,7 @@ MAP_HUGETLB = 0x40000
 SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = libc.shmat.restype = ctypes.c_void_p
+libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 kept: list[object] = []
 
@@ -95,14 +95,6 @@ def replaced_file(directory: Path) -> None:
     path.write_text("another")
 
 
-def mapped_deleted_file(directory: Path) -> None:
-    path = directory / "mapped-deleted"
-    path.write_bytes(bytes(4096))
-    with open(path, "r+b") as file:
-        kept.append(mmap.mmap(file.fileno(), 4096))
-    path.unlink()
-
-
 def locked_file(directory: Path) -> None:
     fd = os.open(directory / "locked", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -149,20 +141,11 @@ def terminal(directory: Path) -> None:
     kept.append(os.openpty()[1])
 
 
-def memfd(directory: Path) -> None:
-    fd = os.memfd_create("immovable")
-    os.ftruncate(fd, 4096)
-    kept.append(mmap.mmap(fd, 4096))
-
-
-def shared_anonymous(directory: Path) -> None:
+def shared_with_a_child(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
-
-
-def system_v(directory: Path) -> None:
-    number = checked(libc.shmget(0, 4096, 0o600))
-    checked(libc.shmat(number, None, 0))
-    libc.shmctl(number, 0, None)
+    if not os.fork():
+        while True:
+            signal.pause()
 
 
 def hugetlb(directory: Path) -> None:
@@ -199,7 +182,6 @@ KINDS: dict[Callable[[Path], None], str] = {
     packet_pipe: "packet mode (O_DIRECT)",
     open_deleted_file: "/open-deleted (deleted): deleted files cannot be moved yet",
     replaced_file: "/replaced (deleted): deleted files cannot be moved yet",
-    mapped_deleted_file: "/mapped-deleted (deleted)): the file has been deleted",
     locked_file: "/locked: file locks and leases cannot be moved yet",
     file_of_proc: "files of the kernel's own filesystems cannot be moved yet",
     eventfd: "anon_inode:[eventfd]: descriptors of this kind cannot be moved yet",
@@ -211,9 +193,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
-    memfd: "memfd memory cannot be moved yet",
-    shared_anonymous: "shared anonymous memory cannot be moved yet",
-    system_v: "System V shared memory cannot be moved yet",
+    shared_with_a_child: "is shared with process",
     hugetlb: "huge pages (hugetlb) cannot be moved yet",
     sealed: "sealed mappings (mseal) cannot be moved yet",
     posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",

@@ -285,7 +285,8 @@ class FileMappings(Snapshot):
         """
         joined: list[Mapping] = []
         for mapping in mappings():
-            if not mapping.name or mapping.name.startswith(("[heap]", "[stack", "[anon", str(self.directory))):
+            ours = ("[heap]", "[stack", "[anon", "/memfd:", "/dev/zero", "/SYSV", str(self.directory))
+            if not mapping.name or mapping.name.startswith(ours):
                 continue
             if joined and continues(joined[-1], mapping):
                 mapping = mapping._replace(start=joined[-1].start, offset=joined.pop().offset)
