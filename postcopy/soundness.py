@@ -16,6 +16,7 @@ from postcopy.kinship import Unrelated, plan
 from postcopy.page_ranges import PageRanges
 from postcopy.state import (
     Attributes,
+    Clocks,
     Credentials,
     Description,
     Descriptors,
@@ -67,6 +68,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "oom_score_adj": range(-1000, 1001),
         "coredump_filter": _UINT32,
     },
+    Clocks: {"monotonic": _INT64, "boottime": _INT64},
     Credentials: dict.fromkeys(("inheritable", "permitted", "effective", "bounding", "ambient"), _UINT64)
     | {"securebits": _UINT32},
     FileIdentity: {"size": _INT64},

@@ -446,11 +446,19 @@ Member = Process | Zombie
 
 
 @dataclass(frozen=True, slots=True)
+class Clocks:
+    """CLOCK_MONOTONIC and CLOCK_BOOTTIME as the program reads them (ns)."""
+
+    monotonic: Unsigned
+    boottime: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class Tree:
     """A process tree, frozen; the root is the first, and every process comes after its parent.
 
     ``descriptors`` is what the entries of all descriptor tables refer to, ``shared_memory`` what vmas and descriptors
-    do; ``late_signals``: those of a tree that was written down.
+    do; ``late_signals``: those of a tree that was written down; ``clocks``: when it was frozen.
     """
 
     processes: list[Process]
@@ -459,6 +467,7 @@ class Tree:
     files: list[FileIdentity]
     late_signals: list[LateSignal] = field(default_factory=list)
     shared_memory: list[SharedMemory] = field(default_factory=list)
+    clocks: Clocks = field(default_factory=lambda: Clocks(0, 0))
 
     @property
     def members(self) -> list[Member]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from postcopy.dump_side import (
     attributes,
+    clocks,
     descriptors,
     filesystem,
     limits,
@@ -37,6 +38,7 @@ def collect(
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
+    stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
     table = Table(frozenset(frozen.pids), shared, trusted.pipes)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
@@ -59,7 +61,7 @@ def collect(
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     found = Descriptors(table.descriptions, table.pipes)
-    return Tree(processes, zombies, found, list(needed.values()), shared_memory=shared.collect())
+    return Tree(processes, zombies, found, list(needed.values()), shared_memory=shared.collect(), clocks=stopped_at)
 
 
 def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:

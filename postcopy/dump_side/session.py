@@ -12,6 +12,7 @@ from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
 from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
+from postcopy.dump_side import clocks
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
@@ -142,7 +143,7 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
         with _errors_named(options.pid):
             manifest, trusted = survey(options.pid)
             reporter.event("surveyed", files=len(manifest.files))
-            giving.agree(manifest)
+            giving.agree(manifest, clocks.now(options.pid))
             with Capture(options.pid, trusted, reporter) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
@@ -171,7 +172,7 @@ def _offer(
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-        has_state = giving.agree(manifest, checkpoint)
+        has_state = giving.agree(manifest, capture.tree.clocks, checkpoint)
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
                 giving.send_state(capture.tree, capture.content())

@@ -199,11 +199,9 @@ def _of_process(pid: int) -> Iterator[str]:
         yield "it uses shadow stacks, which cannot be moved yet"
     if _is_32_bit(pid):
         yield "it is a 32-bit program; only 64-bit programs can be moved"
-    shared = {"user": "user", "time": "time"}
-    for name, text in shared.items():
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"):
-                yield f"it lives in another {text} namespace, which cannot be moved yet"
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user"):
+            yield "it lives in another user namespace, which cannot be moved yet"
 
 
 def _is_32_bit(pid: int) -> bool:

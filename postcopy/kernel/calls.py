@@ -61,6 +61,7 @@ NUMBERS = {
     "semtimedop": 220,
     "waitid": 247,
     "openat": 257,
+    "unshare": 272,
     "set_robust_list": 273,
     "get_robust_list": 274,
     "dup3": 292,

@@ -35,6 +35,7 @@ from postcopy.restore_side import eager
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth, kill
 from postcopy.restore_side.build import Built
+from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.own import check_privileges
@@ -145,12 +146,14 @@ class _Takeover:
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
+        self._clocks = ProgramClocks(self._checkpoint.tree.clocks if self._checkpoint is not None else offer.clocks)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
-            self._newborn = give_birth(manifest.pid, mounts)
+            with self._clocks.namespace():
+                self._newborn = give_birth(manifest.pid, mounts)
         finally:
             if self._namespace:
                 self._namespace.leave()
@@ -170,6 +173,7 @@ class _Takeover:
             pages = self._channels.control.receive_pages()
             soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages))
+        self._stopped_at = tree.clocks
         with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
@@ -271,6 +275,7 @@ class _Takeover:
             if self._namespace:
                 self._namespace.entrust(self._built.root.state.pid)
             self._lend_terminal(self._built.root)
+            self._clocks.wait_for(self._stopped_at)
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
