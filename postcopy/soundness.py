@@ -67,6 +67,8 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "personality": _UINT32,
         "oom_score_adj": range(-1000, 1001),
         "coredump_filter": _UINT32,
+        "login_uid": _UINT32,
+        "membarrier": range(1 << 9),
     },
     Clocks: {"monotonic": _INT64, "boottime": _INT64},
     Credentials: dict.fromkeys(("inheritable", "permitted", "effective", "bounding", "ambient"), _UINT64)
@@ -77,7 +79,8 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     Lineage: dict.fromkeys(("parent", "session", "process_group"), range(_PID_MAX)) | {"exit_signal": _SIGNAL_OR_NONE},
     Manifest: {"xsave_size": _XSTATE_SIZES, "memory_bytes": range(_MOST_MEMORY + 1)},
     Memory: dict.fromkeys(("start_code", "end_code", "start_data", "end_data", "start_brk", "brk"), _ADDRESS)
-    | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS),
+    | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS)
+    | {"future_locks": range(7)},
     OpenFile: {"flags": _UINT32, "position": _INT64},
     OpenMemory: {"flags": _UINT32, "position": _INT64},
     Pipe: {"capacity": range(PAGE_SIZE, (1 << 31) + 1)},  # fs/pipe.c, round_pipe_size

@@ -73,6 +73,7 @@ class Memory:
     """A process's memory: the layout, the mm fields (PR_SET_MM_MAP, prctl(2)), pages sent along and pages left lazy.
 
     ``sent``, ``lazy``, ``guards``: packed PageRanges; the content of ``sent`` follows the state, in order.
+    ``future_locks``: the MCL_ bits that mlockall(2) was told for mappings to come.
     ``auxv``: as ``/proc/PID/auxv``. ``vdso``: its bytes, for comparison.
     """
 
@@ -90,6 +91,7 @@ class Memory:
     arg_end: Unsigned
     env_start: Unsigned
     env_end: Unsigned
+    future_locks: Unsigned
     auxv: bytes
     vdso: bytes
     sent: bytes
@@ -194,7 +196,10 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Single values of a process: prctl(2) settings, personality(2), ``oom_score_adj``."""
+    """Single values of a process: prctl(2) settings, personality(2), files of ``/proc/PID``.
+
+    ``membarrier``: the bits of the commands that registered it (membarrier(2)); ``login_uid``: 2**32 - 1 is none.
+    """
 
     dumpable: int
     child_subreaper: bool
@@ -202,6 +207,9 @@ class Attributes:
     personality: Unsigned
     oom_score_adj: int
     coredump_filter: Unsigned
+    login_uid: Unsigned
+    membarrier: Unsigned
+    memory_merge: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ def _process(
         for executor, batch in asked:
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
+        locks = memory.future_locks(frozen)
     leader = answers[0]
     stops.answered(pid, leader)
     found_threads = [
@@ -125,7 +126,7 @@ def _process(
         pid=kin.inner(pid),
         space=space,
         threads=[replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads],
-        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),
+        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),
         signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
         timers=found_timers,
         limits=about_limits.answered(leader),

@@ -63,6 +63,7 @@ class Frozen:
         self.durable = False
         self._awaited: set[int] = set()
         self._stopped: dict[int, int] = {}
+        self.arena = range(0)  # the executors' memory, while they have any
 
     @property
     def stopped_by(self) -> int:
@@ -209,6 +210,7 @@ class Frozen:
         arena = 0
         try:
             base = arena = self._map(stub, size, swallowed)
+            self.arena = range(arena, arena + size)
             for thread in self.threads:
                 own = thread.status
                 stop = stop_signal(int(own["SigCgt"], 16), int(own["SigPnd"], 16) | int(own["ShdPnd"], 16))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from postcopy import roles
 from postcopy.dump_side import shared_memory
+from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.shared_memory import DELETED, SharedObjects
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
@@ -22,6 +23,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _NUMBER = struct.Struct("=Q")
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
@@ -262,7 +264,26 @@ class Question:
         return answers.value(self.brk)
 
 
-def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes) -> Memory:
+def future_locks(frozen: Frozen) -> int:
+    """What mlockall(2) was told of mappings to come; while the executors have theirs, which shows it."""
+    pid, arena = frozen.pid, frozen.arena
+    grown = _locked(procfs.status(pid)) - _locked(frozen.threads[0].status)
+    if grown < len(arena):
+        return 0
+    pagemap = Pagemap(pid)
+    try:
+        present = sum(r.end - r.start for r in pagemap.for_each_region(arena.start, arena.stop, files=False))
+    finally:
+        pagemap.close()
+    return _MCL_FUTURE | (_MCL_ONFAULT if present < len(arena) else 0)
+
+
+def _locked(status: dict[str, str]) -> int:
+    """Bytes of locked memory."""
+    return int(status["VmLck"].split()[0]) * 1024
+
+
+def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes, locks: int) -> Memory:
     """Everything of a frozen process's memory but its lazy pages."""
     stat_fields = [0, *(int(word) if word.lstrip("-").isdigit() else 0 for word in procfs.stat(pid)[1:])]
     return Memory(
@@ -280,6 +301,7 @@ def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes) -> Mem
         env_start=stat_fields[50],
         env_end=stat_fields[51],
         brk=brk,
+        future_locks=locks,
         auxv=procfs.read(pid, "auxv"),
         vdso=vdso,
         sent=pages.sent.pack(),

@@ -199,6 +199,7 @@ class _Builder:
         for stream in range(3):
             batch.add(call("dup3", stream, high + stream, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
+        attributes.log_in(self._state.attributes, batch)
         memory.rebuild(self._state.memory, self._shared.memory, batch, present, keep, keep.stop, lender)
         for stream in range(3):
             batch.add(call("dup3", high + stream, stream, 0))
@@ -210,6 +211,9 @@ class _Builder:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
         attributes.rebuild(state.attributes, batch)
+        attributes.register(state.attributes, batch)
+        if state.memory.future_locks:
+            batch.add(call("mlockall", state.memory.future_locks), "locking mappings to come")
         threads.ask_for(state.threads[1:], batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = self._checked(leader.run(batch))

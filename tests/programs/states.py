@@ -38,6 +38,8 @@ CASES: tuple[type[Case], ...] = (
     identity.Credentials,
     identity.Dumpable,
     identity.NoNewPrivileges,
+    identity.Attributes,
+    identity.NoHugePages,
     identity.Personality,
     identity.Limits,
     identity.Niceness,
@@ -68,6 +70,7 @@ CASES: tuple[type[Case], ...] = (
     threads.Scheduling,
     threads.RealTimeScheduling,
     threads.ThreadCapabilities,
+    identity.ThreadCredentials,
     signals.HandlerRuns,
     signals.ThreadMasks,
     signals.PendingSignals,
@@ -82,6 +85,9 @@ CASES: tuple[type[Case], ...] = (
     memory.Protections,
     memory.AnonymousMemory,
     memory.Advice,
+    memory.GuardPages,
+    memory.NamedMemory,
+    memory.HugeReserve,
     memory.PrivateFile,
     memory.SharedFile,
     shared_memory.SharedAnonymous,
@@ -109,6 +115,7 @@ CASES: tuple[type[Case], ...] = (
     memory.FileMappings,
     descriptors.DescriptorTable,
     identity.Subprocess,
+    memory.FutureLocks,
 )
 
 #: What is tried with ``--user``: what a program without privileges can still set up.
