@@ -21,7 +21,7 @@ from tests.programs.states import CASES, UNSUPPORTED
 PID = 4100
 NOBODY = 65534
 #: Seconds that timed system calls last. The moves must be over before, or the cases say that nothing was tried.
-HOLD = {0: 1.0, 1: 8.0, 2: 16.0}
+HOLD = {0: 1.0, 1: 12.0, 2: 20.0}
 Report = dict[str, str | None]
 
 
