@@ -4,18 +4,20 @@ import os
 import time
 from collections.abc import Iterator
 
+from postcopy.dump_side.namespaces import differ
 from postcopy.kernel import procfs, time_namespace
 from postcopy.state import Clocks
 
 
-def problems(pid: int) -> Iterator[str]:
-    """What cannot be moved."""
-    own, for_children = (os.path.join(f"/proc/{pid}/ns", name) for name in ("time", "time_for_children"))
-    if os.path.exists(own) and os.readlink(own) != os.readlink(for_children):
+def problems(pid: int, root: int) -> Iterator[str]:
+    """What of a process of the tree of ``root`` cannot be moved."""
+    own = f"/proc/{pid}/ns/time"
+    if differ(own, f"/proc/{pid}/ns/time_for_children"):
         yield "its children will live in another time namespace (unshare), which cannot be moved"
+    if differ(own, f"/proc/{root}/ns/time"):
+        yield f"it lives in another time namespace than process {root}, which cannot be moved"
     for tid in procfs.tids(pid):
-        thread = f"/proc/{pid}/task/{tid}/ns/time"
-        if os.path.exists(thread) and os.readlink(thread) != os.readlink(own):
+        if differ(f"/proc/{pid}/task/{tid}/ns/time", own):
             yield f"thread {tid} lives in another time namespace than its process, which cannot be moved"
 
 

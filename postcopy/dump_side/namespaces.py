@@ -14,9 +14,9 @@ def problems(pid: int) -> list[str]:
     found = [
         f"it lives in another {text} namespace, which cannot be moved yet"
         for kind, text in _REFUSED.items()
-        if _differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
+        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
     ]
-    if _differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
+    if differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
         found.append("it lives in a mount namespace with other mounts, which cannot be moved yet")
     return found
 
@@ -26,11 +26,12 @@ def problems_of_thread(pid: int, tid: int) -> list[str]:
     return [
         f"thread {tid} lives in another {kind} namespace than its process, which cannot be moved yet"
         for kind in _OWN_OF_A_THREAD
-        if _differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
+        if differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
     ]
 
 
-def _differ(one: str, other: str) -> bool:
+def differ(one: str, other: str) -> bool:
+    """Whether two links of ``/proc/PID/ns`` lead to different namespaces; not so where one of them is gone."""
     try:
         return os.readlink(one) != os.readlink(other)
     except OSError:

@@ -99,7 +99,9 @@ class SharedObjects:
         Looking for others takes long; of ``trusted`` an earlier look has found none.
         """
         doubtful = {each.key: each for each in self.found if each.mapped and each.key not in trusted}
-        for key, holder in _holders(set(doubtful), pids).items():
+        # Children may have been born to the tree since its processes were listed.
+        own = {each for pid in pids for each in (pid, *procfs.descendants(pid))} if doubtful else pids
+        for key, holder in _holders(set(doubtful), own).items():
             what = _called(doubtful[key])
             yield f"{what} is shared with process {holder}, which is not moved"
         total = sum(_existing(each) for each in self.found)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import descriptors, filesystem, lineage, memory, seccomp, timers
+from postcopy.dump_side import clocks, descriptors, filesystem, lineage, memory, seccomp, timers
 from postcopy.dump_side.opened import Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
@@ -81,7 +81,7 @@ def _survey(pid: int) -> tuple[Manifest, Trusted]:
 
 def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
     shared = SharedObjects()
-    found = _Findings(Table(frozenset({root, *descendants}), shared))
+    found = _Findings(root, Table(frozenset({root, *descendants}), shared))
     found.look(root)
     for pid in descendants:
         name = _name(pid)
@@ -120,6 +120,7 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
 class _Findings:
     """What is found of one process after the other; ``tids``: of each its threads, as it sees them itself."""
 
+    root: int
     table: Table
     problems: list[str] = field(default_factory=list)
     files: list[FileIdentity] = field(default_factory=list)
@@ -132,7 +133,7 @@ class _Findings:
         """Add a process; raises OSError."""
         layout = memory.layout(pid, self.table.shared)
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
-        self.problems += [*seccomp.problems(pid), *_of_process(pid)]
+        self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
         slots = descriptors.collect(self.table, pid, self.problems)
         filesystem.collect(pid, self.problems)
         self.files += [*_exe(pid, self.problems), *memory.identities(layout)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_SIGNALFD4, SYS_TIMERFD_CREATE, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 289, 283, 300, 323
-MAP_HUGETLB = 0x40000
+MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
 SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -141,11 +141,14 @@ def terminal(directory: Path) -> None:
     kept.append(os.openpty()[1])
 
 
-def shared_with_a_child(directory: Path) -> None:
+def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
-    if not os.fork():
+    if not (child := os.fork()):
+        if os.fork():
+            os._exit(0)
         while True:
             signal.pause()
+    os.waitpid(child, 0)
 
 
 def hugetlb(directory: Path) -> None:
@@ -168,6 +171,16 @@ def deleted_directory(directory: Path) -> None:
     (directory / "cwd").mkdir()
     os.chdir(directory / "cwd")
     (directory / "cwd").rmdir()
+
+
+def time_namespace_for_children(directory: Path) -> None:
+    checked(libc.unshare(CLONE_NEWTIME))
+
+
+def time_namespace_of_a_child(directory: Path) -> None:
+    if not os.fork():
+        while True:
+            signal.pause()
 
 
 #: What is made, and what dump says of it.
@@ -193,11 +206,13 @@ KINDS: dict[Callable[[Path], None], str] = {
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
-    shared_with_a_child: "is shared with process",
+    shared_with_a_stranger: "is shared with process",
     hugetlb: "huge pages (hugetlb) cannot be moved yet",
     sealed: "sealed mappings (mseal) cannot be moved yet",
     posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",
     deleted_directory: "its cwd directory",
+    time_namespace_for_children: "its children will live in another time namespace (unshare)",
+    time_namespace_of_a_child: "lives in another time namespace than process",
 }
 
 
