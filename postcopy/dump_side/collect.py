@@ -50,12 +50,13 @@ def collect(
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []
     needed: dict[str, FileIdentity] = {}
+    checked: memory.Checked = {}
     stops = lineage.Stops(kin, frozen.processes)
     for each in frozen.processes:
-        state, files = _process(each, len(processes), smaps, table, kin, stops, sleepers)
+        state, layout = _process(each, len(processes), smaps, table, kin, stops, sleepers, checked)
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
-        needed.update((file.path, file) for file in files)
+        needed.update((file.path, file) for file in memory.identities(layout, needed))
     needed.update((file.path, file) for file in table.needed)
     problems += shared.problems(set(frozen.pids), trusted.memory)
     if problems:
@@ -81,8 +82,9 @@ def _process(
     kin: lineage.Kin,
     stops: lineage.Stops,
     sleepers: Sleepers,
-) -> tuple[Process, list[FileIdentity]]:
-    """The state of one process, and the files that it maps."""
+    checked: memory.Checked,
+) -> tuple[Process, memory.Layout]:
+    """The state of one process, and its layout."""
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     slots = descriptors.collect(table, pid, problems)
@@ -93,7 +95,7 @@ def _process(
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     # Before the executors have memory of their own in the process, which is not to be found in the layout.
-    layout = memory.layout(pid, table.shared, smaps.result())
+    layout = memory.layout(pid, table.shared, smaps.result(), checked)
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
@@ -137,7 +139,7 @@ def _process(
         stopped_by=frozen.stopped_by,
         stop_told=stops.told(pid),
     )
-    return state, memory.identities(layout)
+    return state, layout
 
 
 def _checked(pid: int, answers: Answers) -> Answers:

@@ -4,8 +4,9 @@ import contextlib
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from postcopy import roles
 from postcopy.dump_side import shared_memory
@@ -98,15 +99,20 @@ class SmapsReader:
         os.close(self._content)
 
 
-def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None) -> Layout:
+# What has been found out about mapped files of a tree, by device, inode and name: what backs them, or what is wrong.
+Checked = dict[tuple[tuple[int, int], int, str], "str | _Problem"]
+
+
+def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked: Checked | None = None) -> Layout:
     """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already.
 
-    What it may share with other processes is added to ``shared``.
+    What it may share with other processes is added to ``shared``. ``checked``: what the layouts of the other processes
+    of the tree have found.
     """
     found = Layout()
     numbers: dict[MappedFile, int] = {}
     content = procfs.read(pid, "smaps") if smaps is None else smaps
-    checked: dict[tuple[tuple[int, int], int, str], str | _Problem] = {}
+    checked = {} if checked is None else checked
     for line in procfs.parse_smaps(content):
         if line.name == "[vsyscall]":
             continue
@@ -147,9 +153,7 @@ class _Problem:
     text: str
 
 
-def _backing(
-    pid: int, line: MapsLine, checked: dict[tuple[tuple[int, int], int, str], str | _Problem]
-) -> str | _Problem:
+def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _Problem:
     if line.name in _KERNEL_MAPPINGS:
         return _KERNEL_MAPPINGS[line.name]
     for flag in sorted(line.flags & _REFUSED_FLAGS.keys()):
@@ -190,9 +194,13 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
     return "file"
 
 
-def identities(found: Layout) -> list[FileIdentity]:
-    """The mapped files, as the destination must have them."""
-    return [FileIdentity(f.path, os.stat(f.path).st_size, build_id(f.path), changing=f.writable) for f in found.files]
+def identities(found: Layout, known: Mapping[str, FileIdentity] = MappingProxyType({})) -> list[FileIdentity]:
+    """The mapped files that are not ``known`` by their paths yet, as the destination must have them."""
+    return [
+        FileIdentity(f.path, os.stat(f.path).st_size, build_id(f.path), changing=f.writable)
+        for f in found.files
+        if f.path not in known or (f.writable and not known[f.path].changing)
+    ]
 
 
 # -- what exists, once the process is frozen ---------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
         pid=found.tids[root][0],
         tids=[tid for tids in found.tids.values() for tid in tids],
         name=_name(root),
-        files=list({file.path: file for file in (*found.files, *found.table.needed)}.values()),
+        files=list((found.files | {file.path: file for file in found.table.needed}).values()),
         vdso=found.vdso,
         xsave_size=cpu.xsave_size(),
         memory_bytes=found.memory_bytes,
@@ -123,7 +123,8 @@ class _Findings:
     root: int
     table: Table
     problems: list[str] = field(default_factory=list)
-    files: list[FileIdentity] = field(default_factory=list)
+    files: dict[str, FileIdentity] = field(default_factory=dict)
+    checked: memory.Checked = field(default_factory=dict)
     tids: dict[int, list[int]] = field(default_factory=dict)
     vdso: bytes = b""
     memory_bytes: int = 0
@@ -131,12 +132,13 @@ class _Findings:
 
     def look(self, pid: int) -> None:
         """Add a process; raises OSError."""
-        layout = memory.layout(pid, self.table.shared)
+        layout = memory.layout(pid, self.table.shared, checked=self.checked)
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
         slots = descriptors.collect(self.table, pid, self.problems)
         filesystem.collect(pid, self.problems)
-        self.files += [*_exe(pid, self.problems), *memory.identities(layout)]
+        for file in (*_exe(pid, self.problems), *memory.identities(layout, self.files)):
+            self.files[file.path] = file
         if not self.vdso:
             self.vdso = _vdso(pid, layout)
         resident = procfs.status(pid).get("VmRSS", "0 kB")

@@ -4,6 +4,7 @@ The states and messages stand in docs/protocol.md.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -164,8 +165,9 @@ class _Takeover:
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
         if self._options.lazy:
-            # On a busy host, every other process would lengthen the stand-still.
+            # On a busy host, every other process would lengthen the stand-still, and so would looking for garbage.
             scheduling(nice=-20)
+            gc.disable()
         if self._checkpoint is not None:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
         else:
@@ -283,6 +285,7 @@ class _Takeover:
             # Before anybody is told that the program runs: who ends us from here on means the program.
             self._leave_signals_to_the_program()
         self._channels.control.close()
+        gc.enable()
         scheduling()
         pid = self._built.root.pid
         if self._options.pidfile:
