@@ -10,6 +10,7 @@ from postcopy.dump_side import (
     limits,
     lineage,
     memory,
+    namespaces,
     seccomp,
     signals,
     threads,
@@ -87,6 +88,8 @@ def _process(
     """The state of one process, and its layout."""
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
+    # It may have been born since the survey.
+    problems += namespaces.problems_of_member(pid, kin.root)
     slots = descriptors.collect(table, pid, problems)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))

@@ -6,6 +6,7 @@ A PID namespace of its own is not refused: PIDs travel as the process itself see
 import os
 
 _REFUSED = {"net": "network", "uts": "host name (UTS)", "ipc": "IPC", "cgroup": "cgroup"}
+_COMMON_TO_A_TREE = ("pid", "pid_for_children", "net", "mnt", "uts", "ipc", "cgroup", "user", "time")
 _OWN_OF_A_THREAD = ("net", "mnt", "uts", "ipc", "cgroup")
 
 
@@ -27,6 +28,15 @@ def problems_of_thread(pid: int, tid: int) -> list[str]:
         f"thread {tid} lives in another {kind} namespace than its process, which cannot be moved yet"
         for kind in _OWN_OF_A_THREAD
         if differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
+    ]
+
+
+def problems_of_member(pid: int, root: int) -> list[str]:
+    """Namespaces that a process does not share with the root of its tree, or would not with its next child."""
+    return [
+        f"it lives in another {kind} namespace than the root of the tree, which cannot be moved yet"
+        for kind in _COMMON_TO_A_TREE
+        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/{root}/ns/{kind.removesuffix('_for_children')}")
     ]
 
 

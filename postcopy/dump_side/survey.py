@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import clocks, descriptors, filesystem, lineage, memory, seccomp, timers
+from postcopy.dump_side import clocks, descriptors, filesystem, lineage, memory, namespaces, seccomp, timers
 from postcopy.dump_side.opened import Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
@@ -83,12 +83,14 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
     shared = SharedObjects()
     found = _Findings(root, Table(frozenset({root, *descendants}), shared))
     found.look(root)
+    found.problems += namespaces.problems_of_member(root, root)
     for pid in descendants:
         name = _name(pid)
         own = len(found.problems)
         try:
             if not _has_ended(pid):
                 found.look(pid)
+                found.problems += namespaces.problems_of_member(pid, root)
         except OSError:
             if not _has_ended(pid):
                 raise

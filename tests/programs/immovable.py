@@ -19,7 +19,7 @@ from pathlib import Path
 SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_SIGNALFD4, SYS_TIMERFD_CREATE, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 289, 283, 300, 323
 MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
-SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
+SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = 56, 0x100, 0x200, 0x400, 0x4000, 0x20000000
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -49,6 +49,14 @@ def shared_places(directory: Path) -> None:
 def vfork(directory: Path) -> None:
     if not os.fork():
         cloned(CLONE_VM | CLONE_VFORK)
+
+
+def pid_namespace(directory: Path) -> None:
+    if not os.fork():
+        checked(libc.unshare(CLONE_NEWPID))
+        if not os.fork():
+            signal.pause()
+        signal.pause()
 
 
 def cloned(flags: int) -> None:
@@ -188,6 +196,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     shared_table: "share their descriptor table (CLONE_FILES)",
     shared_places: "share their working directory (CLONE_FS)",
     vfork: "share their memory (vfork, CLONE_VM)",
+    pid_namespace: "it lives in another pid namespace than the root of the tree",
     tcp_socket: "socket:[",
     unix_socket: "socket:[",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
