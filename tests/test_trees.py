@@ -20,9 +20,8 @@ from postcopy.kernel import procfs
 from postcopy.reporting import PAUSE_AT
 from tests.hosts import FOREIGN, Host, Pair, postcopy_command, wait_until
 from tests.migrate import move
-from tests.programs.cases.trees import CASES
 from tests.programs.clan import records
-from tests.programs.states import UNSUPPORTED
+from tests.programs.states import TREE_CASES, UNSUPPORTED
 from tests.sides import Side
 from tests.test_failures import STEPS, blocked_signals, die_after, other_ends
 from tests.test_states import Report, run_program
@@ -63,10 +62,10 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_tree_reports_after_its_moves(outcome: Outcome) -> None:
     if outcome.failure:
         raise outcome.failure
-    assert set(outcome.report) == {case.name() for case in CASES}
+    assert set(outcome.report) == {case.name() for case in TREE_CASES}
 
 
-@pytest.mark.parametrize("case", [case.name() for case in CASES])
+@pytest.mark.parametrize("case", [case.name() for case in TREE_CASES])
 def test_tree_is_kept(outcome: Outcome, case: str) -> None:
     if outcome.failure:
         pytest.fail("no report: see test_tree_reports_after_its_moves", pytrace=False)

@@ -23,6 +23,7 @@ from tests.programs.cases import (
     memory,
     registers,
     seccomp,
+    shared_in_trees,
     shared_memory,
     signals,
     threads,
@@ -118,6 +119,9 @@ CASES: tuple[type[Case], ...] = (
     memory.FutureLocks,
 )
 
+#: What is tried with ``--tree``.
+TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES)
+
 #: What is tried with ``--user``: what a program without privileges can still set up.
 UNPRIVILEGED: tuple[type[Case], ...] = (
     identity.Unprivileged,
@@ -172,7 +176,7 @@ def main() -> int:
         identity.Unprivileged.user = options.user
     kinds = CASES if options.user is None else UNPRIVILEGED
     if options.tree:
-        kinds = trees.CASES
+        kinds = TREE_CASES
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()
