@@ -189,14 +189,14 @@ def restore(
         raise UsageError(
             f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to"
         )
+    from postcopy.checkpoint.reader import Checkpoint
+    from postcopy.dump_side.serving import give_here
     from postcopy.restore_side import session
     from postcopy.restore_side.fault_handler import Background
 
+    reporter = reporting.Printer(as_json, display_stats)
     checkpoint = channels = None
     if directory is not None:
-        from postcopy.checkpoint.reader import Checkpoint
-        from postcopy.dump_side.serving import give_here
-
         checkpoint = Checkpoint.open(directory)
         if not checkpoint.pages_elsewhere:
             _no_address(address, port, f"{directory} has all the pages")
@@ -219,7 +219,7 @@ def restore(
             inherited=_inherited(inherit_fd or []),
             background=Background(background.value, idle_delay),
         ),
-        reporting.Printer(as_json, display_stats),
+        reporter,
         lambda: reporting.announce(status_fd),
         checkpoint,
         channels,

@@ -5,7 +5,7 @@ joined by a member of the session: setsid(2), setpgid(2). So each process is mad
 or by a brother of its own in the right session (CLONE_PARENT, clone(2)); a leader that is gone is made for a while.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -33,7 +33,8 @@ class Making:
     """What one process does while the tree is made, in this order; ``births``: pids.
 
     ``early`` are born before setsid and before the process makes its own group, ``middle`` after setsid, ``late`` after
-    the group; ``siblings`` are born last, as children of its own parent.
+    the group; ``siblings`` are born last, as children of its own parent. When all have done this, those with
+    ``joins_group`` join theirs, and last those of them who lead a group themselves.
     """
 
     relative: Relative
@@ -52,6 +53,11 @@ class Making:
         return [*self.early, *self.middle, *self.late, *self.siblings]
 
 
+def joining(makings: dict[int, Making]) -> list[Making]:
+    """Those who join a group, in the order in which they must."""
+    return sorted((making for making in makings.values() if making.joins_group), key=lambda each: each.makes_group)
+
+
 def plan(relatives: Iterable[Relative]) -> dict[int, Making]:
     """What each process does, by its PID, those who make others before these. Raises Unrelated."""
     return _Planner(relatives).plan()
@@ -63,6 +69,7 @@ class _Planner:
         self._children: dict[int, list[int]] = defaultdict(list)
         for making in self._makings.values():
             self._children[making.relative.parent].append(making.relative.pid)
+        self._used_groups = {making.relative.group for making in self._makings.values()}
         self._born_into: dict[int, int] = {}
         self._groups: dict[int, int] = {}
         self._order: list[int] = []
@@ -110,7 +117,7 @@ class _Planner:
         making = self._makings[pid]
         own, born_into = making.relative.session, self._born_into[pid]
         making.makes_session = own == pid
-        making.makes_group = making.relative.group == pid and not making.makes_session
+        making.makes_group = pid in self._used_groups and not making.makes_session
         left = []
         for child in self._children[pid]:
             relative = self._makings[child].relative
@@ -188,7 +195,19 @@ class _Planner:
             pending += making.births
             if making.relative.group == pid:
                 continue
-            making.joins_group = making.relative.group != group
+            making.joins_group = making.makes_group or making.relative.group != group
             if making.joins_group and making.relative.group == OUTSIDE:
-                raise Unrelated(f"process {pid} is in a process group of another session")
+                raise Unrelated(f"process {pid} is in a process group from outside, into which it was not born")
+        self._check_those_who_leave(ordered)
         return ordered
+
+    def _check_those_who_leave(self, ordered: dict[int, Making]) -> None:
+        """Who has left the group that it leads must find another with members, when all others have joined theirs."""
+        leavers = [making for making in ordered.values() if making.joins_group and making.makes_group]
+        members = Counter(m.relative.group for m in ordered.values() if not (m.joins_group and m.makes_group))
+        members.update(making.relative.pid for making in leavers)
+        for making in leavers:
+            if not members[making.relative.group]:
+                raise Unrelated(f"process {making.relative.pid} is in a process group that all others have left")
+            members[making.relative.pid] -= 1
+            members[making.relative.group] += 1

@@ -99,11 +99,10 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Ghost:
-    """A file without a name that travels whole: deleted, made by O_TMPFILE, or a memfd.
+    """A file without a name that travels whole: deleted, or made by O_TMPFILE.
 
-    ``kind``: regular, directory (empty, as removed ones are), temporary (O_TMPFILE, with the flags ``made_with``) or
-    memfd. ``directory``: where it is made again; ``name``: its last one. Times in nanoseconds. ``seals``: F_GET_SEALS,
-    of a memfd.
+    ``kind``: regular, directory (empty, as removed ones are) or temporary (O_TMPFILE, with the flags ``made_with``).
+    ``directory``: where it is made again; ``name``: its last one. Times in nanoseconds.
     """
 
     kind: str
@@ -116,7 +115,6 @@ class Ghost:
     size: Unsigned
     extents: list[Extent]
     made_with: Unsigned = 0
-    seals: Unsigned = 0
 
 
 @dataclass(frozen=True, slots=True)

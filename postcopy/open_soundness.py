@@ -23,7 +23,7 @@ from postcopy.state import Tree
 
 _INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
 _NAME_MAX, _PATH_MAX = 255, 4096
-_FILE_KINDS = frozenset({"regular", "directory", "temporary", "memfd"})
+_FILE_KINDS = frozenset({"regular", "directory", "temporary"})
 
 NUMBERS: Mapping[type, Mapping[str, range]] = {
     Delivery: {"kind": range(3), "owner": range(1 << 22), "signal": range(65), "flags": _UINT32},
@@ -31,8 +31,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     EpollTarget: {"events": _UINT32, "data": _UINT64},
     EventCounter: {"count": range((1 << 64) - 1), "flags": _UINT32},
     Extent: {"offset": _INT64},
-    Ghost: {"mode": range(0o10000), "uid": _UINT32, "gid": _UINT32, "size": _INT64, "made_with": _UINT32}
-    | {"seals": _UINT32},
+    Ghost: {"mode": range(0o10000), "uid": _UINT32, "gid": _UINT32, "size": _INT64, "made_with": _UINT32},
     GhostOpening: {"flags": _UINT32, "position": _INT64},
     Inotify: {"flags": _UINT32},
     Lock: {"type": range(2), "start": _INT64, "length": _INT64},
@@ -57,9 +56,9 @@ PATHS: Mapping[type, tuple[str, ...]] = {Watch: ("path",)}
 
 
 def _ghost(ghost: Ghost) -> Iterator[str]:
-    if ghost.kind != "memfd" and not ghost.directory.startswith("/"):
+    if not ghost.directory.startswith("/"):
         yield f"directory: {ghost.directory[:80]!r} is no absolute path"
-    if "/" in ghost.name or "\0" in ghost.name + ghost.directory or (ghost.kind != "memfd" and not ghost.name):
+    if "/" in ghost.name or "\0" in ghost.name + ghost.directory or not ghost.name:
         yield f"name: {ghost.name[:80]!r} is no name of a file"
     end = 0
     for number, extent in enumerate(ghost.extents):

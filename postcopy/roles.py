@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -95,6 +96,18 @@ def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] 
         log.exception("%s failed; this is a bug", name)
     finally:
         os._exit(code)
+
+
+def leave_output(but_logs: bool) -> None:
+    """Let go of standard input and output, which who started the command may be reading to their end.
+
+    ``but_logs``: standard error is kept where nobody can be waiting for its end: a terminal or a file.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        if fd < 2 or not (but_logs and stat.S_IFMT(os.fstat(2).st_mode) in (stat.S_IFREG, stat.S_IFCHR)):
+            os.dup2(null, fd)
+    os.close(null)
 
 
 def close_all_but(keep: Iterable[int]) -> None:

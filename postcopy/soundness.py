@@ -12,11 +12,12 @@ from typing import Any
 
 from postcopy import open_soundness
 from postcopy.errors import ProtocolError
-from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE
+from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, plan
 from postcopy.page_ranges import PageRanges
 from postcopy.state import (
     Attributes,
+    Clocks,
     Credentials,
     Description,
     Descriptors,
@@ -29,11 +30,16 @@ from postcopy.state import (
     MappedFile,
     Memory,
     OpenFile,
+    OpenMemory,
     Pipe,
     PipeEnd,
+    PosixTimer,
     Process,
     Rseq,
     Scheduling,
+    Seccomp,
+    SeccompFilter,
+    SharedMemory,
     Signals,
     Sleep,
     StandardStream,
@@ -50,6 +56,7 @@ _SIGNAL_OR_NONE = range(65)
 _PID_MAX = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 _PATH_MAX = 4096
 _SIGINFO_SIZE = 128
+_SECCOMP_MODE_FILTER = 2
 _MOST_MEMORY = 1 << 46  # bytes; what x86-64 with 4-level page tables can address at all
 _XSTATE_SIZES = range(576, 16385)  # the legacy area and the header; what PTRACE_GETREGSET is asked for
 
@@ -61,7 +68,10 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "personality": _UINT32,
         "oom_score_adj": range(-1000, 1001),
         "coredump_filter": _UINT32,
+        "login_uid": _UINT32,
+        "membarrier": range(1 << 9),
     },
+    Clocks: {"monotonic": _INT64, "boottime": _INT64},
     Credentials: dict.fromkeys(("inheritable", "permitted", "effective", "bounding", "ambient"), _UINT64)
     | {"securebits": _UINT32},
     FileIdentity: {"size": _INT64},
@@ -70,13 +80,18 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     Lineage: dict.fromkeys(("parent", "session", "process_group"), range(_PID_MAX)) | {"exit_signal": _SIGNAL_OR_NONE},
     Manifest: {"xsave_size": _XSTATE_SIZES, "memory_bytes": range(_MOST_MEMORY + 1)},
     Memory: dict.fromkeys(("start_code", "end_code", "start_data", "end_data", "start_brk", "brk"), _ADDRESS)
-    | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS),
+    | dict.fromkeys(("start_stack", "arg_start", "arg_end", "env_start", "env_end"), _ADDRESS)
+    | {"future_locks": range(7)},
     OpenFile: {"flags": _UINT32, "position": _INT64},
+    OpenMemory: {"flags": _UINT32, "position": _INT64},
     Pipe: {"capacity": range(PAGE_SIZE, (1 << 31) + 1)},  # fs/pipe.c, round_pipe_size
     PipeEnd: {"flags": _UINT32},
+    PosixTimer: {"value": _UINT64, "tid": range(_PID_MAX)},
     Process: {"space": _UINT32, "stopped_by": _SIGNAL_OR_NONE},
     Rseq: {"pointer": _ADDRESS, "size": range(PAGE_SIZE + 1), "signature": _UINT32},
     Scheduling: {"io_priority": range(1 << 16), "timer_slack": _UINT64},
+    SeccompFilter: {"flags": _UINT32},
+    SharedMemory: {"space": _UINT32, "inode": _UINT64, "mode": range(0o10000), "seals": _UINT32},
     Sleep: {"call": _UINT32, "left": _INT64},
     StandardStream: {"fd": range(3), "flags": _UINT32},
     Thread: {
@@ -99,7 +114,10 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
     Limits: {"limits": range(1, 33)},
     Manifest: {"tids": range(1, _PID_MAX), "name": range(_PATH_MAX), "vdso": range(1 << 20)},
     Memory: {"vmas": range(1, 1 << 24), "auxv": range(_PATH_MAX + 1), "vdso": range(1 << 20)},
+    PosixTimer: {"setting": range(32, 33)},  # struct itimerspec
     Process: {"threads": range(1, _PID_MAX)},
+    SeccompFilter: {"program": range(8, 8 * 4096 + 1)},  # BPF_MAXINSNS instructions
+    SharedMemory: {"name": range(_PATH_MAX)},
     Scheduling: {"attributes": range(48, 257), "affinity": range(1, 8193)},  # NR_CPUS is at most 8192
     Signals: {"actions": range(64, 65)},
     Thread: {
@@ -108,7 +126,7 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
         "xstate": _XSTATE_SIZES,
         "alternate_stack": range(24, 25),  # stack_t
     },
-    Timers: {"intervals": range(3, 4)},
+    Timers: {"intervals": range(3, 4), "posix": range(1001)},
     Tree: {"processes": range(1, _PID_MAX)},
     Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
     Zombie: {"name": range(16)},
@@ -126,12 +144,14 @@ _ITEM_LENGTHS: Mapping[type, Mapping[str, int]] = {
 _ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
     Credentials: {"uids": _UINT32, "gids": _UINT32, "groups": _UINT32},
     Scheduling: {"affinity": range(8192)},
+    SharedMemory: {"owner": _UINT32},
 }
 
 _CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
     FileIdentity: {"kind": frozenset({"file", "directory", "fifo", "any"})},
     OpenFile: {"kind": frozenset({"regular", "directory", "device", "path", "live"})},
-    Vma: {"backing": frozenset({"anonymous", "stack", "file", "vvar", "vdso"})},
+    SharedMemory: {"kind": frozenset({"anonymous", "memfd", "system_v", "deleted"})},
+    Vma: {"backing": frozenset({"anonymous", "stack", "file", "object", "vvar", "vdso"})},
     **open_soundness.CHOICES,
 }
 
@@ -237,9 +257,24 @@ def _tree(tree: Tree) -> Iterator[str]:
         for slot in process.slots:
             if not 0 <= slot.description < count:
                 yield f"processes: descriptor {slot.fd} of {process.pid} is none of the {count} descriptions"
+    spaces = [*(process.space for process in tree.processes), *(memory.space for memory in tree.shared_memory)]
     yield from open_soundness.tree(tree)
-    for space in _repeated(process.space for process in tree.processes):
-        yield f"processes: address space {space} belongs to two processes"
+    for space in _repeated(spaces):
+        yield f"processes: space {space} occurs twice"
+    yield from _references_to_memory(tree)
+
+
+def _references_to_memory(tree: Tree) -> Iterator[str]:
+    count = len(tree.shared_memory)
+    for place, process in enumerate(tree.processes):
+        for number, vma in enumerate(process.memory.vmas):
+            if vma.backing == "object" and not 0 <= vma.file < count:
+                where = f"processes[{place}].memory.vmas[{number}].file"
+                yield f"{where}: {vma.file} is none of the {count} shared memories"
+    for number, description in enumerate(tree.descriptors.descriptions):
+        if description.memory is not None and not description.memory.memory < count:
+            where = f"descriptors.descriptions[{number}].memory.memory"
+            yield f"{where}: {description.memory.memory} is none of the {count} shared memories"
 
 
 def _manifest(manifest: Manifest) -> Iterator[str]:
@@ -260,7 +295,7 @@ def _vma(vma: Vma) -> Iterator[str]:
     for name, value in (("start", vma.start), ("end", vma.end), ("offset", vma.offset)):
         if value % PAGE_SIZE:
             yield f"{name}: {value:#x} is no page boundary"
-    if vma.backing != "file" and vma.file != -1:
+    if vma.backing not in ("file", "object") and vma.file != -1:
         yield f"file: {vma.file} given for a backing that is {vma.backing}"
     if vma.backing in _KERNEL_BACKINGS | {"stack"} and vma.shared:
         yield f"shared: a backing that is {vma.backing} is never shared"
@@ -321,6 +356,38 @@ def _pages(memory: Memory) -> Iterator[str]:
 
 def _places(vmas: Iterable[Vma]) -> PageRanges:
     return PageRanges.from_pairs((vma.start, vma.end) for vma in vmas)
+
+
+def _shared_memory(memory: SharedMemory) -> Iterator[str]:
+    if (memory.kind == "system_v") != (memory.system_v is not None):
+        yield f"system_v: does not fit memory of kind {memory.kind}"
+    if "\0" in memory.name:
+        yield f"name: {memory.name[:80]!r} has a NUL"
+    sets: dict[str, PageRanges] = {}
+    for name in ("sent", "lazy"):
+        try:
+            sets[name] = PageRanges.unpack(getattr(memory, name))
+        except ProtocolError as error:
+            yield f"{name}: {error.message}"
+            return
+        for each in sets[name]:
+            if each.end > page_up(memory.size):
+                yield f"{name}: {each.start:#x}-{each.end:#x} is behind the end, {memory.size:#x}"
+    for both in sets["lazy"].subtract(sets["lazy"].subtract(sets["sent"])):
+        yield f"lazy: {both.start:#x}-{both.end:#x} is in sent as well"
+
+
+def _seccomp(seccomp: Seccomp) -> Iterator[str]:
+    if seccomp.filters and seccomp.mode != _SECCOMP_MODE_FILTER:
+        yield f"filters: {len(seccomp.filters)} of them in mode {seccomp.mode}"
+    for number, each in enumerate(seccomp.filters):
+        if len(each.program) % 8:
+            yield f"filters[{number}].program: {len(each.program)} bytes are no whole instructions"
+
+
+def _timers(timers: Timers) -> Iterator[str]:
+    for number in _repeated(timer.number for timer in timers.posix):
+        yield f"posix: timer {number} occurs twice"
 
 
 def _siginfos(of: Signals | Thread) -> Iterator[str]:
@@ -391,8 +458,11 @@ _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Memory: _memory,
     Pipe: _pipe,
     Process: _process,
+    Seccomp: _seccomp,
+    SharedMemory: _shared_memory,
     Signals: _siginfos,
     Thread: _thread,
+    Timers: _timers,
     Tree: _tree,
     Vma: _vma,
     Zombie: _zombie,

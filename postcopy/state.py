@@ -60,8 +60,9 @@ class FileIdentity:
 class Vma:
     """One vma: [start, end), PROT_ bits, and what backs it.
 
-    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``vvar`` or ``vdso``; ``file`` indexes
-    ``Memory.files`` (-1: none), ``offset`` is the place in it; ``flags`` are the VmFlags that mmap and madvise set.
+    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``object``, ``vvar`` or ``vdso``; ``file`` indexes
+    ``Memory.files``, or for an object ``Tree.shared_memory`` (-1: none), ``offset`` is the place in it; ``writable``:
+    a shared mapping that mprotect may make so; ``flags`` are the VmFlags that mmap and madvise set.
     """
 
     start: Address
@@ -71,6 +72,7 @@ class Vma:
     backing: str
     file: int
     offset: Unsigned
+    writable: bool
     flags: list[str]
     name: str
 
@@ -88,6 +90,7 @@ class Memory:
     """A process's memory: the layout, the mm fields (PR_SET_MM_MAP, prctl(2)), pages sent along and pages left lazy.
 
     ``sent``, ``lazy``, ``guards``: packed PageRanges; the content of ``sent`` follows the state, in order.
+    ``future_locks``: the MCL_ bits that mlockall(2) was told for mappings to come.
     ``auxv``: as ``/proc/PID/auxv``. ``vdso``: its bytes, for comparison.
     """
 
@@ -105,11 +108,45 @@ class Memory:
     arg_end: Unsigned
     env_start: Unsigned
     env_end: Unsigned
+    future_locks: Unsigned
     auxv: bytes
     vdso: bytes
     sent: bytes
     lazy: bytes
     guards: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SystemV:
+    """What a System V segment has beyond its memory (shmget(2)): ``removed``: it ends with its last attachment."""
+
+    identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    key: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Memory with an identity of its own: vmas and descriptors of any process refer to it by its index.
+
+    ``kind``: ``anonymous`` (MAP_SHARED), ``memfd``, ``system_v`` or ``deleted`` (a mapped file without a name).
+    ``inode``: its number at the source; ``name``: a memfd's, or the path that the file had; ``size`` in bytes;
+    ``seals``: F_SEAL_ bits. ``space`` numbers it in the page protocol, where addresses are offsets; ``sent`` and
+    ``lazy`` as of `Memory`.
+    """
+
+    kind: str
+    space: Unsigned
+    inode: Unsigned
+    name: str
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
+    mode: Unsigned
+    owner: tuple[Unsigned, Unsigned]
+    seals: Unsigned
+    reserved: bool
+    system_v: SystemV | None
+    sent: bytes
+    lazy: bytes
 
 
 # -- what a whole process has ----------------------------------------------------------------------------------------
@@ -133,10 +170,29 @@ class LateSignal:
 
 
 @dataclass(frozen=True, slots=True)
+class PosixTimer:
+    """A timer of timer_create(2): its id, its clock as the kernel keeps it, whom it tells and how (SIGEV_ number).
+
+    ``value`` is what its signal carries; ``tid`` the thread that gets it (0: the process); ``setting`` the interval and
+    what is left (struct itimerspec). ``raised``: its signal is queued, and the timer rests until that is taken.
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    clock: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    notify: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    signal: Annotated[int, msgspec.Meta(ge=0, le=64)]
+    value: Unsigned
+    tid: Unsigned
+    setting: bytes
+    raised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Timers:
-    """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each)."""
+    """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each); POSIX timers by their ids."""
 
     intervals: list[bytes]
+    posix: list[PosixTimer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +213,10 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """Single values of a process: prctl(2) settings, personality(2), ``oom_score_adj``."""
+    """Single values of a process: prctl(2) settings, personality(2), files of ``/proc/PID``.
+
+    ``membarrier``: the bits of the commands that registered it (membarrier(2)); ``login_uid``: 2**32 - 1 is none.
+    """
 
     dumpable: int
     child_subreaper: bool
@@ -165,6 +224,9 @@ class Attributes:
     personality: Unsigned
     oom_score_adj: int
     coredump_filter: Unsigned
+    login_uid: Unsigned
+    membarrier: Unsigned
+    memory_merge: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +296,22 @@ class Scheduling:
 
 
 @dataclass(frozen=True, slots=True)
+class SeccompFilter:
+    """A classic BPF program (8 bytes an instruction) and the SECCOMP_FILTER_FLAG_ bits that stay with it."""
+
+    program: bytes
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Seccomp:
+    """How seccomp(2) confines a thread: SECCOMP_MODE_ (0: not at all), and its filters, oldest first."""
+
+    mode: Annotated[int, msgspec.Meta(ge=0, le=2)]
+    filters: list[SeccompFilter]
+
+
+@dataclass(frozen=True, slots=True)
 class Rseq:
     """The rseq registration; ``pointer`` 0: none."""
 
@@ -269,6 +347,7 @@ class Thread:
     sleep: Sleep | None
     parent_death_signal: Unsigned
     credentials: Credentials
+    seccomp: Seccomp
     scheduling: Scheduling
 
 
@@ -287,6 +366,15 @@ class OpenFile:
     flags: Unsigned
     position: Unsigned
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMemory:
+    """A descriptor of a memfd; ``memory`` indexes ``Tree.shared_memory``, ``position`` is in bytes."""
+
+    memory: Unsigned
+    flags: Unsigned
+    position: Unsigned
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +415,7 @@ class Description:
     file: OpenFile | None = None
     pipe: PipeEnd | None = None
     stream: StandardStream | None = None
+    memory: OpenMemory | None = None
     ghost: GhostOpening | None = None
     event_counter: EventCounter | None = None
     timer: TimerDescriptor | None = None
@@ -401,11 +490,19 @@ Member = Process | Zombie
 
 
 @dataclass(frozen=True, slots=True)
+class Clocks:
+    """CLOCK_MONOTONIC and CLOCK_BOOTTIME as the program reads them (ns)."""
+
+    monotonic: Unsigned
+    boottime: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class Tree:
     """A process tree, frozen; the root is the first, and every process comes after its parent.
 
-    ``descriptors`` is what the entries of all descriptor tables refer to; ``late_signals``: those of a tree that was
-    written down.
+    ``descriptors`` is what the entries of all descriptor tables refer to, ``shared_memory`` what vmas and descriptors
+    do; ``late_signals``: those of a tree that was written down; ``clocks``: when it was frozen.
     """
 
     processes: list[Process]
@@ -413,6 +510,8 @@ class Tree:
     descriptors: Descriptors
     files: list[FileIdentity]
     late_signals: list[LateSignal] = field(default_factory=list)
+    shared_memory: list[SharedMemory] = field(default_factory=list)
+    clocks: Clocks = field(default_factory=lambda: Clocks(0, 0))
 
     @property
     def members(self) -> list[Member]:

@@ -14,9 +14,11 @@ from postcopy.dump_side.collect import collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.page_source import FrozenProcess
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.survey import survey
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
+from postcopy.spaces import Space, spaces_of
 from postcopy.state import Manifest, Tree
 from tests.hosts import wait_until
 
@@ -99,7 +101,7 @@ def running(directory: Path, pages: int = 2048) -> Iterator[Program]:
 
 
 @contextlib.contextmanager
-def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, memory.Pages]]:
+def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, Space]]:
     """A process, frozen while inside, and its state."""
     manifest, trusted = survey(pid)
     frozen = FrozenTree(pid)
@@ -107,8 +109,8 @@ def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, memory.Page
     try:
         frozen.freeze()
         smaps.begin(frozen.pids)
-        collected = collect(frozen, smaps, trusted, {})
-        yield frozen.root, manifest, collected.tree, collected.pages[SPACE]
+        tree = collect(frozen, smaps, trusted, {}, SharedObjects())
+        yield frozen.root, manifest, tree, spaces_of(tree)[SPACE]
     finally:
         frozen.thaw()
         smaps.close()

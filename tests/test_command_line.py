@@ -285,6 +285,24 @@ def test_detached_restore_ends_while_pages_are_missing(empty: Pair, program: Pro
     no_traceback(migration)
 
 
+@pytest.mark.parametrize("options", [(), ("--new-pid-namespace",)], ids=["plain", "namespace"])
+def test_who_reads_what_a_detached_restore_says_comes_to_an_end(
+    empty: Pair, program: Program, options: tuple[str, ...]
+) -> None:
+    migration = start_dump(empty.a, empty.b, PID, port=PORT)
+    argv = [*postcopy_command(), "restore", "--lazy-pages", "-d", "--background", "off", "--json", *options]
+    argv += ["--address", empty.a.address, "--port", str(PORT)]
+    restore = empty.b.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = restore.stdout
+    assert said is not None
+    os.set_blocking(said.fileno(), False)
+    # Pages are missing for ever, so the daemon stays.
+    assert restore.wait(SECONDS) == 0
+    wait_until(lambda: said.read() == b"", SECONDS, "the end of what it says")
+    assert migration.dump.poll() is None
+    program.ticks_on(empty.b.name)
+
+
 def test_daemon_of_a_detached_restore_ends_with_the_last_page(empty: Pair, program: Program) -> None:
     migration = move(empty.a, empty.b, PID, port=PORT, restore_options=("--restore-detached",))
     migration.wait_drained(SECONDS)

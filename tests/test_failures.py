@@ -22,6 +22,8 @@ from postcopy.dump_side import freeze, memory, sleepers
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.opened import Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.process_memory import ProcessMemory
 from tests.hosts import Host, Pair, wait_until
@@ -312,7 +314,7 @@ def freeze_and_die(pid: int, steps: int) -> None:
     sleeping = sleepers.observe(pid)
     frozen.freeze()
     smaps.begin(frozen.pids)
-    collect(frozen, smaps, frozenset(), sleeping)
+    collect(frozen, smaps, Trusted(), sleeping, SharedObjects())
     guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()
     frozen.thaw()
@@ -407,11 +409,9 @@ def test_program_survives_kills_at_random_moments_and_can_be_moved_afterwards(sc
 @pytest.mark.parametrize("role", ["postcopy-faults", "postcopy-receive", "postcopy-watch"])
 def test_source_runs_on_when_the_daemon_dies_before_commit(scene: Scene, watched: Watched, role: str) -> None:
     destination, source = watched.both("restore", "built")
+    watchdog = of_role(scene.hosts.b, "postcopy-watch")
     scene.hosts.b.kill(of_role(scene.hosts.b, role))
-    if role != "postcopy-watch":
-        wait_until(
-            lambda: scene.hosts.b.proc_state(of_role(scene.hosts.b, "postcopy-watch")) == "Z", SECONDS, "it ends"
-        )
+    wait_until(lambda: scene.hosts.b.proc_state(watchdog) == "Z", SECONDS, "it ends")
     destination.process.send_signal(signal.SIGCONT)
     destination.process.wait(SECONDS)
     source.process.wait(SECONDS)

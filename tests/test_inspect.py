@@ -23,7 +23,7 @@ from postcopy.checkpoint.inspect import inspect
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
-from postcopy.state import Process, Tree, encode
+from postcopy.state import Descriptors, Process, Tree, encode
 from tests.checkpoints import Taken, running, take
 from tests.hosts import postcopy_command
 
@@ -67,12 +67,17 @@ def as_json(directory: Path) -> Any:
     return json.loads(shown(directory, as_json=True))
 
 
-def change_state(directory: Path, change: Callable[[Process], Process]) -> None:
+def change_state(
+    directory: Path,
+    change: Callable[[Process], Process],
+    change_opened: Callable[[Descriptors], Descriptors] = lambda opened: opened,
+) -> None:
     """Write another state, with the right checksum."""
     path = directory / "state"
     checkpoint, body = parse(str(path), path.read_bytes(), Kind.STATE)
     tree = parse_body(str(path), Tree, body)
-    content = encode(replace(tree, processes=[change(process) for process in tree.processes]))
+    processes = [change(process) for process in tree.processes]
+    content = encode(replace(tree, processes=processes, descriptors=change_opened(tree.descriptors)))
     path.write_bytes(pack_header(Kind.STATE, 0, checkpoint, content) + content)
 
 
@@ -124,7 +129,8 @@ def test_json_gives_all_of_the_state(taken: Taken) -> None:
     assert found["sizes"] == {entry.name: entry.stat().st_size for entry in taken.directory.iterdir()}
     assert found["manifest"]["tids"] == taken.manifest.tids
     assert len(found["files"]) == len(taken.tree.files)
-    for field in ("threads", "memory", "signals", "timers", "limits", "filesystem", "descriptors", "stopped_by"):
+    assert len(found["descriptors"]["descriptions"]) == len(taken.tree.descriptors.descriptions)
+    for field in ("threads", "memory", "signals", "timers", "limits", "filesystem", "slots", "stopped_by"):
         assert field in described
     first = described["threads"][0]
     assert set(first["registers"]) >= {"rip", "rsp", "orig_rax"}
@@ -191,8 +197,7 @@ def test_reader_that_goes_away_is_no_error(taken: Taken) -> None:
 
 def hostile(process: Process) -> Process:
     """The state with such names wherever there are names."""
-    memory, table = process.memory, process.descriptors
-    path = "/" + HOSTILE
+    memory, path = process.memory, "/" + HOSTILE
     return replace(
         process,
         threads=[replace(each, name=HOSTILE.encode(errors="surrogateescape")[:15]) for each in process.threads],
@@ -203,17 +208,18 @@ def hostile(process: Process) -> Process:
             files=[replace(each, path=path) for each in memory.files],
         ),
         filesystem=replace(process.filesystem, cwd=path, root=path),
-        descriptors=replace(
-            table,
-            descriptions=[
-                replace(each, file=each.file and replace(each.file, path=path)) for each in table.descriptions
-            ],
-        ),
     )
 
 
+def hostile_files(table: Descriptors) -> Descriptors:
+    """The same of what is open."""
+    path = "/" + HOSTILE
+    named = [replace(each, file=each.file and replace(each.file, path=path)) for each in table.descriptions]
+    return replace(table, descriptions=named)
+
+
 def test_hostile_names_do_not_reach_the_terminal(copy: Path) -> None:
-    change_state(copy, hostile)
+    change_state(copy, hostile, hostile_files)
     for arguments in ([copy], [copy, "--json"]):
         result = run(*arguments)
         assert (result.returncode, result.stderr) == (0, "")
@@ -225,7 +231,7 @@ def test_hostile_names_do_not_reach_the_terminal(copy: Path) -> None:
 
 
 def test_on_a_terminal_only_our_own_escape_sequences_arrive(copy: Path) -> None:
-    change_state(copy, hostile)
+    change_state(copy, hostile, hostile_files)
     text = on_terminal(copy)
     assert r"\x1b[2J" in text
     own = re.sub("\x1b\\[[0-9;]*m|\r\n", "", text)

@@ -20,10 +20,10 @@ from postcopy.kernel import procfs
 from postcopy.reporting import PAUSE_AT
 from tests.hosts import FOREIGN, Host, Pair, postcopy_command, wait_until
 from tests.migrate import move
-from tests.programs.cases.trees import CASES
 from tests.programs.clan import records
-from tests.programs.states import UNSUPPORTED
-from tests.test_failures import STEPS, Side, blocked_signals, die_after, other_ends
+from tests.programs.states import TREE_CASES, UNSUPPORTED
+from tests.sides import Side
+from tests.test_failures import STEPS, blocked_signals, die_after, other_ends
 from tests.test_states import Report, run_program
 
 PID = 4500
@@ -62,10 +62,10 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_tree_reports_after_its_moves(outcome: Outcome) -> None:
     if outcome.failure:
         raise outcome.failure
-    assert set(outcome.report) == {case.name() for case in CASES}
+    assert set(outcome.report) == {case.name() for case in TREE_CASES}
 
 
-@pytest.mark.parametrize("case", [case.name() for case in CASES])
+@pytest.mark.parametrize("case", [case.name() for case in TREE_CASES])
 def test_tree_is_kept(outcome: Outcome, case: str) -> None:
     if outcome.failure:
         pytest.fail("no report: see test_tree_reports_after_its_moves", pytrace=False)
@@ -246,7 +246,9 @@ def paused(hosts: Pair, clan: Clan, directory: Path, victim: str, step: str, por
     for name, host in (("dump", hosts.a), ("restore", hosts.b)):
         errors = directory / f"{name}.err"
         environment = {**os.environ, PAUSE_AT: step} if name == victim else None
-        target = ["-t", str(clan.pid)] if name == "dump" else []
+        # So that pages are still missing when dump is killed.
+        background = ["--background", "off" if victim == "dump" else "eager"]
+        target = ["-t", str(clan.pid)] if name == "dump" else background
         argv = [*postcopy_command(), name, "--lazy-pages", *target, "--address", hosts.a.address, "--port", str(port)]
         with open(errors, "wb") as stderr, open(errors.with_suffix(".out"), "wb") as stdout:
             sides[name] = Side(host.popen([*argv, "--json"], stdout=stdout, stderr=stderr, env=environment), errors)
@@ -263,7 +265,8 @@ def test_tree_runs_on_when_a_side_is_killed_before_commit(
     port = 28000 + STEPS.index((victim, step))
     killed, other = paused(hosts, clan, tmp_path, victim, step, port)
     killed.process.kill()
-    other_ends(other, victim, step, 7)
+    # 4: the program has gone on writing to its log before the destination looked at that.
+    other_ends(other, victim, step, 4, 7)
     assert killed.process.wait(SECONDS) == -signal.SIGKILL
     wait_until(lambda: set(hosts.b.pids()) <= before, SECONDS, "nothing is left at the destination")
     clan.goes_on()

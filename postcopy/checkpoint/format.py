@@ -32,6 +32,7 @@ _CHECKSUM = struct.Struct("<Q")
 
 # A fault on one page waits until the piece that the page is in has been read and verified.
 PIECE_PAGES = 16
+_PIECE_SIZES = bytes(range(1, PIECE_PAGES + 1))
 
 # More than the state of any tree takes: a file beyond it is not read at all.
 BODY_LIMIT = 1 << 30
@@ -115,15 +116,16 @@ class Index:
         """``pages``: how many pages each piece has. Raises ProtocolError where these do not belong together."""
         if len(checksums) != len(pages):
             raise ProtocolError(f"checksums: {len(checksums)} for {len(pages)} pieces")
-        if pages and not 0 < min(pages) <= max(pages) <= PIECE_PAGES:
+        if pages.translate(None, _PIECE_SIZES):
             raise ProtocolError(f"pages: a piece has 1 to {PIECE_PAGES} pages, not {min(pages)} or {max(pages)}")
-        if sum(pages) != held.total_pages:
-            raise ProtocolError(f"pages: the pieces have {sum(pages)} pages and held has {held.total_pages}")
+        firsts = array("Q", accumulate(pages, initial=0))
+        if firsts[-1] != held.total_pages:
+            raise ProtocolError(f"pages: the pieces have {firsts[-1]} pages and held has {held.total_pages}")
         if zero.subtract(held) != zero:
             raise ProtocolError("zero: names pages that are held as well")
         self.held = held
         self.zero = zero
-        self.firsts = array("Q", accumulate(pages, initial=0))
+        self.firsts = firsts
         self.checksums = checksums
 
     @property

@@ -134,12 +134,16 @@ def _heading(checkpoint: Checkpoint) -> Table:
 def _tree(checkpoint: Checkpoint) -> Branch:
     """The processes as pstree(1) would show them."""
     root = Branch(_text("processes"), hide_root=True)
+    branches = {0: root}
     for process in checkpoint.tree.processes:
         threads = len(process.threads)
         more = f", {threads} threads" if threads > 1 else ""
         pages = MemoryMap(checkpoint, process).total()
         text = f"{process.pid} {name_of(process.threads[0])}: {pages_text(pages.exist) or 'no memory'}{more}"
-        root.add(_text(text))
+        branches[process.pid] = branches[process.lineage.parent].add(_text(text))
+    for zombie in checkpoint.tree.zombies:
+        name = zombie.name.decode(errors="surrogateescape")
+        branches[zombie.lineage.parent].add(_text(f"{zombie.pid} {name}: zombie"))
     return root
 
 

@@ -29,8 +29,10 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
 
 def _ghost(opening: GhostOpening, ghost: Ghost) -> tuple[str, str]:
     held = sum(len(extent.content) for extent in ghost.extents)
-    kind = ghost.kind if ghost.kind == "memfd" else f"{ghost.kind}, deleted"
-    return kind, f"{ghost.name}, {ghost.size} bytes, {held} of them here, at byte {opening.position}"
+    return (
+        f"{ghost.kind}, deleted",
+        f"{ghost.name}, {ghost.size} bytes, {held} of them here, at byte {opening.position}",
+    )
 
 
 def _timer(timer: TimerDescriptor) -> str:

@@ -4,7 +4,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from postcopy.checkpoint.format import (
@@ -23,34 +22,11 @@ from postcopy.checkpoint.format import (
 )
 from postcopy.checkpoint.page_file import PageFile
 from postcopy.errors import CheckpointError, ProtocolError
-from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.soundness import check
+from postcopy.spaces import Space, spaces_of
 from postcopy.state import Manifest, Tree
-
-
-@dataclass(frozen=True)
-class Space:
-    """What a state says of one address space: its number, whose it is, the pages sent along and those left lazy."""
-
-    number: int
-    owner: str
-    sent: PageRanges
-    lazy: PageRanges
-
-
-def spaces_of(tree: Tree) -> list[Space]:
-    """The address spaces of a tree, in the order of their sent pages' content."""
-    return [
-        Space(
-            process.space,
-            f"process {process.pid}",
-            PageRanges.unpack(process.memory.sent),
-            PageRanges.unpack(process.memory.lazy),
-        )
-        for process in tree.processes
-    ]
 
 
 class Checkpoint:
@@ -109,8 +85,7 @@ class Checkpoint:
 
     def sent_content(self) -> memoryview:
         """The content of the pages that go with the state: `spaces_of` in order, ranges in order. Verified."""
-        total = sum(space.sent.total_pages for space in self._spaces)
-        content = memoryview(bytearray(total * PAGE_SIZE))
+        content = memoryview(bytearray(sum(space.sent_bytes for space in self._spaces)))
         at = 0
         for space in self._spaces:
             for each in space.sent:

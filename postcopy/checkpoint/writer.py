@@ -29,7 +29,7 @@ from postcopy.errors import CannotRun, DumpError, ProtocolError, UsageError
 from postcopy.kernel.rename import rename_new
 from postcopy.page_ranges import PageRanges
 from postcopy.soundness import check
-from postcopy.state import Manifest, Process, Tree, encode
+from postcopy.state import Manifest, Process, SharedMemory, Tree, encode
 
 
 class Writer:
@@ -84,7 +84,11 @@ class Writer:
         Every address space of the tree must have been written. Only when this has returned may the tree be killed.
         Raises DumpError; nothing has the directory's name then.
         """
-        tree = replace(tree, processes=[self._without_zeros(process) for process in tree.processes])
+        tree = replace(
+            tree,
+            processes=[self._without_zeros(process) for process in tree.processes],
+            shared_memory=[self._without_zeros_shared(memory) for memory in tree.shared_memory],
+        )
         try:
             # What could not be read again must not be found out after the tree is gone.
             check(tree, manifest)
@@ -128,6 +132,9 @@ class Writer:
     def _without_zeros(self, process: Process) -> Process:
         lazy = PageRanges.unpack(process.memory.lazy).subtract(self._zero[process.space])
         return replace(process, memory=replace(process.memory, lazy=lazy.pack()))
+
+    def _without_zeros_shared(self, memory: SharedMemory) -> SharedMemory:
+        return replace(memory, lazy=PageRanges.unpack(memory.lazy).subtract(self._zero[memory.space]).pack())
 
     def _give_name(self) -> None:
         parent = self._directory.parent

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 
-from postcopy.kernel import procfs
+from postcopy.kernel import membarrier, procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.prctl import (
     PR_GET_CHILD_SUBREAPER,
     PR_GET_DUMPABLE,
+    PR_GET_MEMORY_MERGE,
     PR_GET_THP_DISABLE,
 )
 from postcopy.state import Attributes
+
+NO_LOGIN = 0xFFFF_FFFF
 
 
 @dataclass
@@ -20,6 +23,8 @@ class Question:
     dumpable: int
     thp_disable: int
     subreaper: int
+    membarrier: int
+    memory_merge: int
 
     @classmethod
     def ask(cls, batch: Batch) -> "Question":
@@ -30,10 +35,14 @@ class Question:
             dumpable=batch.add(call("prctl", PR_GET_DUMPABLE), "reading the dumpable attribute"),
             thp_disable=batch.add(call("prctl", PR_GET_THP_DISABLE, 0, 0, 0, 0), "reading the THP attribute"),
             subreaper=subreaper,
+            # Without a purpose: kernels that lack them refuse.
+            membarrier=batch.add(call("membarrier", membarrier.GET_REGISTRATIONS, 0, 0)),
+            memory_merge=batch.add(call("prctl", PR_GET_MEMORY_MERGE, 0, 0, 0, 0)),
         )
 
     def answered(self, answers: Answers, pid: int) -> Attributes:
         """The attributes of the frozen process ``pid``."""
+        registered = answers.value(self.membarrier)
         return Attributes(
             dumpable=answers.value(self.dumpable),
             thp_disable=answers.value(self.thp_disable),
@@ -41,4 +50,15 @@ class Question:
             personality=int(procfs.read(pid, "personality"), 16),
             oom_score_adj=int(procfs.read(pid, "oom_score_adj")),
             coredump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
+            login_uid=_login_uid(pid),
+            # Where the kernel does not tell: to be registered without need costs next to nothing.
+            membarrier=registered & membarrier.ALL_REGISTRATIONS if registered >= 0 else membarrier.ALL_REGISTRATIONS,
+            memory_merge=answers.value(self.memory_merge) == 1,
         )
+
+
+def _login_uid(pid: int) -> int:
+    try:
+        return int(procfs.read(pid, "loginuid"))
+    except FileNotFoundError:
+        return NO_LOGIN  # a kernel without CONFIG_AUDIT

@@ -1,6 +1,7 @@
 """A tree that is to leave this host, or to be written down: frozen, collected, and then given back or ended."""
 
 import contextlib
+import gc
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -10,10 +11,13 @@ from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.kernel import procfs
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
+from postcopy.spaces import spaces_of
 from postcopy.state import LateSignal, Tree
 
 
@@ -24,16 +28,15 @@ class Capture:
     sent: dict[int, PageRanges]
     lazy: dict[int, PageRanges]
 
-    def __init__(
-        self, pid: int, trusted_pipes: frozenset[int], reporter: Reporter, choices: Choices | None = None
-    ) -> None:
-        """``trusted_pipes``: what the survey said. Nothing is frozen yet."""
+    def __init__(self, pid: int, trusted: Trusted, reporter: Reporter, choices: Choices | None = None) -> None:
+        """``trusted``: what the survey said. Nothing is frozen yet."""
         self.frozen = FrozenTree(pid)
         self.committed = False
         self.began = 0
         self._reporter = reporter
-        self._trusted_pipes = trusted_pipes
+        self._trusted = trusted
         self._choices = choices or Choices()
+        self._shared = SharedObjects()
         self._guard = Guard()
         self._smaps = memory.SmapsReader()
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
@@ -48,31 +51,41 @@ class Capture:
             self.frozen.thaw()
         self._smaps.close()
         self._guard.dismiss()
+        self._shared.close()
         self.frozen.close()
 
     def take(self) -> None:
         """Freeze the tree and collect its state. Raises DumpError, ProblemsError."""
+        # A collection of what is garbage takes tens of milliseconds where a tree has many processes.
+        gc.disable()
         self.began = time.monotonic_ns()
         self.frozen.freeze()
         self._smaps.begin(self.frozen.pids)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
-        collected = collect(self.frozen, self._smaps, self._trusted_pipes, self._sleeping, self._choices)
-        self.tree = collected.tree
-        spaces = [process.space for process in self.tree.processes]
-        self.sent = {space: pages.sent for space, pages in zip(spaces, collected.pages, strict=True)}
-        self.lazy = {space: pages.lazy for space, pages in zip(spaces, collected.pages, strict=True)}
+        self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
+        self._spaces = spaces_of(self.tree)
+        self.sent = {space.number: space.sent for space in self._spaces}
+        self.lazy = {space.number: space.lazy for space in self._spaces}
         self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
 
     @property
     def sources(self) -> dict[int, PageSource]:
-        """Where the pages of each address space come from."""
+        """Where the pages of each space come from."""
         pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
-        return {state.space: FrozenProcess(frozen.pid, frozen.memory) for state, frozen in pairs}
+        processes = {state.space: FrozenProcess(frozen.pid, frozen.memory) for state, frozen in pairs}
+        return {**processes, **self._shared.sources}
 
-    def content(self) -> bytes:
-        """The content of the pages that travel with the state."""
-        pairs = zip(self.sent.values(), self.frozen.processes, strict=True)
-        return b"".join(memory.contents(frozen.memory, sent) for sent, frozen in pairs)
+    def content(self) -> memoryview:
+        """The content of the pages that travel with the state: `spaces_of` in order, ranges in order."""
+        content = memoryview(bytearray(sum(space.sent_bytes for space in self._spaces)))
+        at = 0
+        sources = self.sources
+        for space in self._spaces:
+            for each in space.sent:
+                size = each.end - each.start
+                sources[space.number].read_into(each.start, content[at : at + size])
+                at += size
+        return content
 
     def late_signals(self) -> list[LateSignal]:
         """The signals that have come since the state was collected."""
@@ -93,6 +106,7 @@ class Capture:
     def end(self) -> None:
         """The tree is of no more use here."""
         self.frozen.kill()
+        self._shared.end()
         self._reporter.event("killed", pid=self.frozen.root.pid)
 
 

@@ -1,9 +1,10 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from postcopy.dump_side import (
     attributes,
+    clocks,
     descriptors,
     edges,
     epoll,
@@ -11,6 +12,8 @@ from postcopy.dump_side import (
     limits,
     lineage,
     memory,
+    namespaces,
+    seccomp,
     signals,
     threads,
     timers,
@@ -18,7 +21,8 @@ from postcopy.dump_side import (
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
-from postcopy.dump_side.opened import Table
+from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
@@ -28,29 +32,25 @@ from postcopy.state import FileIdentity, Process, Tree
 Sleepers = dict[int, Observation]
 
 
-@dataclass
-class Collected:
-    """The state of a frozen tree, and the pages of each of its processes."""
-
-    tree: Tree
-    pages: list[memory.Pages]
-
-
 def collect(
     frozen: FrozenTree,
     smaps: memory.SmapsReader,
-    trusted_pipes: frozenset[int],
+    trusted: Trusted,
     sleepers: Sleepers,
+    shared: SharedObjects,
     choices: Choices | None = None,
-) -> Collected:
+) -> Tree:
     """The state of the tree; process number N has address space N.
 
-    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze.
+    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze. The memory that
+    its processes may share is added to ``shared``, which must stay open as long as its content is needed.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
+    stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
-    table = Table(frozenset([*frozen.pids, *frozen.zombies]), trusted_pipes, choices or Choices(), frozen=True)
+    members = frozenset([*frozen.pids, *frozen.zombies])
+    table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
     problems += lineage.shared(frozen.pids)
@@ -62,16 +62,20 @@ def collect(
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []
-    pages: list[memory.Pages] = []
-    needed = list(table.needed)
+    needed: dict[str, FileIdentity] = {}
+    checked: memory.Checked = {}
     stops = lineage.Stops(kin, frozen.processes)
     for each in frozen.processes:
-        state, existing, files = _process(each, len(processes), smaps, table, kin, stops, sleepers)
+        state, layout = _process(each, len(processes), smaps, table, kin, stops, sleepers, checked)
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
-        pages.append(existing)
-        needed += files
-    return Collected(Tree(processes, zombies, table.descriptors, list(dict.fromkeys(needed))), pages)
+        needed.update((file.path, file) for file in memory.identities(layout, needed))
+    problems += shared.problems(set(frozen.pids), trusted.memory)
+    if problems:
+        raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
+    files = list(dict.fromkeys((*needed.values(), *table.needed)))
+    found = table.descriptors
+    return Tree(processes, zombies, found, files, shared_memory=shared.collect(), clocks=stopped_at)
 
 
 def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:
@@ -91,10 +95,13 @@ def _process(
     kin: lineage.Kin,
     stops: lineage.Stops,
     sleepers: Sleepers,
-) -> tuple[Process, memory.Pages, list[FileIdentity]]:
-    """The state of one process, its pages, and the files that it maps."""
+    checked: memory.Checked,
+) -> tuple[Process, memory.Layout]:
+    """The state of one process, and its layout."""
     pid = frozen.pid
-    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *threads.problems(frozen.threads)]
+    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
+    # It may have been born since the survey.
+    problems += namespaces.problems_of_member(pid, kin.root)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
@@ -102,7 +109,7 @@ def _process(
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     # Before the executors have memory of their own in the process, which is not to be found in the layout.
-    layout = memory.layout(pid, smaps.result())
+    layout = memory.layout(pid, table.shared, smaps.result(), checked)
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
@@ -112,7 +119,7 @@ def _process(
         leaders = asked[0][1]
         about_memory = memory.Question.ask(leaders)
         about_signals = signals.Question.ask(leaders)
-        about_timers = timers.Question.ask(leaders)
+        about_timers = timers.Question.ask(leaders, pid)
         about_limits = limits.Question.ask(leaders)
         about_attributes = attributes.Question.ask(leaders)
         stops.ask(pid, leaders)
@@ -121,18 +128,24 @@ def _process(
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
         edges.find(table, pid, executors[0])
+        locks = memory.future_locks(frozen)
     leader = answers[0]
     stops.answered(pid, leader)
+    found_threads = [
+        question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
+        for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
+    ]
+    found_signals = about_signals.answered(leader, pid)
+    inner = {thread.tid: state.tid for thread, state in zip(frozen.threads, found_threads, strict=True)}
+    queued = [*found_signals.pending, *(siginfo for thread in found_threads for siginfo in thread.pending)]
+    found_timers = about_timers.answered(leader, inner, queued)
     state = Process(
         pid=kin.inner(pid),
         space=space,
-        threads=[
-            question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
-            for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
-        ],
-        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso),
-        signals=about_signals.answered(leader, pid),
-        timers=about_timers.answered(leader),
+        threads=[replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads],
+        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),
+        signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
+        timers=found_timers,
         limits=about_limits.answered(leader),
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
@@ -141,7 +154,7 @@ def _process(
         stopped_by=frozen.stopped_by,
         stop_told=stops.told(pid),
     )
-    return state, pages, memory.identities(layout)
+    return state, layout
 
 
 def _checked(pid: int, answers: Answers) -> Answers:

@@ -3,8 +3,8 @@
 import os
 import stat
 
-from postcopy.dump_side.ghosts import DELETED
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
+from postcopy.dump_side.shared_memory import DELETED
 from postcopy.kernel import procfs
 from postcopy.kernel.elf import build_id
 from postcopy.state import Description, FileIdentity, OpenFile

@@ -63,6 +63,7 @@ class Frozen:
         self.durable = False
         self._awaited: set[int] = set()
         self._stopped: dict[int, int] = {}
+        self.arena = range(0)  # the executors' memory, while they have any
 
     @property
     def stopped_by(self) -> int:
@@ -209,6 +210,7 @@ class Frozen:
         arena = 0
         try:
             base = arena = self._map(stub, size, swallowed)
+            self.arena = range(arena, arena + size)
             for thread in self.threads:
                 own = thread.status
                 stop = stop_signal(int(own["SigCgt"], 16), int(own["SigPnd"], 16) | int(own["ShdPnd"], 16))
@@ -325,6 +327,9 @@ def _look(pid: int, tid: int, group_stop: int, memory: ProcessMemory) -> FrozenT
     if rseq.pointer:
         registers = _out_of_critical_section(registers, rseq, memory)
     status = procfs.status(pid, tid)
+    if status.get("Seccomp", "0") != "0":
+        # The executor's calls are none of the program's, which may be forbidden to make them.
+        ptrace.set_options(tid, _OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP)
     return FrozenThread(tid, registers, ptrace.get_signal_mask(tid), rseq, group_stop, status)
 
 

@@ -1,17 +1,15 @@
-"""Files without a name: deleted ones that are still open, O_TMPFILE, and memfds. They travel with their content."""
+"""Files without a name: deleted ones that are still open, and O_TMPFILE. They travel with their content."""
 
 import errno
-import fcntl
 import os
 import stat
 
 from postcopy.dump_side.opened import Opened, Refused, Table
-from postcopy.kernel import memfd, procfs
+from postcopy.dump_side.shared_memory import DELETED
+from postcopy.kernel import procfs
 from postcopy.open_kinds import Extent, Ghost, GhostOpening
-from postcopy.state import Description, FileIdentity
+from postcopy.state import Description, FileIdentity, OpenMemory
 
-DELETED = " (deleted)"
-_MEMFD = "/memfd:"
 _O_TMPFILE = 0o20000000 | os.O_DIRECTORY
 _KINDS = {stat.S_IFREG: "regular", stat.S_IFDIR: "directory"}
 
@@ -20,28 +18,18 @@ def collect(table: Table, opened: Opened) -> Description | None:
     """The description of a file without a name; None for other kinds. The file itself is added to the table once."""
     if not opened.link.endswith(DELETED) or opened.stat.st_nlink or opened.mode not in _KINDS:
         return None
-    key = opened.stat.st_dev, opened.stat.st_ino
-    if key not in table.ghost_numbers:
-        ghost = _file(table, opened) if _is_mounted(opened) else _memfd(table, opened)
-        table.ghost_numbers[key] = len(table.descriptors.ghosts)
-        table.descriptors.ghosts.append(ghost)
-    return Description(ghost=GhostOpening(table.ghost_numbers[key], opened.flags, opened.position))
-
-
-def _is_mounted(opened: Opened) -> bool:
-    """Whether the file lies where a program can make others; the kernel has mounts of its own for memfds and such."""
-    return int(opened.field("mnt_id") or 0) in procfs.mount_ids(opened.pid)
-
-
-def _memfd(table: Table, opened: Opened) -> Ghost:
-    if not opened.link.startswith(_MEMFD) or opened.mode != stat.S_IFREG:
+    if int(opened.field("mnt_id") or 0) not in procfs.mount_ids(opened.pid):
+        # On a mount of the kernel's own, where no program can make another.
         raise Refused(f"{opened.link}: memory of this kind cannot be moved yet")
-    with opened.duplicate() as own:
-        if memfd.is_huge(own):
-            raise Refused(f"{opened.link}: memfds of huge pages cannot be moved yet")
-        seals = fcntl.fcntl(own, memfd.F_GET_SEALS)
-    name = opened.link.removeprefix(_MEMFD).removesuffix(DELETED)
-    return _ghost(table, opened, "memfd", "", name, seals=seals)
+    key = opened.stat.st_dev, opened.stat.st_ino
+    if key in table.mapped_without_name():
+        # Mapping and descriptor must stay one file.
+        number = table.shared.of_memfd(table.pid, opened.fd, opened.link, opened.stat)
+        return Description(memory=OpenMemory(number, opened.flags, opened.position))
+    if key not in table.ghost_numbers:
+        table.ghost_numbers[key] = len(table.descriptors.ghosts)
+        table.descriptors.ghosts.append(_file(table, opened))
+    return Description(ghost=GhostOpening(table.ghost_numbers[key], opened.flags, opened.position))
 
 
 def _file(table: Table, opened: Opened) -> Ghost:
@@ -67,9 +55,7 @@ def _nearest(directory: str, opened: Opened) -> str:
         directory = os.path.dirname(directory)
 
 
-def _ghost(
-    table: Table, opened: Opened, kind: str, directory: str, name: str, made_with: int = 0, seals: int = 0
-) -> Ghost:
+def _ghost(table: Table, opened: Opened, kind: str, directory: str, name: str, made_with: int = 0) -> Ghost:
     found = opened.stat
     return Ghost(
         kind=kind,
@@ -82,7 +68,6 @@ def _ghost(
         size=0 if kind == "directory" else found.st_size,
         extents=[] if kind == "directory" else _content(table, opened),
         made_with=made_with,
-        seals=seals,
     )
 
 

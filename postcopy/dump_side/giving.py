@@ -13,7 +13,7 @@ from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
-from postcopy.state import Manifest, Tree
+from postcopy.state import Clocks, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
@@ -48,9 +48,9 @@ class Giving:
         self._resumed_at = 0
         self.control = channels.control
 
-    def agree(self, manifest: Manifest, checkpoint: bytes = b"") -> bool:
+    def agree(self, manifest: Manifest, clocks: Clocks, checkpoint: bytes = b"") -> bool:
         """Let the destination check everything that can be checked; whether it has the state of ``checkpoint``."""
-        self.control.send(Kind.MANIFEST, control.Offer(manifest, checkpoint))
+        self.control.send(Kind.MANIFEST, control.Offer(manifest, clocks, checkpoint))
         _, body = self.control.receive({Kind.PREPARED: control.Prepared, Kind.PROBLEMS: control.Problems})
         if isinstance(body, control.Problems):
             raise ProblemsError(body.problems, "the destination cannot take it")

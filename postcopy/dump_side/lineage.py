@@ -69,9 +69,9 @@ class Kin:
         known = statuses or {}
         self._statuses = {pid: known.get(pid) or procfs.status(pid) for pid in pids}
         self._inner = {pid: _innermost(status["NSpid"]) for pid, status in self._statuses.items()}
-        self._root = next(iter(self._statuses))
-        root = self._inner[self._root]
-        ids = {key: _innermost(self._statuses[self._root][key]) for key in ("NSsid", "NSpgid")}
+        self.root = next(iter(self._statuses))
+        root = self._inner[self.root]
+        ids = {key: _innermost(self._statuses[self.root][key]) for key in ("NSsid", "NSpgid")}
         # What the root does not lead it has from outside, and so have those of the same session or group.
         self._outside = {key: value for key, value in ids.items() if value != root}
 
@@ -87,7 +87,7 @@ class Kin:
             for key, value in ((key, _innermost(status[key])) for key in ("NSsid", "NSpgid"))
         )
         return Lineage(
-            parent=0 if pid == self._root else self._inner.get(int(status["PPid"]), 0),
+            parent=0 if pid == self.root else self._inner.get(int(status["PPid"]), 0),
             session=session,
             process_group=group,
             exit_signal=max(int(fields[38]), 0),

@@ -1,12 +1,17 @@
 """Memory: the layout of a process, which of its pages exist, and what of them travels with the state."""
 
+import contextlib
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from postcopy import roles
+from postcopy.dump_side import shared_memory
+from postcopy.dump_side.freeze import Frozen
+from postcopy.dump_side.shared_memory import DELETED, SharedObjects
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
@@ -14,12 +19,12 @@ from postcopy.kernel.elf import build_id
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SIZE, page_down
 from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap
-from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _NUMBER = struct.Struct("=Q")
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
@@ -33,9 +38,6 @@ _REFUSED_FLAGS = {
     "io": "device memory cannot be moved",
 }
 _SPECIAL_NAMES = {
-    "/dev/zero (deleted)": "shared anonymous memory cannot be moved yet",
-    "/SYSV": "System V shared memory cannot be moved yet",
-    "/memfd:": "memfd memory cannot be moved yet",
     "anon_inode:": "memory of a kernel object cannot be moved",
     "/[aio]": "asynchronous I/O contexts cannot be moved yet",
     "socket:": "memory of a socket cannot be moved",
@@ -97,12 +99,20 @@ class SmapsReader:
         os.close(self._content)
 
 
-def layout(pid: int, smaps: bytes | None = None) -> Layout:
-    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already."""
+# What has been found out about mapped files of a tree, by device, inode and name: what backs them, or what is wrong.
+Checked = dict[tuple[tuple[int, int], int, str], "str | _Problem"]
+
+
+def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked: Checked | None = None) -> Layout:
+    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already.
+
+    What it may share with other processes is added to ``shared``. ``checked``: what the layouts of the other processes
+    of the tree have found.
+    """
     found = Layout()
     numbers: dict[MappedFile, int] = {}
     content = procfs.read(pid, "smaps") if smaps is None else smaps
-    checked: dict[tuple[tuple[int, int], int, str], str | _Problem] = {}
+    checked = {} if checked is None else checked
     for line in procfs.parse_smaps(content):
         if line.name == "[vsyscall]":
             continue
@@ -114,6 +124,10 @@ def layout(pid: int, smaps: bytes | None = None) -> Layout:
         if backing == "file":
             mapped = MappedFile(line.name, writable=line.shared and "mw" in line.flags)
             number = numbers.setdefault(mapped, len(numbers))
+        elif backing == "object":
+            with contextlib.suppress(FileNotFoundError):  # a running process has changed its layout meanwhile
+                mapping = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+                number = shared.of_vma(pid, line, mapping)
         found.vmas.append(
             Vma(
                 start=line.start,
@@ -122,7 +136,8 @@ def layout(pid: int, smaps: bytes | None = None) -> Layout:
                 shared=line.shared,
                 backing=backing,
                 file=number,
-                offset=line.offset if backing == "file" else 0,
+                offset=line.offset if number >= 0 else 0,
+                writable="mw" in line.flags,
                 flags=sorted(line.flags & _CARRIED_FLAGS),
                 name=line.name,
             )
@@ -138,9 +153,7 @@ class _Problem:
     text: str
 
 
-def _backing(
-    pid: int, line: MapsLine, checked: dict[tuple[tuple[int, int], int, str], str | _Problem]
-) -> str | _Problem:
+def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _Problem:
     if line.name in _KERNEL_MAPPINGS:
         return _KERNEL_MAPPINGS[line.name]
     for flag in sorted(line.flags & _REFUSED_FLAGS.keys()):
@@ -150,6 +163,8 @@ def _backing(
     for prefix, text in _SPECIAL_NAMES.items():
         if line.name.startswith(prefix):
             return _Problem(text)
+    if os.makedev(*line.device) == shared_memory.DEVICE:
+        return "object" if shared_memory.kind_of(line.name) else _Problem("memory of a kernel object cannot be moved")
     if not line.inode:
         if line.shared:
             return _Problem("shared memory of an unknown kind")
@@ -169,8 +184,8 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
     try:
         named = os.stat(line.name)
     except OSError:
-        if line.name.endswith(" (deleted)"):
-            return _Problem("the file has been deleted; mappings of deleted files cannot be moved yet")
+        if line.name.endswith(DELETED) and stat.S_ISREG(mapped.st_mode):
+            return _Problem("the file has lost this name, but has others") if mapped.st_nlink else "object"
         return _Problem("the file cannot be found under this name any more")
     if not stat.S_ISREG(mapped.st_mode):
         return _Problem("mappings of devices cannot be moved")
@@ -179,9 +194,13 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
     return "file"
 
 
-def identities(found: Layout) -> list[FileIdentity]:
-    """The mapped files, as the destination must have them."""
-    return [FileIdentity(f.path, os.stat(f.path).st_size, build_id(f.path), changing=f.writable) for f in found.files]
+def identities(found: Layout, known: Mapping[str, FileIdentity] = MappingProxyType({})) -> list[FileIdentity]:
+    """The mapped files that are not ``known`` by their paths yet, as the destination must have them."""
+    return [
+        FileIdentity(f.path, os.stat(f.path).st_size, build_id(f.path), changing=f.writable)
+        for f in found.files
+        if f.path not in known or (f.writable and not known[f.path].changing)
+    ]
 
 
 # -- what exists, once the process is frozen ---------------------------------------------------------------------------
@@ -237,11 +256,6 @@ def keep_together(pages: Pages, found: Layout) -> Pages:
     return Pages(left, PageRanges.from_pairs(sorted(sent)), pages.guards)
 
 
-def contents(memory: ProcessMemory, ranges: PageRanges) -> bytes:
-    """The bytes of the pages that travel with the state, one range after the other."""
-    return b"".join(memory.read(r.start, r.end - r.start) for r in ranges)
-
-
 @dataclass
 class Question:
     """What the task itself must say of its mm: the exact end of the heap."""
@@ -258,7 +272,26 @@ class Question:
         return answers.value(self.brk)
 
 
-def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes) -> Memory:
+def future_locks(frozen: Frozen) -> int:
+    """What mlockall(2) was told of mappings to come; while the executors have theirs, which shows it."""
+    pid, arena = frozen.pid, frozen.arena
+    grown = _locked(procfs.status(pid)) - _locked(frozen.threads[0].status)
+    if grown < len(arena):
+        return 0
+    pagemap = Pagemap(pid)
+    try:
+        present = sum(r.end - r.start for r in pagemap.for_each_region(arena.start, arena.stop, files=False))
+    finally:
+        pagemap.close()
+    return _MCL_FUTURE | (_MCL_ONFAULT if present < len(arena) else 0)
+
+
+def _locked(status: dict[str, str]) -> int:
+    """Bytes of locked memory."""
+    return int(status["VmLck"].split()[0]) * 1024
+
+
+def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes, locks: int) -> Memory:
     """Everything of a frozen process's memory but its lazy pages."""
     stat_fields = [0, *(int(word) if word.lstrip("-").isdigit() else 0 for word in procfs.stat(pid)[1:])]
     return Memory(
@@ -276,6 +309,7 @@ def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes) -> Mem
         env_start=stat_fields[50],
         env_end=stat_fields[51],
         brk=brk,
+        future_locks=locks,
         auxv=procfs.read(pid, "auxv"),
         vdso=vdso,
         sent=pages.sent.pack(),

@@ -6,6 +6,7 @@ A PID namespace of its own is not refused: PIDs travel as the process itself see
 import os
 
 _REFUSED = {"net": "network", "uts": "host name (UTS)", "ipc": "IPC", "cgroup": "cgroup"}
+_COMMON_TO_A_TREE = ("pid", "pid_for_children", "net", "mnt", "uts", "ipc", "cgroup", "user", "time")
 _OWN_OF_A_THREAD = ("net", "mnt", "uts", "ipc", "cgroup")
 
 
@@ -14,9 +15,9 @@ def problems(pid: int) -> list[str]:
     found = [
         f"it lives in another {text} namespace, which cannot be moved yet"
         for kind, text in _REFUSED.items()
-        if _differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
+        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
     ]
-    if _differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
+    if differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
         found.append("it lives in a mount namespace with other mounts, which cannot be moved yet")
     return found
 
@@ -26,11 +27,21 @@ def problems_of_thread(pid: int, tid: int) -> list[str]:
     return [
         f"thread {tid} lives in another {kind} namespace than its process, which cannot be moved yet"
         for kind in _OWN_OF_A_THREAD
-        if _differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
+        if differ(f"/proc/{pid}/task/{tid}/ns/{kind}", f"/proc/{pid}/ns/{kind}")
     ]
 
 
-def _differ(one: str, other: str) -> bool:
+def problems_of_member(pid: int, root: int) -> list[str]:
+    """Namespaces that a process does not share with the root of its tree, or would not with its next child."""
+    return [
+        f"it lives in another {kind} namespace than the root of the tree, which cannot be moved yet"
+        for kind in _COMMON_TO_A_TREE
+        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/{root}/ns/{kind.removesuffix('_for_children')}")
+    ]
+
+
+def differ(one: str, other: str) -> bool:
+    """Whether two links of ``/proc/PID/ns`` lead to different namespaces; not so where one of them is gone."""
     try:
         return os.readlink(one) != os.readlink(other)
     except OSError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
+from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
 from postcopy.kernel import pidfd, procfs
 from postcopy.state import Descriptors, FileIdentity, Slot
 
@@ -84,12 +85,20 @@ class Opened:
         return self.link, self.flags, self.position
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """What an earlier look has not found outside of the tree, for looking takes long: pipes (inodes), memory."""
+
+    pipes: frozenset[int] = frozenset()
+    memory: frozenset[Key] = frozenset()
+
+
 @dataclass
 class Table:
     """What is found while the descriptor tables of a tree are collected.
 
     ``pids``: the processes of the tree; ``pid``: the one whose table is being collected. ``frozen``: contents are read,
-    too. ``trusted_pipes``: inodes of pipes of which an earlier look has found no end outside; looking takes long.
+    too. ``shared``: the memory of memfds; ``trusted_pipes``: see `Trusted`.
     ``holders``: for what other processes have open, by its link, one of them; once it has been looked for.
     ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``alike``:
     descriptors that may share a description, by what they show, each as (process, descriptor, number of its
@@ -97,6 +106,7 @@ class Table:
     """
 
     pids: frozenset[int]
+    shared: SharedObjects
     trusted_pipes: frozenset[int] = frozenset()
     choices: Choices = field(default_factory=Choices)
     frozen: bool = False
@@ -109,6 +119,7 @@ class Table:
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+    _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def holder_of(self, tid: int) -> int | None:
@@ -118,6 +129,18 @@ class Table:
                 if tid in procfs.tids(pid):
                     return pid
         return None
+
+    def mapped_without_name(self) -> set[Key]:
+        """The deleted files that processes of the tree map; looked for once."""
+        if self._mapped is None:
+            self._mapped = set()
+            for pid in self.pids:
+                for line in procfs.for_each_vma(pid):
+                    if line.inode and line.name.endswith(DELETED):
+                        with contextlib.suppress(OSError):
+                            found = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+                            self._mapped.add((found.st_dev, found.st_ino))
+        return self._mapped
 
     def first_holders(self) -> dict[int, tuple[int, int]]:
         """A process and a descriptor of each description: those that will make it again."""

@@ -1,6 +1,7 @@
 """Where the pages that the source serves come from."""
 
 import errno
+import os
 from typing import Protocol
 
 from postcopy.errors import DumpError
@@ -38,3 +39,25 @@ class FrozenProcess:
                 f"pages of process {self.pid} cannot be read: {error.strerror}",
                 hint="the frozen process must stay as it is until the migration has ended",
             ) from error
+
+
+class OpenMemory:
+    """Memory with an identity of its own, whose users stand still; addresses are offsets in it."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """``fd``: open for reading for as long as this is used; ``name``: what errors call it."""
+        self.fd = fd
+        self._name = name
+
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """See `PageSource`; zeros behind its end."""
+        while buffer:
+            try:
+                count = os.preadv(self.fd, [buffer], address)
+            except OSError as error:
+                raise DumpError(f"{self._name} cannot be read: {error.strerror}") from None
+            if not count:
+                buffer[:] = bytes(len(buffer))
+                return
+            address += count
+            buffer = buffer[count:]

@@ -89,6 +89,7 @@ def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
 
     def body() -> None:
         here.close()
+        roles.leave_output(but_logs=True)
         try:
             give(checkpoint, checkpoint.plan() if lazy else {}, there, Silent())
         except PostcopyError as error:
@@ -108,7 +109,7 @@ def give(checkpoint: Checkpoint, plan: dict[int, PageRanges], channels: Channels
     """Give a checkpoint to one destination, ``plan`` of its pages by the page protocol. Raises PostcopyError."""
     giving = Giving(channels, reporter)
     try:
-        if not giving.agree(checkpoint.manifest, checkpoint.id):
+        if not giving.agree(checkpoint.manifest, checkpoint.tree.clocks, checkpoint.id):
             giving.send_state(checkpoint.tree, checkpoint.sent_content())
         giving.start_servers(plan, {space: checkpoint.source(space) for space in plan})
         giving.await_ready()

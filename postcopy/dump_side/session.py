@@ -12,6 +12,7 @@ from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
 from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
+from postcopy.dump_side import clocks
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.giving import Giving, unfit
@@ -77,11 +78,11 @@ def dump_to_directory(
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
     allow_descriptors()
-    manifest, pipes = survey(pid, choices)
+    manifest, trusted = survey(pid, choices)
     writer = Writer(directory, pages_elsewhere=False)
     whole = False
     try:
-        with _errors_named(pid), Capture(pid, pipes, reporter, choices) as capture:
+        with _errors_named(pid), Capture(pid, trusted, reporter, choices) as capture:
             capture.take()
             for space, source in capture.sources.items():
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
@@ -113,11 +114,11 @@ def dump_state_to_directory(
     """
     pid = options.pid
     allow_descriptors()
-    manifest, pipes = survey(pid, options.choices)
+    manifest, trusted = survey(pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)
         try:
-            with _errors_named(pid), Capture(pid, pipes, reporter, options.choices) as capture:
+            with _errors_named(pid), Capture(pid, trusted, reporter, options.choices) as capture:
                 capture.take()
                 for space, source in capture.sources.items():
                     writer.write_space(space, source, capture.sent[space], PageRanges())
@@ -151,10 +152,10 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
     """Survey again, freeze, and give it all to the destination that has connected."""
     try:
         with _errors_named(options.pid):
-            manifest, pipes = survey(options.pid, options.choices)
+            manifest, trusted = survey(options.pid, options.choices)
             reporter.event("surveyed", files=len(manifest.files))
-            giving.agree(manifest)
-            with Capture(options.pid, pipes, reporter, options.choices) as capture:
+            giving.agree(manifest, clocks.now(options.pid))
+            with Capture(options.pid, trusted, reporter, options.choices) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
                 with deadline(options.timeout, "the way from freeze to commit"):
@@ -182,7 +183,7 @@ def _offer(
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-        has_state = giving.agree(manifest, checkpoint)
+        has_state = giving.agree(manifest, capture.tree.clocks, checkpoint)
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
                 giving.send_state(capture.tree, capture.content())

@@ -9,6 +9,7 @@ from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import ptrace
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
+from postcopy.kernel.posix_timer import SI_TIMER
 from postcopy.state import LateSignal, Process, Signals
 
 _SI_CODE = struct.Struct("<8xi")  # the third field of siginfo
@@ -56,5 +57,10 @@ def _new(tid: int, shared: bool, before: list[bytes]) -> Iterator[bytes]:
     for siginfo in ptrace.pending_signals(tid, shared):
         if known[siginfo]:
             known[siginfo] -= 1
-        elif _SI_CODE.unpack_from(siginfo)[0] <= 0 and siginfo[0] != _SIGSTOP:
+        elif _sent(_SI_CODE.unpack_from(siginfo)[0]) and siginfo[0] != _SIGSTOP:
             yield siginfo
+
+
+def _sent(code: int) -> bool:
+    """Whether somebody has sent the signal; not so a timer, which the kernel does with a code like theirs."""
+    return code <= 0 and code != SI_TIMER

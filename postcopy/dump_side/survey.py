@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import descriptors, epoll, filesystem, lineage, memory, timers
+from postcopy.dump_side import clocks, descriptors, epoll, filesystem, lineage, memory, namespaces, seccomp, timers
 from postcopy.dump_side.choices import Choices
-from postcopy.dump_side.opened import Table
+from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
@@ -21,7 +22,6 @@ from postcopy.state import FileIdentity, Manifest
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
 _LOOKS, _BETWEEN_LOOKS = 4, 0.02
-_SECCOMP = {"1": "strict", "2": "filter"}
 
 
 def check_target(pid: int) -> None:
@@ -51,8 +51,8 @@ def check_target(pid: int) -> None:
         )
 
 
-def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, frozenset[int]]:
-    """What the destination must have, and the pipes (inodes) that are known not to leave the tree.
+def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, Trusted]:
+    """What the destination must have, and what is known not to leave the tree.
 
     Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
     """
@@ -66,7 +66,7 @@ def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, frozense
         raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
 
-def _survey(pid: int, choices: Choices) -> tuple[Manifest, frozenset[int]]:
+def _survey(pid: int, choices: Choices) -> tuple[Manifest, Trusted]:
     """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much."""
     looks = 0
     while True:
@@ -80,15 +80,18 @@ def _survey(pid: int, choices: Choices) -> tuple[Manifest, frozenset[int]]:
             time.sleep(_BETWEEN_LOOKS)
 
 
-def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, frozenset[int]]:
-    found = _Findings(Table(frozenset({root, *descendants}), choices=choices))
+def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, Trusted]:
+    shared = SharedObjects()
+    found = _Findings(root, Table(frozenset({root, *descendants}), shared, choices=choices))
     found.look(root)
+    found.problems += namespaces.problems_of_member(root, root)
     for pid in descendants:
         name = _name(pid)
         own = len(found.problems)
         try:
             if not _has_ended(pid):
                 found.look(pid)
+                found.problems += namespaces.problems_of_member(pid, root)
         except OSError:
             if not _has_ended(pid):
                 raise
@@ -101,29 +104,32 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
         found.problems += lineage.shared([root, *alive])
         found.problems += lineage.Kin([root, *descendants]).problems()
+    found.problems += shared.problems({root, *descendants})
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
     manifest = Manifest(
         pid=found.tids[root][0],
         tids=[tid for tids in found.tids.values() for tid in tids],
         name=_name(root),
-        files=list(dict.fromkeys((*found.files, *found.table.needed))),
+        files=list(dict.fromkeys((*found.files.values(), *found.table.needed))),
         vdso=found.vdso,
         xsave_size=cpu.xsave_size(),
         memory_bytes=found.memory_bytes,
         highest_fd=found.highest_fd,
         external=found.table.external,
     )
-    return manifest, frozenset(found.table.pipe_numbers)
+    return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys)
 
 
 @dataclass
 class _Findings:
     """What is found of one process after the other; ``tids``: of each its threads, as it sees them itself."""
 
+    root: int
     table: Table
     problems: list[str] = field(default_factory=list)
-    files: list[FileIdentity] = field(default_factory=list)
+    files: dict[str, FileIdentity] = field(default_factory=dict)
+    checked: memory.Checked = field(default_factory=dict)
     tids: dict[int, list[int]] = field(default_factory=dict)
     vdso: bytes = b""
     memory_bytes: int = 0
@@ -131,11 +137,13 @@ class _Findings:
 
     def look(self, pid: int) -> None:
         """Add a process; raises OSError."""
-        layout = memory.layout(pid)
-        self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid), *_of_process(pid)]
+        layout = memory.layout(pid, self.table.shared, checked=self.checked)
+        self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
+        self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
         slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)
         filesystem.collect(pid, self.problems)
-        self.files += [*_exe(pid, self.problems), *memory.identities(layout)]
+        for file in (*_exe(pid, self.problems), *memory.identities(layout, self.files)):
+            self.files[file.path] = file
         if not self.vdso:
             self.vdso = _vdso(pid, layout)
         resident = procfs.status(pid).get("VmRSS", "0 kB")
@@ -195,17 +203,13 @@ def _exe(pid: int, problems: list[str]) -> list[FileIdentity]:
 def _of_process(pid: int) -> Iterator[str]:
     """What stands in ``status``, and in what namespaces and by what program it runs."""
     status = procfs.status(pid)
-    if mode := _SECCOMP.get(status.get("Seccomp", "0")):
-        yield f"it is confined by seccomp ({mode} mode), which cannot be moved yet"
     if "shstk" in status.get("x86_Thread_features", ""):
         yield "it uses shadow stacks, which cannot be moved yet"
     if _is_32_bit(pid):
         yield "it is a 32-bit program; only 64-bit programs can be moved"
-    shared = {"user": "user", "time": "time"}
-    for name, text in shared.items():
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"):
-                yield f"it lives in another {text} namespace, which cannot be moved yet"
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user"):
+            yield "it lives in another user namespace, which cannot be moved yet"
 
 
 def _is_32_bit(pid: int) -> bool:

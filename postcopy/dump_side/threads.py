@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from postcopy.dump_side import scheduling, sleepers
+from postcopy.dump_side import scheduling, seccomp, sleepers
 from postcopy.dump_side.freeze import FrozenThread
 from postcopy.dump_side.sleepers import Observation
 from postcopy.kernel import procfs, ptrace
@@ -67,17 +67,9 @@ class Question:
             sleep=sleepers.collect(frozen, seen, memory),
             parent_death_signal=int.from_bytes(answers.read(self.death_signal, 4), "little"),
             credentials=Credentials.from_status(frozen.status, answers.value(self.securebits)),
+            seccomp=seccomp.collect(frozen.tid, frozen.status),
             scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
         )
-
-
-def problems(frozen: list[FrozenThread]) -> list[str]:
-    """What single threads have that cannot be moved; of the main thread, the survey has said it."""
-    return [
-        f"thread {thread.tid} is confined by seccomp, which cannot be moved yet"
-        for thread in frozen
-        if thread.status.get("Seccomp", "0") != "0"
-    ]
 
 
 def boot_set(frozen: FrozenThread) -> list[int]:

@@ -44,6 +44,7 @@ _LOADS = ("488b05", "488b1d", "488b0d", "488b15", "488b35", "488b3d", "4c8b05", 
 _PLACES = 168  # where the mask and the registers lie, behind the code
 CODE_SIZE = 288
 RECORD_SIZE = 64
+_RECORD, _PADDING = struct.Struct("<8Q"), (0,) * 6
 
 # The kernel's own codes for a call that a signal interrupted (include/linux/errno.h); a program never sees them.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -161,7 +162,7 @@ class Batch:
         if self.free < 0:
             raise ValueError(f"{len(self.calls)} calls and their data do not fit into {self.capacity} bytes")
         records = b"".join(
-            struct.pack("<8Q", c.number, *(c.arguments + (0,) * (6 - len(c.arguments))), 1) for c in (*self.calls, last)
+            [_RECORD.pack(c.number, *c.arguments, *_PADDING[len(c.arguments) :], 1) for c in (*self.calls, last)]
         )
         return records + bytes(RECORD_SIZE), b"".join(reversed(self._pieces))
 

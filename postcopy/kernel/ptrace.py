@@ -1,5 +1,6 @@
 """ptrace(2): stop, look into and steer another task. Linux 3.4 and newer (PTRACE_SEIZE)."""
 
+import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from postcopy.kernel.libc import address_of, refused, syscall
 PTRACE_CONT = 7
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
+PTRACE_SETOPTIONS = 0x4200
 PTRACE_GETEVENTMSG = 0x4201
 PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
@@ -18,6 +20,8 @@ PTRACE_GETREGSET = 0x4204
 PTRACE_SETREGSET = 0x4205
 PTRACE_GETSIGMASK = 0x420A
 PTRACE_SETSIGMASK = 0x420B
+PTRACE_SECCOMP_GET_FILTER = 0x420C
+PTRACE_SECCOMP_GET_METADATA = 0x420D
 PTRACE_GET_RSEQ_CONFIGURATION = 0x420F
 
 PTRACE_O_TRACESYSGOOD = 0x01
@@ -25,6 +29,7 @@ PTRACE_O_TRACEFORK = 0x02
 PTRACE_O_TRACECLONE = 0x08
 PTRACE_O_TRACEEXEC = 0x10
 PTRACE_O_EXITKILL = 0x100000
+PTRACE_O_SUSPEND_SECCOMP = 0x200000
 
 PTRACE_EVENT_FORK = 1
 PTRACE_EVENT_CLONE = 3
@@ -120,6 +125,15 @@ def _ptrace(what: str, request: int, tid: int, address: int = 0, data: int = 0) 
 def seize(tid: int, options: int) -> None:
     """Begin to trace ``tid`` without stopping it. Raises OSError: EPERM (somebody else traces it), ESRCH (ended)."""
     _ptrace("PTRACE_SEIZE", PTRACE_SEIZE, tid, 0, options)
+
+
+def set_options(tid: int, options: int) -> None:
+    """Replace the PTRACE_O_ options of a stopped task.
+
+    Raises OSError: EINVAL or EPERM for PTRACE_O_SUSPEND_SECCOMP, which the kernel must be built for
+    (CONFIG_CHECKPOINT_RESTORE), and which takes CAP_SYS_ADMIN and a tracer that is not confined by seccomp itself.
+    """
+    _ptrace("PTRACE_SETOPTIONS", PTRACE_SETOPTIONS, tid, 0, options)
 
 
 def interrupt(tid: int) -> None:
@@ -235,3 +249,25 @@ def event_message(tid: int) -> int:
     buffer = bytearray(8)
     _ptrace("PTRACE_GETEVENTMSG", PTRACE_GETEVENTMSG, tid, 0, address_of(buffer))
     return int.from_bytes(buffer, "little")
+
+
+def seccomp_filters(tid: int) -> list[tuple[bytes, int]]:
+    """The seccomp filters of a stopped task, oldest first: the program (8 bytes an instruction) and its flags.
+
+    Raises OSError: EACCES without CAP_SYS_ADMIN or where we are confined ourselves, EMEDIUMTYPE for a program that is
+    not classic BPF.
+    """
+    found: list[tuple[bytes, int]] = []
+    while True:
+        try:
+            count = _ptrace("PTRACE_SECCOMP_GET_FILTER", PTRACE_SECCOMP_GET_FILTER, tid, len(found))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return found
+            raise
+        program = bytearray(8 * count)
+        _ptrace("PTRACE_SECCOMP_GET_FILTER", PTRACE_SECCOMP_GET_FILTER, tid, len(found), address_of(program))
+        metadata = bytearray(struct.pack("<QQ", len(found), 0))
+        what = "PTRACE_SECCOMP_GET_METADATA"
+        _ptrace(what, PTRACE_SECCOMP_GET_METADATA, tid, len(metadata), address_of(metadata))
+        found.append((bytes(program), struct.unpack("<QQ", metadata)[1]))

@@ -1,11 +1,18 @@
 """Single values of a process: prctl(2) settings, personality(2), and files of ``/proc/PID``."""
 
 import contextlib
+import os
 
 from postcopy.errors import RestoreError
+from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Batch
-from postcopy.kernel.prctl import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_THP_DISABLE
+from postcopy.kernel.prctl import (
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_DUMPABLE,
+    PR_SET_MEMORY_MERGE,
+    PR_SET_THP_DISABLE,
+)
 from postcopy.state import Attributes
 
 _SUID_DUMP_ROOT = 2  # cannot be asked for; the nearest is "not dumpable"
@@ -16,6 +23,27 @@ def rebuild(state: Attributes, batch: Batch) -> None:
     batch.add(call("personality", state.personality), "setting the personality")
     if state.child_subreaper:
         batch.add(call("prctl", PR_SET_CHILD_SUBREAPER, 1), "setting the child-subreaper attribute")
+
+
+def register(state: Attributes, batch: Batch) -> None:
+    """Add the calls for what belongs to the address space, once that is there."""
+    for bit in range(state.membarrier.bit_length()):
+        if state.membarrier >> bit & 1:
+            # Without a purpose: only a kernel that did not tell what is registered can refuse what is not.
+            batch.add(call("membarrier", 1 << bit, 0, 0))
+    if state.memory_merge:
+        batch.add(call("prctl", PR_SET_MEMORY_MERGE, 1, 0, 0, 0), "letting pages of the same content be merged")
+
+
+def log_in(state: Attributes, batch: Batch) -> None:
+    """Add the calls that set the login user where it is not ours: only the task itself can. Descriptor 0 is free."""
+    with contextlib.suppress(FileNotFoundError):
+        if int(procfs.read(os.getpid(), "loginuid")) != state.login_uid:
+            purpose = f"setting the login user to {state.login_uid}"
+            text = str(state.login_uid).encode()
+            batch.add(call("openat", -100, batch.text("/proc/self/loginuid"), os.O_WRONLY), purpose)
+            batch.add(call("write", 0, batch.place(text), len(text)), purpose)
+            batch.add(call("close", 0), purpose)
 
 
 def disable_huge_pages(batch: Batch) -> None:

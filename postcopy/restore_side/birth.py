@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import Iterable
 
@@ -12,7 +13,8 @@ from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.process_memory import ProcessMemory
 
 _AT_EMPTY_PATH = 0x1000
-_OPTIONS = (
+_LENDER = 900  # too high for any other descriptor of ours
+OPTIONS = (
     ptrace.PTRACE_O_TRACESYSGOOD
     | ptrace.PTRACE_O_TRACEFORK
     | ptrace.PTRACE_O_TRACECLONE
@@ -69,6 +71,7 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
     """
     go_read, go_write = os.pipe()
     program = tiny_elf.as_memfd()
+    lender = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             child = clone3.fork(signal.SIGCHLD, inner_pid)
@@ -77,9 +80,9 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
                 f"PID {inner_pid} is taken on this host", "end that process, or restore with --new-pid-namespace"
             ) from None
         if not child:
-            _become_tiny(go_read, go_write, program, mount_namespace)
+            _become_tiny(go_read, go_write, program, lender, mount_namespace)
         try:
-            ptrace.seize(child, _OPTIONS)
+            ptrace.seize(child, OPTIONS)
             os.write(go_write, b"g")
             _until_event(child, ptrace.PTRACE_EVENT_EXEC)
             # get_signal() is the clean place to start from: the execve itself must return first.
@@ -92,7 +95,7 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
             os.waitpid(child, ptrace.WALL)
             raise
     finally:
-        for fd in (go_read, go_write, program):
+        for fd in (go_read, go_write, program, lender):
             os.close(fd)
 
 
@@ -106,12 +109,15 @@ def _until_event(tid: int, event: int) -> None:
         ptrace.cont(tid, stop.signal if not stop.event else 0)
 
 
-def _become_tiny(go_read: int, go_write: int, program: int, mount_namespace: int | None) -> None:
+def _become_tiny(go_read: int, go_write: int, program: int, lender: int, mount_namespace: int | None) -> None:
     """In the child: wait until it is traced, then execute the tiny program."""
     try:
         os.close(go_write)
         if not os.read(go_read, 1):
             os._exit(1)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        os.dup2(lender, lender_number())
         if mount_namespace is not None:
             syscall("entering the mount namespace", NUMBERS["setns"], mount_namespace, clone3.CLONE_NEWNS)
         empty, none = b"\0", bytes(8)
@@ -126,6 +132,12 @@ def _become_tiny(go_read: int, go_write: int, program: int, mount_namespace: int
         )
     finally:
         os._exit(1)
+
+
+def lender_number() -> int:
+    """The descriptor by which a new process has the directory of our descriptors, which it can open anew there."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(_LENDER, hard - 1) if hard != resource.RLIM_INFINITY else _LENDER
 
 
 def ranges_in_use(pid: int) -> list[range]:

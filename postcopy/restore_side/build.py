@@ -33,6 +33,7 @@ from postcopy.restore_side import (
     limits,
     memory,
     scheduling,
+    seccomp,
     signals,
     threads,
     timers,
@@ -141,6 +142,8 @@ class _Builder:
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
+        if seccomp.is_confined(state.threads):
+            self._confine()
         self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
@@ -155,7 +158,7 @@ class _Builder:
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         inherited = self._shared.inherited
         lent = 2 * len(inherited) + max(inherited.values(), default=0)
-        wanted = max(descriptors.highest(self._state, self._shared), len(self._state.memory.files) + lent + 8)
+        wanted = max(descriptors.highest(self._state, self._shared), memory.descriptors(self._state.memory) + lent + 8)
         self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
         try:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
@@ -214,15 +217,16 @@ class _Builder:
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
-        high = len(self._state.memory.files) + 1
+        lent = [0, 1, 2, birth.lender_number(), *self._shared.inherited.values()]
+        high = max(memory.descriptors(self._state.memory), *(fd + 1 for fd in lent))
+        lender = high + 3
         attributes.disable_huge_pages(batch)
-        # What is lent steps aside, so that the numbers of what is opened are known beforehand.
-        lent = [0, 1, 2, *self._shared.inherited.values()]
-        high = max(high, *(fd + 1 for fd in lent))
+        # These step aside, so that the numbers of what is opened are known beforehand.
         for number, fd in enumerate(lent):
             batch.add(call("dup3", fd, high + number, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
-        memory.rebuild(self._state.memory, batch, present, keep, keep.stop)
+        attributes.log_in(self._state.attributes, batch)
+        memory.rebuild(self._state.memory, self._shared.memory, batch, present, keep, keep.stop, lender)
         for number in range(len(lent)):
             batch.add(call("dup3", high + number, number, 0))
         batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
@@ -232,6 +236,9 @@ class _Builder:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
         attributes.rebuild(state.attributes, batch)
+        attributes.register(state.attributes, batch)
+        if state.memory.future_locks:
+            batch.add(call("mlockall", state.memory.future_locks), "locking mappings to come")
         threads.ask_for(state.threads[1:], batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = self._checked(leader.run(batch))
@@ -269,10 +276,31 @@ class _Builder:
         for executor in self._executors:
             self._checked(executor.finish())
         # The change of any thread's ids resets what the whole process shares.
+        asking = self._executors[0].batch()
+        clocks = timers.Clocks(self._state.timers, asking)
+        now = clocks.now(self._checked(self._executors[0].run(asking))) if asking.calls else {}
         last = self._executors[0].batch()
         attributes.rebuild_last(self._state.attributes, last)
-        timers.rebuild(self._state.timers, last)
+        timers.rebuild(self._state.timers, now, last)
         self._checked(self._executors[0].run(last))
+
+    def _confine(self) -> None:
+        """Put the threads under seccomp, which does nothing yet as long as they are traced."""
+        state = self._state.threads
+        for tid in self._built.tids:
+            ptrace.set_options(tid, birth.OPTIONS | ptrace.PTRACE_O_SUSPEND_SECCOMP)
+        common = seccomp.common(state) if len(state) > 1 else 0
+        if common:
+            batch = self._executors[0].batch()
+            seccomp.rebuild_common(state[0].seccomp.filters[:common], batch)
+            answers = self._checked(self._executors[0].run(batch))
+            if refusing := next(filter(None, answers.results), 0):
+                raise RestoreError(f"adding a seccomp filter: thread {refusing} cannot be synchronized")
+        for executor, thread in zip(self._executors, state, strict=True):
+            batch = executor.batch()
+            seccomp.rebuild_own(thread, common, batch)
+            if batch.calls:
+                self._checked(executor.run(batch))
 
     def _fall_asleep(self) -> None:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):

@@ -20,17 +20,21 @@ from postcopy.restore_side import (
     ghosts,
     inotify,
     locks,
+    memfds,
     pidfd,
     pipes,
     signalfd,
     terminals,
     timerfd,
 )
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
 
 _O_CLOEXEC = 0o2000000
 _F_SETFD, _F_SETFL = 2, 4
 _STREAMS = 3
+_LENDER_AT = 3
+_LENT_FROM = 4
 _PATH_ROOM = 8192
 
 
@@ -38,11 +42,12 @@ class Shared:
     """What the tables of a tree share: where descriptions, pipes and files without a name are to be had once they are
     there.
 
-    Its first holder in the order of building makes it; the others take it from there.
+    Its first holder in the order of building makes it; the others take it from there. ``memory`` has been made before.
     """
 
-    def __init__(self, tree: Tree, inherited: Mapping[str, int] | None = None) -> None:
+    def __init__(self, tree: Tree, memory: SharedObjects, inherited: Mapping[str, int] | None = None) -> None:
         """``inherited``: which descriptor of the newborn processes is to take the place of which external resource."""
+        self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
         self.inherited = inherited or {}
         self.descriptions: dict[int, tuple[int, int]] = {}
@@ -79,9 +84,10 @@ class Plan:
     """Where descriptors lie while a table is being built: what is parked lies where the program has nothing.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams``: where those are parked that ``restore`` lends; ``inherited``: and what it was given for
-    external resources; ``pipes`` and ``ghosts``: ends of pipes, and files without a name, by number. ``taken``: parked
-    ends that the program has got themselves. ``slots``: the table by number, once it is there.
+    into one batch. ``streams``: where those are parked that ``restore`` lends; ``lender``: and the directory of its
+    descriptors (`birth.lender_number`); ``inherited``: and what it was given for external resources; ``pipes`` and
+    ``ghosts``: ends of pipes, and files without a name, by number. ``taken``: parked ends that the program has got
+    themselves. ``slots``: the table by number, once it is there.
     """
 
     batch: Batch
@@ -92,6 +98,7 @@ class Plan:
     lowest: int = 0
     parked: list[int] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
+    lender: int = -1
     inherited: dict[str, int] = field(default_factory=dict)
     pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
@@ -199,6 +206,7 @@ _KINDS: dict[str, Opener] = {
     "epoll": epoll.rebuild,
     "inotify": inotify.rebuild,
     "process": pidfd.rebuild,
+    "memory": memfds.rebuild,
     "external": external.rebuild,
 }
 
@@ -216,7 +224,7 @@ def spaces(slots: Iterable[Slot], limit: int, lent: int = 0) -> Iterator[int]:
 
 def needed(process: Process, shared: Shared) -> int:
     """How many numbers are used at once beside those of the table, at most."""
-    lent = _STREAMS + len(shared.inherited)
+    lent = _LENT_FROM + len(shared.inherited)
     holders = {shared.descriptions[slot.description][0] for slot in process.slots}
     watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
     foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
@@ -251,18 +259,20 @@ def room(process: Process, shared: Shared) -> int:
 
 
 def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
-    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, and those from 3
-    on what it was given for external resources.
+    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, 3 is the
+    directory of its descriptors, and those from 4 on are what it was given for external resources.
 
     ``limit``: no number may be higher.
     """
-    lent = _STREAMS + len(shared.inherited)
+    lent = _LENT_FROM + len(shared.inherited)
     plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent))
     for stream in range(_STREAMS):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         plan.streams.append(plan.parking())
         batch.add(call("dup3", stream, plan.streams[-1], _O_CLOEXEC))
-    for number, resource in enumerate(shared.inherited, start=_STREAMS):
+    plan.lender = plan.parking()
+    batch.add(call("dup3", _LENDER_AT, plan.lender, _O_CLOEXEC), "keeping the directory of lent descriptors")
+    for number, resource in enumerate(shared.inherited, start=_LENT_FROM):
         plan.inherited[resource] = plan.parking()
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
     batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
@@ -311,11 +321,13 @@ def connect(
         return made
 
     connecting = plan()
+    clocks = timerfd.Clocks.ask(connecting)
     armed = epoll.connect(connecting)
     connecting.end()
     answers = run(connecting.batch)
     last = plan()
     epoll.disarm(last, armed, answers)
+    timerfd.connect(last, clocks.answered(answers))
     deliveries.rebuild(last)
     locks.rebuild(last)
     # Last: nothing that we do here is to be an event.

@@ -1,5 +1,6 @@
 """Filling all of a built tree's memory from a checkpoint directory, before it runs."""
 
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -8,6 +9,7 @@ from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.errors import RestoreError
 from postcopy.kernel import userfaultfd
+from postcopy.kernel.page import PAGE_SHIFT
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.roles import Role
 from postcopy.trouble import Trouble
@@ -47,7 +49,12 @@ def _copy(uffd: int, address: int, data: int, length: int) -> None:
     done = 0
     while done < length:
         try:
-            # Fewer bytes at the border of two mappings, which may lie within a run.
             done += userfaultfd.copy(uffd, address + done, data + done, length - done)
         except OSError as error:
-            raise RestoreError(f"filling memory at {address + done:#x}: UFFDIO_COPY: {error.strerror}") from None
+            pages = (length - done) >> PAGE_SHIFT
+            if error.errno != errno.ENOENT or pages == 1:
+                raise RestoreError(f"filling memory at {address + done:#x}: UFFDIO_COPY: {error.strerror}") from None
+            # The run crosses the border of two mappings.
+            half = pages // 2 << PAGE_SHIFT
+            _copy(uffd, address + done, data + done, half)
+            done += half

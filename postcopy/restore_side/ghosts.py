@@ -1,12 +1,10 @@
 """Files without a name: made anew, filled from outside, and opened as often as they were."""
 
-import fcntl
 import os
 from typing import TYPE_CHECKING
 
 from postcopy.kernel import pidfd
 from postcopy.kernel.calls import call
-from postcopy.kernel.memfd import F_ADD_SEALS, MFD_ALLOW_SEALING
 from postcopy.open_kinds import Ghost, GhostOpening
 from postcopy.state import Slot
 
@@ -34,9 +32,7 @@ def _make(plan: "Plan", ghost: Ghost) -> int:
     purpose = f"making {ghost.name}, which has no name any more, in {ghost.directory}"
     path = batch.text(_free_name(ghost))
     opened = plan.next_fd()
-    if ghost.kind == "memfd":
-        batch.add(call("memfd_create", batch.text(ghost.name), MFD_ALLOW_SEALING), f"making memfd {ghost.name}")
-    elif ghost.kind == "temporary":
+    if ghost.kind == "temporary":
         batch.add(call("openat", _AT_FDCWD, batch.text(ghost.directory), ghost.made_with, 0o600), purpose)
     elif ghost.kind == "directory":
         batch.add(call("mkdir", path, 0o700), purpose)
@@ -51,7 +47,7 @@ def _make(plan: "Plan", ghost: Ghost) -> int:
 def _free_name(ghost: Ghost) -> str:
     """A path for a moment: the last one, or one like it where another file has that now."""
     path = os.path.join(ghost.directory, ghost.name)
-    if ghost.kind == "memfd" or not os.path.lexists(path):
+    if not os.path.lexists(path):
         return path
     stem = os.fsencode(ghost.name)[: _NAME_MAX - 32]
     return os.path.join(ghost.directory, f".{os.fsdecode(stem)}.{os.urandom(8).hex()}")
@@ -96,9 +92,6 @@ def _fill(ghost: Ghost, theirs: int) -> None:
             os.ftruncate(own, ghost.size)
             for extent in ghost.extents:
                 _write(own, extent.content, extent.offset)
-            os.fchmod(own, ghost.mode)
-            if ghost.seals:
-                fcntl.fcntl(own, F_ADD_SEALS, ghost.seals)
         finally:
             os.close(own)
     os.chown(path, ghost.uid, ghost.gid)

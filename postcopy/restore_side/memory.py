@@ -12,6 +12,8 @@ from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.page_ranges import PageRanges
+from postcopy.restore_side import system_v
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Memory, Vma
 
 _AT_FDCWD = -100
@@ -42,11 +44,24 @@ def in_use(memory: Memory) -> list[range]:
     return [range(vma.start, vma.end) for vma in memory.vmas]
 
 
-def rebuild(memory: Memory, batch: Batch, present: list[procfs.MapsLine], keep: range, staging: int) -> None:
+def descriptors(memory: Memory) -> int:
+    """How many descriptors, from 0 on, `rebuild` opens for a while."""
+    return len(memory.files) + 1 + len(_objects(memory))
+
+
+def rebuild(
+    memory: Memory,
+    shared: SharedObjects,
+    batch: Batch,
+    present: list[procfs.MapsLine],
+    keep: range,
+    staging: int,
+    lender: int,
+) -> None:
     """Add the calls that make the layout out of that of a new process.
 
     ``present``: what the new process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the
-    vdso and its data on their way. Descriptors from 0 on are used for a while and closed again.
+    vdso and its data on their way; ``lender``: its descriptor of the directory of ours.
     """
     _move_kernel_mappings(memory, batch, present, staging)
     for line in present:
@@ -57,14 +72,41 @@ def rebuild(memory: Memory, batch: Batch, present: list[procfs.MapsLine], keep: 
         _expect_fd(batch, number, mapped.path, flags)
     exe = len(memory.files)
     _expect_fd(batch, exe, memory.exe, os.O_RDONLY | os.O_CLOEXEC)
+    numbers = {each: exe + 1 + i for i, each in enumerate(_objects(memory))}
+    for number, writable in numbers:
+        _borrow(batch, shared, number, writable, lender)
+    system_v.rebuild(memory, shared.states, batch)
     for vma in memory.vmas:
-        if vma.backing in ("anonymous", "stack", "file"):
-            _map(batch, vma)
+        if vma.backing == "object" and shared.states[vma.file].system_v is not None:
+            _advise(batch, vma)
+        elif vma.backing == "object":
+            _map(batch, vma, numbers[_object(vma)])
+        elif vma.backing in ("anonymous", "stack", "file"):
+            _map(batch, vma, vma.file)
     _set_mm(memory, batch, exe)
-    batch.add(call("close_range", 0, exe, 0), "closing the mapped files")
+    batch.add(call("close_range", 0, descriptors(memory) - 1, 0), "closing the mapped files")
     for guard in PageRanges.unpack(memory.guards):
         where = f"installing guard pages at {guard.start:#x}"
         batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
+
+
+def _object(vma: Vma) -> tuple[int, bool]:
+    """What a vma maps: which shared memory, and whether it must be open for writing."""
+    return vma.file, vma.shared and vma.writable
+
+
+def _objects(memory: Memory) -> list[tuple[int, bool]]:
+    """What the vmas map of shared memory."""
+    return sorted({_object(vma) for vma in memory.vmas if vma.backing == "object"})
+
+
+def _borrow(batch: Batch, shared: SharedObjects, number: int, writable: bool, lender: int) -> None:
+    """Open shared memory; a System V segment, which has no descriptor, only takes the number."""
+    state = shared.states[number]
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+    path = str(shared.fds[number]) if shared.fds[number] >= 0 else "."
+    flags = flags if shared.fds[number] >= 0 else os.O_PATH
+    batch.add(call("openat", lender, batch.text(path), flags), f"opening {state.kind} memory {state.name}")
 
 
 def write_pages(memory: Memory, pages: memoryview, target: ProcessMemory) -> None:
@@ -117,18 +159,25 @@ def _move_kernel_mappings(memory: Memory, batch: Batch, present: list[procfs.Map
         batch.add(call("munmap", line.start, line.end - line.start), f"removing {name}")
 
 
-def _map(batch: Batch, vma: Vma) -> None:
+def _map(batch: Batch, vma: Vma, fd: int) -> None:
     size = vma.end - vma.start
     flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
     flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
-    flags |= _MAP_ANONYMOUS if vma.backing != "file" else 0
+    flags |= _MAP_ANONYMOUS if fd < 0 else 0
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
     where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
     # What was writable once stays accounted (and so apart from its neighbours) when it is made read-only.
     prot = vma.prot | _PROT_WRITE if "ac" in vma.flags and not vma.shared else vma.prot
-    batch.add(call("mmap", vma.start, size, prot, flags, vma.file, vma.offset), f"mapping {where}")
+    batch.add(call("mmap", vma.start, size, prot, flags, fd, vma.offset), f"mapping {where}")
     if prot != vma.prot:
         batch.add(call("mprotect", vma.start, size, vma.prot), f"protecting {where}")
+    _advise(batch, vma)
+
+
+def _advise(batch: Batch, vma: Vma) -> None:
+    """Add the calls for what madvise(2), mlock(2) and prctl(2) have set of a mapping."""
+    size = vma.end - vma.start
+    where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
     for flag in vma.flags:
         if flag in _ADVICE:
             batch.add(call("madvise", vma.start, size, _ADVICE[flag]), f"advising ({flag}) on {where}")

@@ -17,7 +17,7 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, signal_bit, stop_signal
 from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
-from postcopy.kinship import Making, Unrelated, plan
+from postcopy.kinship import Making, Unrelated, joining, plan
 from postcopy.restore_side.birth import Newborn
 from postcopy.state import Process, Tree, Zombie
 
@@ -65,12 +65,11 @@ class _Nursery:
             raise RestoreError(f"mapping the executor: {_name(-self._base)}")
         for pid, making in self._makings.items():
             self._make(pid, making)
-        for pid, making in self._makings.items():
-            if making.joins_group:
-                batch = self._executor(pid).batch()
-                group = making.relative.group
-                batch.add(call("setpgid", 0, group), f"joining process group {group}")
-                self._run(pid, batch)
+        for making in joining(self._makings):
+            pid, group = making.relative.pid, making.relative.group
+            batch = self._executor(pid).batch()
+            batch.add(call("setpgid", 0, group), f"joining process group {group}")
+            self._run(pid, batch)
         self._end_those_for_a_while()
         for zombie in tree.zombies:
             self._become(zombie)

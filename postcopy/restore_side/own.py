@@ -1,6 +1,7 @@
 """What ``restore`` itself has, and so what a new process begins with."""
 
 import os
+from functools import cache
 
 from postcopy import capabilities
 from postcopy.kernel import procfs
@@ -10,6 +11,7 @@ from postcopy.kernel.prctl import PR_GET_SECUREBITS
 from postcopy.state import Credentials
 
 
+@cache
 def own_credentials() -> Credentials:
     """Our credentials, as those of a thread are collected."""
     securebits = syscall("reading the secure bits", NUMBERS["prctl"], PR_GET_SECUREBITS)

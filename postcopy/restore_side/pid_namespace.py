@@ -9,6 +9,7 @@ from postcopy.errors import RestoreError
 from postcopy.kernel import clone3
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
+from postcopy.roles import leave_output
 
 _NR_MOUNT = 165
 _MS_REC, _MS_SLAVE, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 0x4000, 0x80000, 2, 4, 8
@@ -71,6 +72,7 @@ def _be_init(ready: int, root_read: int) -> None:
     syscall(what, _NR_MOUNT, address_of(none), address_of(root), 0, _MS_REC | _MS_SLAVE, 0)
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     syscall(what, _NR_MOUNT, address_of(proc), address_of(where), address_of(proc), flags, 0)
+    leave_output(but_logs=False)
     os.write(ready, b"r")
     os.closerange(3, root_read)
     os.closerange(root_read + 1, 4096)

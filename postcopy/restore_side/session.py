@@ -4,6 +4,7 @@ The states and messages stand in docs/protocol.md.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -35,10 +36,12 @@ from postcopy.restore_side import eager
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth, kill
 from postcopy.restore_side.build import Built
+from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
@@ -55,7 +58,8 @@ _NEWS_SIZE = 65536
 @dataclass(frozen=True)
 class Options:
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
-    ``patience``: seconds to wait for the source to listen."""
+    ``patience``: seconds to wait for the source to listen. ``inherited``: descriptors of ours, by the external resource
+    whose place each is to take; those above 2 are closed here."""
 
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -119,6 +123,7 @@ class _Takeover:
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
         self._built: BuiltTree | None = None
+        self._shared = SharedObjects()
         self._watchdog: Role | None = None
         self._orders = -1
         self._news: socket.socket | None = None
@@ -144,6 +149,7 @@ class _Takeover:
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
+        self._clocks = ProgramClocks(self._checkpoint.tree.clocks if self._checkpoint is not None else offer.clocks)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
@@ -151,7 +157,8 @@ class _Takeover:
             os.set_inheritable(fd, True)
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
-            self._newborn = give_birth(manifest.pid, mounts)
+            with self._clocks.namespace():
+                self._newborn = give_birth(manifest.pid, mounts)
         finally:
             if self._namespace:
                 self._namespace.leave()
@@ -164,8 +171,10 @@ class _Takeover:
 
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
-        # On a busy host, every other process would lengthen the stand-still.
-        scheduling(nice=-20)
+        if self._options.lazy:
+            # On a busy host, every other process would lengthen the stand-still, and so would looking for garbage.
+            scheduling(nice=-20)
+            gc.disable()
         if self._checkpoint is not None:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
         else:
@@ -173,12 +182,14 @@ class _Takeover:
             pages = self._channels.control.receive_pages()
             soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages))
+        self._stopped_at = tree.clocks
         with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
-            stays, inherited = not self._options.detach, self._options.inherited
-            self._built = build_tree(tree, pages, self._newborn, self._newborns, stays, inherited)
+            parent_stays = not self._options.detach
+            inherited = self._options.inherited
+            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)
@@ -214,6 +225,7 @@ class _Takeover:
             handovers=watchdogs_handovers,
             news=watchdogs_news,
             namespace_init=self._namespace.pidfd if self._namespace else None,
+            detached=self._options.detach,
         )
 
         def body() -> None:
@@ -249,6 +261,7 @@ class _Takeover:
         """Leave nothing here."""
         if self._newborn is not None:
             kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
+        self._shared.undo()
         if self._namespace is not None:
             self._namespace.kill()
         if self._watchdog is not None:
@@ -272,6 +285,7 @@ class _Takeover:
             if self._namespace:
                 self._namespace.entrust(self._built.root.state.pid)
             self._lend_terminal(self._built.root)
+            self._clocks.wait_for(self._stopped_at)
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
@@ -279,6 +293,7 @@ class _Takeover:
             # Before anybody is told that the program runs: who ends us from here on means the program.
             self._leave_signals_to_the_program()
         self._channels.control.close()
+        gc.enable()
         scheduling()
         pid = self._built.root.pid
         if self._options.pidfile:

@@ -14,7 +14,8 @@ _UNCHANGEABLE = (9, 19)  # SIGKILL, SIGSTOP
 def rebuild(state: Signals, inner_pid: int, batch: Batch) -> None:
     """Add the calls; every signal is blocked while they are made, so what is queued stays pending."""
     for number, action in enumerate(state.actions, start=1):
-        if number not in _UNCHANGEABLE:
+        # A new process has the default for every signal.
+        if number not in _UNCHANGEABLE and any(action):
             batch.add(call("rt_sigaction", number, batch.place(action), 0, 8), f"setting the action of signal {number}")
     for siginfo in state.pending:
         number = int.from_bytes(siginfo[:4], "little")

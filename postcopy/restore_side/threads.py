@@ -16,7 +16,7 @@ from postcopy.kernel.executor import (
 )
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.ptrace import Registers
-from postcopy.restore_side import credentials, scheduling
+from postcopy.restore_side import credentials, scheduling, seccomp
 from postcopy.state import Credentials, Thread
 
 _THREAD_FLAGS = (
@@ -43,7 +43,7 @@ def ask_for(others: list[Thread], batch: Batch) -> None:
 def room(state: Thread, current: Credentials) -> int:
     """How many bytes of a batch `rebuild` takes at most."""
     pending = sum(RECORD_SIZE + len(siginfo) for siginfo in state.pending)
-    return _FIXED_ROOM + pending + credentials.room(state.credentials, current)
+    return _FIXED_ROOM + pending + credentials.room(state.credentials, current) + seccomp.room(state)
 
 
 def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: bool, batch: Batch) -> None:

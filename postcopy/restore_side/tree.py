@@ -13,6 +13,8 @@ from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.descriptors import Shared
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.offspring import bring_up
+from postcopy.restore_side.shared_memory import SharedObjects
+from postcopy.spaces import spaces_of
 from postcopy.state import LateSignal, Tree
 
 
@@ -57,29 +59,34 @@ def build_tree(
     pages: memoryview,
     root: Newborn,
     newborns: dict[int, Newborn],
+    memory: SharedObjects,
     parent_stays: bool,
     inherited: Mapping[str, int] | None = None,
 ) -> BuiltTree:
-    """Build ``tree`` around ``root``; ``pages`` is the content of the pages that came with it, process by process.
-    ``inherited``: which descriptor of ours, and of ``root``, is to take the place of which external resource.
+    """Build ``tree`` around ``root``; ``inherited``: which descriptor of ours, and of ``root``, is to take the place of
+    which external resource; ``pages``: the content of the pages that came with it, as `spaces_of` orders it.
 
-    Every process is in ``newborns`` as soon as it is there. Raises RestoreError; all of them are then to be killed.
+    Every process is in ``newborns`` as soon as it is there, and ``memory`` has what of the tree's is not of one process
+    alone. Raises RestoreError; all of them are then to be killed, and ``memory`` undone.
     """
     if not tree.processes or tree.processes[0].pid != root.inner_pid:
         raise RestoreError("the state is not that of the process which the manifest announced")
-    shared = Shared(tree, inherited)
+    sizes = [space.sent_bytes for space in spaces_of(tree)]
+    if sum(sizes) != len(pages):
+        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {sum(sizes)}")
+    shared = Shared(tree, memory, inherited)
     try:
         bring_up(tree, root, newborns)
     except OSError as error:
         raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
+    memory.make(tree.shared_memory, pages[sum(sizes[: len(tree.processes)]) :])
     buildings = []
     place = 0
-    for process in tree.processes:
-        size = sum(sent.end - sent.start for sent in PageRanges.unpack(process.memory.sent))
+    for process, size in zip(tree.processes, sizes, strict=False):
         content = pages[place : place + size]
         buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
         buildings[-1].begin(content)
         place += size
-    if place != len(pages):
-        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {place}")
-    return BuiltTree([building.finish() for building in buildings])
+    built = [building.finish() for building in buildings]
+    memory.finish()
+    return BuiltTree(built)

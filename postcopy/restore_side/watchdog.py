@@ -54,6 +54,7 @@ class Watchdog:
     handovers: socket.socket
     news: socket.socket
     namespace_init: int | None
+    detached: bool
     tree: Handover | None = None
     uffds: list[int] = field(default_factory=list)
     committed: bool = False
@@ -62,6 +63,8 @@ class Watchdog:
     def run(self) -> None:
         """The body of its process: start handler and receiver, and watch until the last page or the end."""
         os.setsid()
+        if self.detached:
+            roles.leave_output(but_logs=True)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         ring = Ring()
@@ -138,7 +141,10 @@ class Watchdog:
         self.tree = Handover.receive(self.handovers)
         if self.tree is not None:
             self.uffds = [space.uffd for space in self.tree.spaces]
-            self.tree.send(self._to_handler)
+            try:
+                self.tree.send(self._to_handler)
+            except OSError:
+                raise PostcopyError("the fault handler has died") from None
 
     def _take_order(self) -> bool:
         """Act on the control process's next word; whether it was the last."""

@@ -11,7 +11,7 @@ from postcopy import __version__
 from postcopy.errors import ProtocolError
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
-from postcopy.state import LateSignal, Manifest, decode, encode
+from postcopy.state import Clocks, LateSignal, Manifest, decode, encode
 
 PROTOCOL_VERSION = 1
 MAGIC = b"POSTCOPY"
@@ -56,9 +56,11 @@ class Nothing:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the source has: the manifest, and the id of the checkpoint directory with the state, if there is one."""
+    """What the source has: the manifest, what the tree's clocks show now (frozen, when it was), and the id of the
+    checkpoint directory with the state, if there is one."""
 
     manifest: Manifest
+    clocks: Clocks
     checkpoint: bytes = b""
 
 

@@ -4,44 +4,51 @@ Prints one table and writes the same, with every run's own figures, as JSON. Opt
 """
 
 import argparse
+import compileall
 import datetime
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import limits, moves
+import postcopy
+from tests.benchmarks import checkpoints, limits, moves
 from tests.benchmarks.report import MIB, Figure, Spread, print_table, write_json
 from tests.hosts import Pair
 from tests.migrate import MigrationFailed
 
 HERE = Path(__file__).parent
+PARTS = ("moves", "directories")
 ORDERS = ("random", "sequential")
 STANDSTILL_TARGET = 0.050
 RANDOM_TARGET = 3.0
 P50_TARGET = 2.5
 MEMORY_TARGET = 80 * MIB
+WHOLE_TARGET = 1.5
+LAZY_TARGET = 0.040
 # Seconds over which the load of others is taken, before each measurement.
 LISTEN = 0.3
 
 
 @dataclass
 class Sizes:
-    """MiB of the moved programs, faults of the bare fault."""
+    """MiB of the moved programs, faults of the bare fault; ``huge``, ``served``: MiB of programs in directories."""
 
     small: int
     large: int
+    huge: int
+    served: int
     faults: int
 
 
-FULL = Sizes(64, 1024, 5000)
-QUICK = Sizes(16, 128, 1000)
+FULL = Sizes(small=64, large=1024, huge=4096, served=512, faults=5000)
+QUICK = Sizes(small=16, large=128, huge=256, served=64, faults=1000)
 
 
 @dataclass
@@ -135,43 +142,96 @@ def load_of_others() -> float:
     return busy * (os.cpu_count() or 1)
 
 
-def measure(runs: int, sizes: Sizes) -> Measured:
+def measure(runs: int, sizes: Sizes, parts: Sequence[str]) -> Measured:
     """All runs. The limits are taken within each, so that other load falls on them and on the moves alike."""
     measured = Measured()
     with Pair() as hosts:
         for run in range(1, runs + 1):
             tell(f"run {run} of {runs}")
-            for mib in (sizes.small, sizes.large):
-                measured.take(run, f"still {mib}", partial(moves.standing_still, hosts, mib))
-            measured.take(run, "pump", partial(limits.pump, sizes.large * MIB, rounds=1))
-            measured.take(run, "bare", partial(limits.bare_fault, sizes.faults))
-            measured.take(run, "bare on one", partial(bare_fault_on_one_cpu, sizes.faults))
-            for order in ORDERS:
-                measured.take(run, order, partial(moves.touching, hosts, sizes.large, order))
+            if "moves" in parts:
+                measure_moves(run, measured, hosts, sizes)
+            if "directories" in parts:
+                measure_directories(run, measured, hosts, sizes)
     return measured
+
+
+def measure_moves(run: int, measured: Measured, hosts: Pair, sizes: Sizes) -> None:
+    """One run of what goes from host to host."""
+    for mib in (sizes.small, sizes.large):
+        measured.take(run, f"still {mib}", partial(moves.standing_still, hosts, mib))
+    measured.take(run, "pump", partial(limits.pump, sizes.large * MIB, rounds=1))
+    measured.take(run, "bare", partial(limits.bare_fault, sizes.faults))
+    measured.take(run, "bare on one", partial(bare_fault_on_one_cpu, sizes.faults))
+    for order in ORDERS:
+        measured.take(run, order, partial(moves.touching, hosts, sizes.large, order))
+
+
+def measure_directories(run: int, measured: Measured, hosts: Pair, sizes: Sizes) -> None:
+    """One run of what goes to a directory and comes from it."""
+    measured.take(run, "whole", partial(checkpoints.whole, hosts, sizes.large))
+    for mib in (sizes.small, sizes.large):
+        measured.take(run, f"left {mib}", partial(checkpoints.left_running, hosts, mib))
+    for mib in (sizes.small, sizes.huge):
+        measured.take(run, f"lazy {mib}", partial(checkpoints.lazy, hosts, mib))
+    measured.take(run, "many", partial(checkpoints.many, hosts, sizes.served))
+
+
+def size_of(mib: int) -> str:
+    """For people."""
+    return f"{mib} MiB" if mib < 1024 else f"{mib // 1024} GiB"
+
+
+def row(
+    group: str,
+    name: str,
+    unit: str,
+    found: Spread | None,
+    *,
+    limit: tuple[str, Spread | None] = ("", None),
+    target: float | None = None,
+) -> Iterator[Figure]:
+    """One row, if it has been measured."""
+    if found is not None:
+        yield Figure(group, name, unit, found, limit[0], limit[1], target)
+
+
+def rows_of_checkpoints(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
+    """What goes to directories and comes from them."""
+    spread = measured.spread
+    large = size_of(sizes.large)
+    write = ("plain write", spread("whole", "plain_write_seconds"))
+    read = ("read, fresh memory", spread("whole", "plain_read_seconds"))
+    found = spread("whole", "dump_seconds")
+    yield from row("directory", f"dump to a tmpfs, {large}", "s", found, limit=write, target=WHOLE_TARGET)
+    yield from row("directory", "  of it, until it is written", "s", spread("whole", "dump_still_seconds"), limit=write)
+    yield from row("directory", "  the whole command", "s", spread("whole", "dump_command_seconds"), limit=write)
+    found = spread("whole", "restore_seconds")
+    yield from row("directory", f"eager restore, {large}", "s", found, limit=read, target=WHOLE_TARGET)
+    yield from row("directory", "  the whole command", "s", spread("whole", "restore_command_seconds"), limit=read)
+    for mib in (sizes.small, sizes.large):
+        found = spread(f"left {mib}", "seen_seconds")
+        yield from row("directory", f"stand-still, dump -R, {size_of(mib)}", "ms", found)
+    for mib in (sizes.small, sizes.huge):
+        name = f"lazy {mib}"
+        found = spread(name, "seconds")
+        yield from row("lazy", f"lazy restore runs, {size_of(mib)}", "ms", found, target=LAZY_TARGET)
+        yield from row("lazy", "  the whole command", "ms", spread(name, "command_seconds"))
+    together = f"{checkpoints.AT_ONCE} restores of {size_of(sizes.served)} at once"
+    target = checkpoints.AT_ONCE * MEMORY_TARGET
+    found = spread("many", "peak_bytes_together")
+    yield from row("many", f"{together}, peak PSS together", "B", found, target=target)
+    yield from row("many", f"{together}, until the last page", "s", spread("many", "seconds"))
 
 
 def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
     """The rows; what has not been measured has none."""
     spread = measured.spread
     pump = measured.pump()
-    large = f"{sizes.large} MiB" if sizes.large < 1024 else f"{sizes.large // 1024} GiB"
+    large = size_of(sizes.large)
 
-    def row(
-        group: str,
-        name: str,
-        unit: str,
-        found: Spread | None,
-        *,
-        limit: tuple[str, Spread | None] = ("", None),
-        target: float | None = None,
-    ) -> Iterator[Figure]:
-        if found is not None:
-            yield Figure(group, name, unit, found, limit[0], limit[1], target)
-
-    for mib, size, target in ((sizes.small, f"{sizes.small} MiB", None), (sizes.large, large, STANDSTILL_TARGET)):
+    for mib, target in ((sizes.small, None), (sizes.large, STANDSTILL_TARGET)):
         still = f"still {mib}"
-        yield from row("still", f"stand-still, {size}", "ms", spread(still, "seen_seconds"), target=target)
+        yield from row("still", f"stand-still, {size_of(mib)}", "ms", spread(still, "seen_seconds"), target=target)
         yield from row("still", "  as dump says", "ms", spread(still, "standstill_seconds"))
         yield from row("still", "  the largest gap before the move", "ms", spread(still, "quiet_seconds"))
     for order in ORDERS:
@@ -197,6 +257,7 @@ def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
         yield from row("memory", f"peak RSS, {large}, {role}", "B", found, target=MEMORY_TARGET)
     largest = measured.peak([f"still {sizes.small}"])
     yield from row("memory", f"peak RSS, {sizes.small} MiB, the largest of all", "B", largest, target=MEMORY_TARGET)
+    yield from rows_of_checkpoints(measured, sizes)
     yield from row("others", "other work just before each measurement", "CPUs", measured.others())
 
 
@@ -229,6 +290,7 @@ def main() -> int:
     """Measure, print, write; 0 if every move went well, whatever it took."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=None, help="runs of everything (5; with --quick 1)")
+    parser.add_argument("--only", choices=PARTS, help="measure moves, or checkpoint directories")
     parser.add_argument("--quick", action="store_true", help="one run, smaller sizes: the targets are not meant for it")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for the JSON file")
     options = parser.parse_args()
@@ -237,8 +299,10 @@ def main() -> int:
         return 1
     runs = max(options.runs if options.runs is not None else 1 if options.quick else 5, 1)
     sizes = QUICK if options.quick else FULL
+    # As it is where it has been installed, even if this environment keeps Python from caching what it compiles.
+    compileall.compile_dir(Path(postcopy.__file__).parent, quiet=2)
     began = datetime.datetime.now(datetime.UTC)
-    measured = measure(runs, sizes)
+    measured = measure(runs, sizes, [options.only] if options.only else PARTS)
     figures = list(rows(measured, sizes))
     facts = machine()
     where = f"kernel {facts['kernel']}, {facts['cpus']} CPUs ({facts['cpu_model']}), Python {facts['python']}"

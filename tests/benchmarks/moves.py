@@ -66,17 +66,20 @@ class PeakMemory:
             self._look(side, int(child), "")
 
 
-def _wait(what: str, condition: Callable[[], bool], sample: Callable[[], None] | None = None) -> None:
+def wait(
+    what: str, condition: Callable[[], bool], sample: Callable[[], None] | None = None, every: float = SAMPLE_EVERY
+) -> None:
+    """Ask ``condition`` every so many seconds, and call ``sample`` each time, until it is true."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {TIMEOUT:.0f} s: {what}")
         if sample is not None:
             sample()
-        time.sleep(SAMPLE_EVERY)
+        time.sleep(every)
 
 
-def _clear(hosts: Pair) -> None:
+def clear(hosts: Pair) -> None:
     """Leave nothing of this move to the next. TimeoutError if something cannot be killed."""
 
     def empty() -> bool:
@@ -86,18 +89,18 @@ def _clear(hosts: Pair) -> None:
                 host.kill(pid)
         return not left
 
-    _wait("nothing is left of the move", empty)
+    wait("nothing is left of the move", empty)
 
 
 def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signals) -> dict[str, Any]:
     """Start, move, tell the program when every page is in; what the program and both commands say of it."""
     memory = PeakMemory()
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory, contextlib.ExitStack() as stack:
-        stack.callback(_clear, hosts)
+        stack.callback(clear, hosts)
         ready, result = Path(directory, "ready"), Path(directory, "result")
         argv = [sys.executable, "-I", "-S", str(PROGRAMS / f"{program}.py"), *arguments, str(ready), str(result)]
         process = hosts.a.popen(argv, pid=PID)
-        _wait(f"{program} is prepared", lambda: ready.exists() or process.poll() is not None)
+        wait(f"{program} is prepared", lambda: ready.exists() or process.poll() is not None)
         time.sleep(SETTLED)
         migration = move(hosts.a, hosts.b, PID)
         restore = migration.restore
@@ -110,7 +113,7 @@ def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signa
         def ended() -> bool:
             return migration.dump.poll() is not None or restore.poll() is not None
 
-        _wait("every page is in", ended, sample)
+        wait("every page is in", ended, sample)
         migration.wait_drained()
         time.sleep(SETTLED)
         try:

@@ -10,21 +10,19 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-SYS_TIMER_CREATE, SYS_SECCOMP, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 317, 425, 462
+SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 300, 323
-MAP_HUGETLB = 0x40000
-SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK = 56, 0x100, 0x200, 0x400, 0x4000
-PR_SET_NO_NEW_PRIVS = 38
+MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
+SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = 56, 0x100, 0x200, 0x400, 0x4000, 0x20000000
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = libc.shmat.restype = ctypes.c_void_p
+libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 kept: list[object] = []
 
@@ -51,6 +49,14 @@ def shared_places(directory: Path) -> None:
 def vfork(directory: Path) -> None:
     if not os.fork():
         cloned(CLONE_VM | CLONE_VFORK)
+
+
+def pid_namespace(directory: Path) -> None:
+    if not os.fork():
+        checked(libc.unshare(CLONE_NEWPID))
+        if not os.fork():
+            signal.pause()
+        signal.pause()
 
 
 def cloned(flags: int) -> None:
@@ -100,14 +106,6 @@ def file_with_a_name_elsewhere(directory: Path) -> None:
     path = directory / "linked"
     kept.append(os.open(path, os.O_WRONLY | os.O_CREAT))
     os.link(path, directory / "elsewhere" / "link")
-    path.unlink()
-
-
-def mapped_deleted_file(directory: Path) -> None:
-    path = directory / "mapped-deleted"
-    path.write_bytes(bytes(4096))
-    with open(path, "r+b") as file:
-        kept.append(mmap.mmap(file.fileno(), 4096))
     path.unlink()
 
 
@@ -179,30 +177,18 @@ def terminal(directory: Path) -> None:
     kept.append(os.openpty()[1])
 
 
-def large_memfd(directory: Path) -> None:
-    fd = os.memfd_create("large")
-    os.write(fd, bytes(2 << 20))
-    kept.append(fd)
-
-
 def huge_memfd(directory: Path) -> None:
     kept.append(os.memfd_create("huge", os.MFD_HUGETLB))
 
 
-def memfd(directory: Path) -> None:
-    fd = os.memfd_create("immovable")
-    os.ftruncate(fd, 4096)
-    kept.append(mmap.mmap(fd, 4096))
-
-
-def shared_anonymous(directory: Path) -> None:
+def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
-
-
-def system_v(directory: Path) -> None:
-    number = checked(libc.shmget(0, 4096, 0o600))
-    checked(libc.shmat(number, None, 0))
-    libc.shmctl(number, 0, None)
+    if not (child := os.fork()):
+        if os.fork():
+            os._exit(0)
+        while True:
+            signal.pause()
+    os.waitpid(child, 0)
 
 
 def hugetlb(directory: Path) -> None:
@@ -216,8 +202,9 @@ def sealed(directory: Path) -> None:
     checked(libc.syscall(SYS_MSEAL, ctypes.c_void_p(address), ctypes.c_size_t(4096), 0))
 
 
-def posix_timer(directory: Path) -> None:
-    checked(libc.syscall(SYS_TIMER_CREATE, 1, None, ctypes.byref(ctypes.c_int())))
+def posix_timer_of_some_thread(directory: Path) -> None:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    checked(libc.syscall(SYS_TIMER_CREATE, 3, None, ctypes.byref(ctypes.c_int())))
 
 
 def deleted_directory(directory: Path) -> None:
@@ -226,11 +213,14 @@ def deleted_directory(directory: Path) -> None:
     (directory / "cwd").rmdir()
 
 
-def seccomp(directory: Path) -> None:
-    allow = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))
-    program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", 1, ctypes.addressof(allow)))
-    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    checked(libc.syscall(SYS_SECCOMP, 1, 0, program))
+def time_namespace_for_children(directory: Path) -> None:
+    checked(libc.unshare(CLONE_NEWTIME))
+
+
+def time_namespace_of_a_child(directory: Path) -> None:
+    if not os.fork():
+        while True:
+            signal.pause()
 
 
 #: What is made, and what dump says of it.
@@ -238,6 +228,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     shared_table: "share their descriptor table (CLONE_FILES)",
     shared_places: "share their working directory (CLONE_FS)",
     vfork: "share their memory (vfork, CLONE_VM)",
+    pid_namespace: "it lives in another pid namespace than the root of the tree",
     tcp_socket: "socket:[",
     unix_socket: "socket:[",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
@@ -245,7 +236,6 @@ KINDS: dict[Callable[[Path], None], str] = {
     deleted_fifo: "/fifo-deleted (deleted): the FIFO cannot be found under this name any more",
     large_deleted_file: "its 2097152 bytes would travel while the program stands still; the limit is 1048576",
     file_with_a_name_elsewhere: "/linked (deleted): this name of it was deleted, and no other is in the same directory",
-    mapped_deleted_file: "/mapped-deleted (deleted)): the file has been deleted",
     locked_file: "/locked: it has file locks or leases, which somebody else could get while the program moves; to move",
     file_of_proc: "/proc/1/stat: files of other processes",
     epoll_of_what_left: "is not in the descriptor table any more",
@@ -255,19 +245,17 @@ KINDS: dict[Callable[[Path], None], str] = {
     pidfd_of_another: "[pidfd]: it stands for process 1, which is not moved along",
     pidfd_of_the_dead: "[pidfd]: it stands for a process that has ended",
     owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
-    large_memfd: "/memfd:large (deleted): its 2097152 bytes would travel",
-    huge_memfd: "/memfd:huge (deleted): memfds of huge pages cannot be moved yet",
+    huge_memfd: "/memfd:huge (deleted): memory of this kind cannot be moved yet",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
-    memfd: "memfd memory cannot be moved yet",
-    shared_anonymous: "shared anonymous memory cannot be moved yet",
-    system_v: "System V shared memory cannot be moved yet",
+    shared_with_a_stranger: "is shared with process",
     hugetlb: "huge pages (hugetlb) cannot be moved yet",
     sealed: "sealed mappings (mseal) cannot be moved yet",
-    posix_timer: "it has POSIX timers (timer_create), which cannot be moved yet",
+    posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",
     deleted_directory: "its cwd directory",
-    seccomp: "it is confined by seccomp (filter mode)",
+    time_namespace_for_children: "its children will live in another time namespace (unshare)",
+    time_namespace_of_a_child: "lives in another time namespace than process",
 }
 
 

@@ -24,8 +24,12 @@ from tests.programs.cases import (
     identity,
     memory,
     registers,
+    seccomp,
+    shared_in_trees,
+    shared_memory,
     signals,
     threads,
+    timers,
     trees,
 )
 
@@ -37,6 +41,8 @@ CASES: tuple[type[Case], ...] = (
     identity.Credentials,
     identity.Dumpable,
     identity.NoNewPrivileges,
+    identity.Attributes,
+    identity.NoHugePages,
     identity.Personality,
     identity.Limits,
     identity.Niceness,
@@ -68,6 +74,7 @@ CASES: tuple[type[Case], ...] = (
     threads.Scheduling,
     threads.RealTimeScheduling,
     threads.ThreadCapabilities,
+    identity.ThreadCredentials,
     signals.HandlerRuns,
     signals.ThreadMasks,
     signals.PendingSignals,
@@ -75,11 +82,25 @@ CASES: tuple[type[Case], ...] = (
     signals.AlternateStack,
     signals.IntervalTimers,
     signals.TimerFires,
+    timers.PosixTimers,
+    timers.RaisedTimers,
+    timers.ThreadTimer,
+    seccomp.SeccompFilters,
     memory.Protections,
     memory.AnonymousMemory,
     memory.Advice,
+    memory.GuardPages,
+    memory.NamedMemory,
+    memory.HugeReserve,
     memory.PrivateFile,
     memory.SharedFile,
+    shared_memory.SharedAnonymous,
+    shared_memory.SharedReserve,
+    shared_memory.Memfd,
+    shared_memory.SealedMemfds,
+    shared_memory.MemfdWithoutDescriptor,
+    shared_memory.SysvSegments,
+    shared_memory.DeletedFiles,
     memory.AddressSpace,
     memory.ProgramBreak,
     memory.MainStack,
@@ -116,10 +137,14 @@ CASES: tuple[type[Case], ...] = (
     memory.FileMappings,
     descriptors.DescriptorTable,
     identity.Subprocess,
+    memory.FutureLocks,
 )
 
 #: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
 ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks)
+
+#: What is tried with ``--tree``.
+TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES)
 
 #: What is tried with ``--user``: what a program without privileges can still set up.
 UNPRIVILEGED: tuple[type[Case], ...] = (
@@ -181,7 +206,7 @@ def main() -> int:
     kinds = CASES if options.user is None else UNPRIVILEGED
     kinds = (*kinds, *ON_REQUEST) if options.only else kinds
     if options.tree:
-        kinds = trees.CASES
+        kinds = TREE_CASES
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]
     report = {case.name(): set_up(case) for case in cases}
     (options.directory / "ready").touch()

@@ -1,7 +1,7 @@
 """Reads the clock about every 0.1 ms and notes each gap, with the host it ended on, until SIGTERM.
 
 ``ticking.py MIB READY RESULT``: holds MIB of memory, makes the file READY, writes RESULT (JSON) at the end. In between
-it opens nothing and writes nothing but memory.
+it opens nothing and writes nothing but memory. It ends with 0 if its memory is then as it was.
 """
 
 import gc
@@ -47,6 +47,7 @@ def main() -> None:
         ticks += 1
     complete = all(memory[at : at + mmap.PAGESIZE] == page for at in range(0, size, mmap.PAGESIZE))
     result.write_text(json.dumps({"ticks": ticks, "gaps": gaps, "complete": complete}))
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the process is to the kernel and to others: names, credentials, limits, directories, scheduling."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -7,9 +8,21 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.programs.cases import Case, Snapshot, Unsupported, libc, proc_status, required, syscall, unlike
+from tests.programs.cases import (
+    Case,
+    Snapshot,
+    ThreadCase,
+    Unsupported,
+    differences,
+    libc,
+    proc_status,
+    required,
+    syscall,
+    unlike,
+)
 
 SYS_SETRESUID, SYS_PERSONALITY, SYS_CAPGET, SYS_CAPSET = 117, 135, 125, 126
 PR_SET_DUMPABLE, PR_GET_DUMPABLE = 4, 3
@@ -247,6 +260,89 @@ class Subprocess(Case):
         child = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", "raise SystemExit(7)"], {})
         _, status = os.waitpid(child, 0)
         return unlike("exit status of a child", 7, os.waitstatus_to_exitcode(status))
+
+
+class Attributes(Snapshot):
+    """What prctl(2), membarrier(2), ioprio_set(2) and files of /proc set of a process: each other than the default."""
+
+    SYS_IOPRIO_SET, SYS_IOPRIO_GET, SYS_MEMBARRIER = 251, 252, 324
+    PR_SET_TIMERSLACK, PR_GET_TIMERSLACK, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 29, 30, 36, 37
+    REGISTER_PRIVATE_EXPEDITED, REGISTER_GLOBAL_EXPEDITED, GET_REGISTRATIONS = 1 << 4, 1 << 2, 1 << 9
+    FILES: ClassVar = {"oom_score_adj": "321", "coredump_filter": "0x5d", "loginuid": "4321"}
+
+    def arrange(self) -> None:
+        """Set them; what this kernel or user may not is left alone."""
+        for name, value in self.FILES.items():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/self/{name}").write_text(value)
+        prctl(self.PR_SET_TIMERSLACK, 123_456)
+        prctl(self.PR_SET_CHILD_SUBREAPER, 1)
+        syscall(self.SYS_IOPRIO_SET, 1, 0, 2 << 13 | 6)
+        for command in (self.REGISTER_PRIVATE_EXPEDITED, self.REGISTER_GLOBAL_EXPEDITED):
+            syscall(self.SYS_MEMBARRIER, command, 0, 0)
+
+    def take(self) -> dict[str, object]:
+        """All of them."""
+        subreaper = ctypes.c_int()
+        prctl(self.PR_GET_CHILD_SUBREAPER, ctypes.addressof(subreaper))
+        files = {name: Path(f"/proc/self/{name}") for name in self.FILES}
+        return {
+            **{name: path.read_text() for name, path in files.items() if path.exists()},
+            "timer slack": prctl(self.PR_GET_TIMERSLACK),
+            "subreaper": subreaper.value,
+            "I/O priority": syscall(self.SYS_IOPRIO_GET, 1, 0),
+            "membarrier": syscall(self.SYS_MEMBARRIER, self.GET_REGISTRATIONS, 0, 0),
+        }
+
+
+class NoHugePages(Snapshot):
+    """Transparent huge pages switched off for the whole process."""
+
+    PR_SET_THP_DISABLE, PR_GET_THP_DISABLE = 41, 42
+
+    def arrange(self) -> None:
+        """Switch them off."""
+        prctl(self.PR_SET_THP_DISABLE, 1)
+
+    def take(self) -> dict[str, object]:
+        """As prctl says it."""
+        return {"THP": prctl(self.PR_GET_THP_DISABLE)}
+
+
+class ThreadCredentials(ThreadCase):
+    """Credentials of one thread alone, with an ambient capability and securebits that keep capabilities."""
+
+    SYS_SETRESGID, SYS_SETGROUPS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 119, 116, 47, 2
+    SECBIT_KEEP_CAPS = 1 << 4
+    FIELDS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+    def prepare(self) -> None:
+        """By the raw calls, which change just the caller."""
+        header = (ctypes.c_uint32 * 2)(LINUX_CAPABILITY_VERSION_3, 0)
+        data = (ctypes.c_uint32 * 6)()
+        addresses = (ctypes.addressof(header), ctypes.addressof(data))
+        required(syscall(SYS_CAPGET, *addresses), "capget")
+        data[2] |= 1 << CAP_SYS_PACCT & data[1]
+        required(syscall(SYS_CAPSET, *addresses), "capset")
+        prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP | self.SECBIT_KEEP_CAPS)
+        groups = (ctypes.c_uint32 * 2)(77, 78)
+        required(syscall(self.SYS_SETGROUPS, 2, ctypes.addressof(groups)), "setgroups")
+        required(syscall(self.SYS_SETRESGID, 2004, 2005, 2006), "setresgid")
+        required(syscall(SYS_SETRESUID, 2001, 2002, 2003), "setresuid")
+        prctl(self.PR_CAP_AMBIENT, self.PR_CAP_AMBIENT_RAISE, CAP_SYS_PACCT)
+        self.before = self.take()
+
+    def take(self) -> dict[str, object]:
+        """Of the calling thread."""
+        own: dict[str, object] = dict(proc_status(*self.FIELDS, task=str(threading.get_native_id())))
+        return own | {"securebits": prctl(PR_GET_SECUREBITS), "keepcaps": prctl(7)}
+
+    def check(self) -> str | None:
+        """The same, and unlike those of the process."""
+        process = proc_status(*self.FIELDS)
+        if process == {field: self.before[field] for field in self.FIELDS}:
+            return "they were those of the process"
+        return differences(self.before, self.take())
 
 
 class ParentDeathSignal(Snapshot):

@@ -213,6 +213,85 @@ class Advice(Case):
         return None
 
 
+class GuardPages(Case):
+    """Guard markers (MADV_GUARD_INSTALL) in the middle of a mapping: no access, without a mapping of their own."""
+
+    PAGES, GUARDED = 9, range(3, 6)
+    MADV_GUARD_INSTALL, SYS_WRITE = 102, 1
+
+    def setup(self) -> None:
+        """Between pages that are written."""
+        self.address = map_pages(self.PAGES)
+        fill(self.address, self.PAGES, 8000)
+        length = len(self.GUARDED) * PAGE
+        checked(libc.madvise(self.address + self.GUARDED.start * PAGE, length, self.MADV_GUARD_INSTALL), "guard pages")
+
+    def verify(self) -> str | None:
+        """The kernel can read all pages but these."""
+        fd = os.memfd_create("read")
+        refused = [p for p in range(self.PAGES) if syscall(self.SYS_WRITE, fd, self.address + p * PAGE, 8) < 0]
+        os.close(fd)
+        expected = {page: page_content(8000 + page) for page in range(self.PAGES) if page not in self.GUARDED}
+        return unlike("guarded pages", list(self.GUARDED), refused) or wrong_pages(self.address, expected)
+
+
+class NamedMemory(Case):
+    """The name of an anonymous mapping (PR_SET_VMA_ANON_NAME)."""
+
+    PR_SET_VMA = 0x53564D41
+
+    def setup(self) -> None:
+        """Name one."""
+        self.address = map_pages(2)
+        name = ctypes.create_string_buffer(b"a moved name")
+        where = (ctypes.c_ulong(self.address), ctypes.c_ulong(2 * PAGE))
+        checked(libc.prctl(self.PR_SET_VMA, ctypes.c_ulong(0), *where, name), "PR_SET_VMA_ANON_NAME")
+
+    def verify(self) -> str | None:
+        """As maps shows it."""
+        found = mapping_at(self.address)
+        return unlike("name", "[anon:a moved name]", found and found.name)
+
+
+class FutureLocks(Case):
+    """mlockall(2) for mappings to come, on fault."""
+
+    MCL_FUTURE, MCL_ONFAULT = 2, 4
+
+    def setup(self) -> None:
+        """Lock them."""
+        checked(libc.mlockall(self.MCL_FUTURE | self.MCL_ONFAULT), "mlockall")
+
+    def verify(self) -> str | None:
+        """A new mapping is locked."""
+        found = mapping_at(map_pages(2))
+        return unlike("locked", {"lo", "lf"}, found and found.flags & {"lo", "lf"})
+
+
+class HugeReserve(Case):
+    """Reserves of terabytes, as Go, Java and the sanitizers make them: nothing in one, pages far apart in the other."""
+
+    TIB = 1 << 40
+
+    def setup(self) -> None:
+        """8 TiB without access, 1 TiB with."""
+        reserve = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+        self.empty = map_pages(8 * self.TIB // PAGE, prot=PROT_NONE, flags=reserve)
+        self.sparse = map_pages(self.TIB // PAGE, flags=reserve)
+        self.expected = {page: page_content(9000 + page) for page in (0, 12345, 200 << 20 >> 12, self.TIB // PAGE - 1)}
+        for page, content in self.expected.items():
+            ctypes.memmove(self.sparse + page * PAGE, content, PAGE)
+
+    def verify(self) -> str | None:
+        """Both are there."""
+        found = [mapping_at(self.empty), mapping_at(self.sparse)]
+        shown = [mapping and (mapping.end - mapping.start, mapping.permissions) for mapping in found]
+        return first_problem(
+            unlike("mappings", [(8 * self.TIB, "---p"), (self.TIB, "rw-p")], shown),
+            wrong_pages(self.sparse, {**self.expected, 777: bytes(PAGE)}),
+        )
+
+
 class PrivateFile(Case):
     """A private mapping of a file: some pages copied on write, the others still the file's."""
 
@@ -285,7 +364,8 @@ class FileMappings(Snapshot):
         """
         joined: list[Mapping] = []
         for mapping in mappings():
-            if not mapping.name or mapping.name.startswith(("[heap]", "[stack", "[anon", str(self.directory))):
+            ours = ("[heap]", "[stack", "[anon", "/memfd:", "/dev/zero", "/SYSV", str(self.directory))
+            if not mapping.name or mapping.name.startswith(ours):
                 continue
             if joined and continues(joined[-1], mapping):
                 mapping = mapping._replace(start=joined[-1].start, offset=joined.pop().offset)
@@ -332,7 +412,8 @@ class ProgramBreak(Case):
     def verify(self) -> str | None:
         """brk(2) and /proc agree; it grows by zeroed pages and shrinks again."""
         end = syscall(SYS_BRK, 0)
-        heap = next((mapping for mapping in mappings() if mapping.name == "[heap]"), None)
+        # In pieces, where a part of it is locked.
+        heap = max((mapping for mapping in mappings() if mapping.name == "[heap]"), default=None)
         if heap is None or heap.end != -(-end // PAGE) * PAGE:
             return f"the heap ends at {heap and hex(heap.end)}, brk says {end:#x}"
         grown = syscall(SYS_BRK, end + 64 * PAGE)

@@ -22,7 +22,8 @@ SIGINFO_SIZE = 128
 #: Blocked in every thread from the start of the program, so that what is queued stays queued.
 PROCESS_QUEUE = [signal.SIGRTMIN + 3, signal.SIGRTMIN + 4, signal.SIGUSR1]
 THREAD_QUEUE = [signal.SIGRTMIN + 5]
-ALWAYS_BLOCKED = {*PROCESS_QUEUE, *THREAD_QUEUE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF}
+TIMER_SIGNALS = [signal.SIGRTMIN + number for number in range(11, 15)]
+ALWAYS_BLOCKED = {*PROCESS_QUEUE, *THREAD_QUEUE, *TIMER_SIGNALS, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF}
 
 HandlerType = ctypes.CFUNCTYPE(None, ctypes.c_int)
 

@@ -1,0 +1,225 @@
+"""Memory with an identity of its own: shared anonymous memory, memfds, System V segments, mapped files without a name.
+
+It is found by the vmas and descriptors that refer to it, and read by way of them (``/proc/PID/map_files``, ``fd``).
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from postcopy.dump_side.page_source import OpenMemory
+from postcopy.errors import DumpError
+from postcopy.kernel import procfs, system_v
+from postcopy.kernel.page import page_down, page_up
+from postcopy.kernel.procfs import MapsLine
+from postcopy.page_ranges import PageRanges
+from postcopy.state import SharedMemory, SystemV
+
+DELETED = " (deleted)"
+MOST_SENT = 256 << 20
+
+_PREFIXES = {"/dev/zero": "anonymous", "/SYSV": "system_v", "/memfd:": "memfd"}
+_FIRST_SPACE = 1 << 20  # in the page protocol; the numbers below are those of processes
+
+Key = tuple[int, int]  # device and inode
+
+
+def _device_of_nameless_memory() -> int:
+    """The device of the kernel's own tmpfs, which nobody can mount: all such memory lives there (mm/shmem.c)."""
+    fd = os.memfd_create("postcopy-device")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
+
+
+DEVICE = _device_of_nameless_memory()
+
+
+@dataclass
+class Found:
+    """One such memory: ``path`` leads to it as long as its finder stays frozen; ``mapped``: for sharing."""
+
+    key: Key
+    kind: str
+    name: str
+    path: str
+    mapped: bool = False
+    reserved: bool = True
+
+
+@dataclass
+class SharedObjects:
+    """All such memory of a process tree; its vmas and descriptors refer to it by the order of finding.
+
+    ``sources``: where its pages come from, by its number in the page protocol.
+    """
+
+    found: list[Found] = field(default_factory=list)
+    sources: dict[int, OpenMemory] = field(default_factory=dict)
+    _numbers: dict[Key, int] = field(default_factory=dict)
+
+    def of_vma(self, pid: int, line: MapsLine, mapped: os.stat_result) -> int:
+        """The number of what a vma maps; ``mapped``: as stat of its ``map_files`` entry shows it."""
+        path = f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}"
+        number = self._number((mapped.st_dev, mapped.st_ino), line.name, path)
+        self.found[number].mapped |= line.shared
+        if line.shared and "nr" in line.flags:
+            self.found[number].reserved = False
+        return number
+
+    def of_memfd(self, pid: int, fd: int, link: str, status: os.stat_result) -> int:
+        """The number of the memory behind a descriptor."""
+        number = self._number((status.st_dev, status.st_ino), link, f"/proc/{pid}/fd/{fd}")
+        self.found[number].mapped = True
+        return number
+
+    def _number(self, key: Key, shown: str, path: str) -> int:
+        if key not in self._numbers:
+            self._numbers[key] = len(self.found)
+            name = shown.removesuffix(DELETED)
+            kind = kind_of(shown) if key[0] == DEVICE else "deleted"
+            self.found.append(Found(key, kind or "", name.removeprefix("/memfd:"), path))
+        return self._numbers[key]
+
+    # -- what cannot be moved -----------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """The identities of all of it."""
+        return frozenset(self._numbers)
+
+    def problems(self, pids: set[int], trusted: frozenset[Key] = frozenset()) -> Iterator[str]:
+        """What is shared with processes other than ``pids``, and what is too much.
+
+        Looking for others takes long; of ``trusted`` an earlier look has found none.
+        """
+        doubtful = {each.key: each for each in self.found if each.mapped and each.key not in trusted}
+        # Children may have been born to the tree since its processes were listed.
+        own = {each for pid in pids for each in (pid, *procfs.descendants(pid))} if doubtful else pids
+        for key, holder in _holders(set(doubtful), own).items():
+            what = _called(doubtful[key])
+            yield f"{what} is shared with process {holder}, which is not moved"
+        total = sum(_existing(each) for each in self.found)
+        if total > MOST_SENT:
+            yield (
+                f"it has {total >> 20} MiB of shared memory, which travels while it stands still; "
+                f"at most {MOST_SENT >> 20} MiB can be moved"
+            )
+
+    # -- of a frozen tree ---------------------------------------------------------------------------------------------
+
+    def collect(self) -> list[SharedMemory]:
+        """All of it, and open it: `sources` reads its content. Raises DumpError."""
+        states = []
+        for space, each in enumerate(self.found, _FIRST_SPACE):
+            try:
+                fd = os.open(each.path, os.O_RDONLY | os.O_CLOEXEC)
+                self.sources[space] = OpenMemory(fd, _called(each))
+                states.append(_collect(each, space, fd))
+            except OSError as error:
+                raise DumpError(f"{_called(each)} cannot be read: {error.strerror}") from None
+        return states
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for source in self.sources.values():
+            os.close(source.fd)
+        self.sources.clear()
+
+    def end(self) -> None:
+        """After the tree's end: remove the System V segments that nobody is attached to any more."""
+        for each in self.found:
+            if each.kind == "system_v":
+                with contextlib.suppress(OSError):
+                    if not system_v.stat(each.key[1]).attachments:
+                        system_v.remove(each.key[1])
+
+
+def kind_of(shown: str) -> str | None:
+    """The kind of memory on `DEVICE`, by the name that maps or a descriptor's link shows."""
+    return next((kind for prefix, kind in _PREFIXES.items() if shown.startswith(prefix)), None)
+
+
+def _called(each: Found) -> str:
+    match each.kind:
+        case "anonymous":
+            return f"shared anonymous memory (inode {each.key[1]})"
+        case "system_v":
+            return f"System V segment {each.key[1]}"
+        case "memfd":
+            return f"memfd {each.name}"
+    return f"deleted file {each.name}"
+
+
+def _existing(each: Found) -> int:
+    """Bytes of it that exist, roughly."""
+    with contextlib.suppress(OSError):
+        return os.stat(each.path).st_blocks * 512
+    return 0
+
+
+def _collect(each: Found, space: int, fd: int) -> SharedMemory:
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != each.key:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    segment = system_v.stat(each.key[1]) if each.kind == "system_v" else None
+    return SharedMemory(
+        kind=each.kind,
+        space=space,
+        inode=status.st_ino,
+        name=os.path.basename(each.name) if each.kind == "deleted" else each.name,
+        size=status.st_size,
+        mode=segment.mode if segment else stat.S_IMODE(status.st_mode),
+        owner=segment.owner if segment else (status.st_uid, status.st_gid),
+        seals=fcntl.fcntl(fd, fcntl.F_GET_SEALS) if each.kind == "memfd" else 0,
+        reserved=each.reserved,
+        system_v=SystemV(each.key[1], segment.key, segment.removed) if segment else None,
+        sent=_data(fd, status.st_size).pack(),
+        lazy=PageRanges().pack(),
+    )
+
+
+def _data(fd: int, size: int) -> PageRanges:
+    """The pages that exist (lseek(2), SEEK_DATA)."""
+    pairs = []
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        pairs.append((page_down(start), page_up(at)))
+    return PageRanges.from_pairs(pairs)
+
+
+def _holders(keys: set[Key], but: set[int]) -> dict[Key, int]:
+    """For each of ``keys`` that a process other than ``but`` has mapped or open, one such process."""
+    found: dict[Key, int] = {}
+    if not keys:
+        return found
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in but or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for key in _held(int(name)):
+                if key in keys:
+                    found.setdefault(key, int(name))
+    return found
+
+
+def _held(pid: int) -> Iterator[Key]:
+    for line in procfs.for_each_vma(pid):
+        if line.shared:
+            yield os.makedev(*line.device), line.inode
+    for fd in procfs.descriptors(pid):
+        with contextlib.suppress(OSError):
+            status = os.stat(f"/proc/{pid}/fd/{fd}")
+            yield status.st_dev, status.st_ino

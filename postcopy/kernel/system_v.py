@@ -1,0 +1,82 @@
+"""System V shared memory: shmget(2), shmctl(2), and segments with chosen ids. Errors are OSError."""
+
+import errno
+import struct
+from dataclasses import dataclass
+
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import address_of, refused, syscall
+
+SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
+
+_IPC_RMID, _IPC_SET, _IPC_STAT = 0, 1, 2
+_IPC_CREAT, _IPC_EXCL, _SHM_NORESERVE = 0o1000, 0o2000, 0o10000
+_SHM_DEST = 0o1000
+# struct shmid64_ds: key, uid, gid, creator's uid and gid, mode, sequence; size; three times, two PIDs, attachments.
+_SHMID_DS = struct.Struct("<iIIIIIHxx4x16xQ24xiiQ16x")
+_NEXT_ID = "/proc/sys/kernel/shm_next_id"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What IPC_STAT tells of a segment; ``removed``: IPC_RMID has been called, it ends with its last attachment."""
+
+    key: int
+    owner: tuple[int, int]
+    mode: int
+    removed: bool
+    attachments: int
+
+
+def stat(identifier: int) -> Segment:
+    """shmctl(2), IPC_STAT. Raises OSError: EINVAL (there is none)."""
+    key, uid, gid, _, _, mode, _, _, _, _, attachments = _SHMID_DS.unpack(_stat(identifier))
+    return Segment(key, (uid, gid), mode & 0o777, bool(mode & _SHM_DEST), attachments)
+
+
+def _stat(identifier: int) -> bytearray:
+    buffer = bytearray(_SHMID_DS.size)
+    what = f"looking at System V segment {identifier}"
+    syscall(what, NUMBERS["shmctl"], identifier, _IPC_STAT, address_of(buffer))
+    return buffer
+
+
+def create(identifier: int, key: int, size: int, *, reserved: bool) -> None:
+    """A new segment of ``size`` bytes with a chosen id, for its owner alone.
+
+    Raises OSError: EEXIST (the id or the key is taken), EPERM (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is missing).
+    """
+    what = f"making System V segment {identifier} (key {key:#x})"
+    try:
+        with open(_NEXT_ID, "w") as stream:
+            stream.write(str(identifier))
+    except OSError as error:
+        raise refused(f"{what}: choosing its id by {_NEXT_ID}", error.errno) from None
+    flags = _IPC_CREAT | _IPC_EXCL | 0o600 | (0 if reserved else _SHM_NORESERVE)
+    got = syscall(what, NUMBERS["shmget"], key, size, flags)
+    if got != identifier:
+        remove(got)
+        raise refused(what, errno.EEXIST)
+
+
+def set_owner(identifier: int, owner: tuple[int, int], mode: int) -> None:
+    """shmctl(2), IPC_SET: user, group and permission bits."""
+    buffer = _stat(identifier)
+    struct.pack_into("<II8xI", buffer, 4, *owner, mode)
+    what = f"setting the owner of System V segment {identifier}"
+    syscall(what, NUMBERS["shmctl"], identifier, _IPC_SET, address_of(buffer))
+
+
+def remove(identifier: int) -> None:
+    """shmctl(2), IPC_RMID: it ends with its last attachment."""
+    syscall(f"removing System V segment {identifier}", NUMBERS["shmctl"], identifier, _IPC_RMID, 0)
+
+
+def attach(identifier: int) -> int:
+    """shmat(2) for reading and writing; the address."""
+    return syscall(f"attaching System V segment {identifier}", NUMBERS["shmat"], identifier, 0, 0)
+
+
+def detach(address: int) -> None:
+    """shmdt(2)."""
+    syscall(f"detaching the System V segment at {address:#x}", NUMBERS["shmdt"], address)

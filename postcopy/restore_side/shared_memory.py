@@ -1,0 +1,122 @@
+"""Memory with an identity of its own: made by us, with its content, and opened by the new processes by way of us.
+
+They find our descriptors in a directory that every new process is born with, and open them anew.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import procfs, system_v
+from postcopy.kernel.libc import address_of
+from postcopy.kernel.page import page_up
+from postcopy.page_ranges import PageRanges
+from postcopy.state import SharedMemory
+
+_MAP_NORESERVE = 0x4000
+
+
+class SharedObjects:
+    """All such memory of a tree. ``fds``: our descriptors of it by index (-1: a System V segment)."""
+
+    def __init__(self) -> None:
+        self.states: list[SharedMemory] = []
+        self.fds: list[int] = []
+        self._segments: list[int] = []
+
+    def make(self, states: list[SharedMemory], content: memoryview) -> None:
+        """Make all of it; ``content``: that of the pages that came along. Raises RestoreError."""
+        self.states = states
+        for state in states:
+            size = sum(r.end - r.start for r in PageRanges.unpack(state.sent))
+            try:
+                self.fds.append(self._make(state, content[:size]))
+            except (OSError, ValueError, OverflowError) as error:
+                raise RestoreError(f"making {state.kind} memory {state.name} of {state.size} bytes: {error}") from None
+            content = content[size:]
+
+    def _make(self, state: SharedMemory, content: memoryview) -> int:
+        if state.system_v is not None:
+            self._make_segment(state, content)
+            return -1
+        fd = _anonymous(state) if state.kind == "anonymous" else _memfd(state)
+        place = 0
+        for each in PageRanges.unpack(state.sent):
+            length = each.end - each.start
+            _write(fd, content[place : place + length][: max(state.size - each.start, 0)], each.start)
+            place += length
+        return fd
+
+    def _make_segment(self, state: SharedMemory, content: memoryview) -> None:
+        assert state.system_v is not None
+        identifier = state.system_v.identifier
+        key = 0 if state.system_v.removed else state.system_v.key
+        system_v.create(identifier, key, state.size, reserved=state.reserved)
+        self._segments.append(identifier)
+        address = system_v.attach(identifier)
+        try:
+            fd = os.open(_map_file(address, page_up(state.size)), os.O_RDWR | os.O_CLOEXEC)
+            place = 0
+            for each in PageRanges.unpack(state.sent):
+                length = each.end - each.start
+                _write(fd, content[place : place + length][: max(state.size - each.start, 0)], each.start)
+                place += length
+            os.close(fd)
+        finally:
+            system_v.detach(address)
+        system_v.set_owner(identifier, state.owner, state.mode)
+
+    def finish(self) -> None:
+        """Once the processes are built: what would have kept them from mapping it. Raises RestoreError."""
+        for state, fd in zip(self.states, self.fds, strict=True):
+            try:
+                if state.seals:
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, state.seals)
+                if state.system_v is not None and state.system_v.removed:
+                    system_v.remove(state.system_v.identifier)
+            except OSError as error:
+                raise RestoreError(f"sealing {state.kind} memory {state.name}: {error.strerror}") from None
+        self._close()
+
+    def undo(self) -> None:
+        """Leave nothing behind."""
+        for identifier in self._segments:
+            with contextlib.suppress(OSError):
+                system_v.remove(identifier)
+        self._close()
+
+    def _close(self) -> None:
+        for fd in self.fds:
+            if fd >= 0:
+                os.close(fd)
+        self.fds = []
+
+
+def _anonymous(state: SharedMemory) -> int:
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | (0 if state.reserved else _MAP_NORESERVE)
+    with mmap.mmap(-1, state.size, flags=flags) as mapping:
+        return os.open(_map_file(address_of(mapping), state.size), os.O_RDWR | os.O_CLOEXEC)
+
+
+def _map_file(address: int, size: int) -> str:
+    """The entry of ``map_files`` for one of our own mappings."""
+    line = next(line for line in procfs.for_each_vma(os.getpid()) if line.start <= address < line.end)
+    if line.start != address or line.end - line.start != size:
+        raise OSError(f"the mapping at {address:#x} is not of {size} bytes")
+    return f"/proc/self/map_files/{line.start:x}-{line.end:x}"
+
+
+def _memfd(state: SharedMemory) -> int:
+    fd = os.memfd_create(state.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, state.size)
+    os.fchown(fd, *state.owner)
+    os.fchmod(fd, state.mode)
+    return fd
+
+
+def _write(fd: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(fd, content, offset)
+        content, offset = content[written:], offset + written
