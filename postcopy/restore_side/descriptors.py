@@ -155,7 +155,8 @@ class Plan:
 
     def parking(self) -> int:
         """A number where nothing of the program's is."""
-        place = next(self.spaces, None)
+        # What has just been opened may lie there, too, where the numbers below are all taken.
+        place = next((number for number in self.spaces if number not in self.used), None)
         if place is None:
             raise ValueError("it leaves no descriptor number free")
         self.used.add(place)

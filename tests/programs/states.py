@@ -23,6 +23,7 @@ from tests.programs.cases import (
     files,
     identity,
     memory,
+    open_in_trees,
     registers,
     seccomp,
     shared_in_trees,
@@ -144,7 +145,7 @@ CASES: tuple[type[Case], ...] = (
 ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks)
 
 #: What is tried with ``--tree``.
-TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES)
+TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES, *open_in_trees.CASES)
 
 #: What is tried with ``--user``: what a program without privileges can still set up.
 UNPRIVILEGED: tuple[type[Case], ...] = (

@@ -1,0 +1,143 @@
+"""Open files of every kind that processes of a tree share, or by which one refers to another."""
+
+import fcntl
+import os
+import select
+import signal
+import struct
+
+from tests.programs.cases import Case, first_problem, unlike
+from tests.programs.cases.trees import Child, Line
+
+F_GETOWN_EX = 16
+
+
+class EpollAcross(Case):
+    """An epoll instance that parent and child share, with a target that only the child still has."""
+
+    def setup(self) -> None:
+        """The parent registers both ends' pipes, and keeps one reading end."""
+        self.epoll = select.epoll()
+        self.mine, mine_end = os.pipe()
+        theirs, self.their_end = os.pipe()
+        self.epoll.register(self.mine, select.EPOLLIN)
+        self.epoll.register(theirs, select.EPOLLIN | select.EPOLLET)
+        self.theirs = theirs
+        epoll = self.epoll.fileno()
+
+        def child(line: Line) -> None:
+            line.say("there")
+            line.wait()
+            os.write(mine_end, b"x")
+            line.say(sorted(fd for fd, _ in select.epoll.fromfd(epoll).poll(5)))
+            line.wait()
+            line.say(os.read(theirs, 10).decode())
+            line.wait()
+
+        self.child = Child(child, epoll, mine_end, theirs)
+        os.close(mine_end)
+        os.close(theirs)
+        self.child.hear()
+
+    def verify(self) -> str | None:
+        """What the child writes both hear; what the parent writes to the child's end is told by the old number."""
+        early = self.epoll.poll(0)
+        self.child.say("write")
+        told = self.child.hear()
+        mine = [fd for fd, _ in self.epoll.poll(0)]
+        os.read(self.mine, 1)
+        os.write(self.their_end, b"y")
+        after = [fd for fd, _ in self.epoll.poll(0)]
+        self.child.say("read")
+        return first_problem(
+            unlike("told early", [], early),
+            unlike("told to the child", [self.mine], told),
+            unlike("told to the parent", [self.mine], mine),
+            unlike("told of the child's end", [self.theirs], after),
+            unlike("content", "y", self.child.hear()),
+        )
+
+
+class GhostOfTwo(Case):
+    """A deleted file that parent and child have open each by itself, and a counter that they share."""
+
+    def setup(self) -> None:
+        """Open, fork, open once more, unlink."""
+        path = self.directory / "ghost of two"
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.write(self.fd, b"before")
+        self.event = os.eventfd(7)
+
+        def child(line: Line) -> None:
+            apart = os.open(path, os.O_RDWR | os.O_APPEND)
+            line.say("there")
+            line.wait()
+            os.write(apart, b" and after")
+            line.say([os.pread(apart, 100, 0).decode(), os.eventfd_read(self.event), os.fstat(apart).st_ino])
+            line.wait()
+
+        self.child = Child(child, self.event)
+        self.child.hear()
+        path.unlink()
+
+    def verify(self) -> str | None:
+        """One writes, the other reads."""
+        self.child.say("write")
+        text, count, inode = self.child.hear()
+        os.set_blocking(self.event, False)
+        try:
+            left = os.eventfd_read(self.event)
+        except BlockingIOError:
+            left = 0
+        return first_problem(
+            unlike("child's text", "before and after", text),
+            unlike("text", b"before and after", os.pread(self.fd, 100, 0)),
+            unlike("inode", os.fstat(self.fd).st_ino, inode),
+            unlike("counter", (7, 0), (count, left)),
+        )
+
+
+class OwnersAndPidfds(Case):
+    """A pipe whose signals go to a child; pidfds of the child and of its grandparent."""
+
+    SIGNAL = signal.SIGRTMIN + 12
+
+    def setup(self) -> None:
+        """The child waits for a signal."""
+        self.read_end, self.write_end = os.pipe()
+        parent = os.getpid()
+
+        def child(line: Line) -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {self.SIGNAL})
+            up = os.pidfd_open(parent)
+            line.say("there")
+            line.wait()
+            taken = signal.sigtimedwait({self.SIGNAL}, 10)
+            signal.pidfd_send_signal(up, 0)
+            line.say(taken.si_signo if taken else 0)
+            line.wait()
+
+        self.child = Child(child)
+        self.child.hear()
+        fcntl.fcntl(self.read_end, fcntl.F_SETOWN, self.child.pid)
+        fcntl.fcntl(self.read_end, fcntl.F_SETSIG, self.SIGNAL)
+        fcntl.fcntl(self.read_end, fcntl.F_SETFL, os.O_ASYNC)
+        self.pidfd = os.pidfd_open(self.child.pid)
+
+    def verify(self) -> str | None:
+        """Write: the child is told. Then it ends: the pidfd tells."""
+        owner = struct.unpack("<ii", fcntl.fcntl(self.read_end, F_GETOWN_EX, bytes(8)))
+        self.child.say("wait")
+        os.write(self.write_end, b"x")
+        heard = self.child.hear()
+        alive = select.select([self.pidfd], [], [], 0)[0]
+        status = self.child.end()
+        return first_problem(
+            unlike("owner", (1, self.child.pid), owner),
+            unlike("signal", int(self.SIGNAL), heard),
+            unlike("ended", [], alive),
+            unlike("ended then", ([self.pidfd], 0), (select.select([self.pidfd], [], [], 5)[0], status)),
+        )
+
+
+CASES: tuple[type[Case], ...] = (EpollAcross, GhostOfTwo, OwnersAndPidfds)
