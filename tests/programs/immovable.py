@@ -160,9 +160,9 @@ def pidfd_of_the_dead(directory: Path) -> None:
 
 
 def owner_outside(directory: Path) -> None:
-    pipe = os.pipe()
-    fcntl.fcntl(pipe[0], fcntl.F_SETOWN, 1)
-    kept.append(pipe)
+    event = os.eventfd(0)
+    fcntl.fcntl(event, fcntl.F_SETOWN, 1)
+    kept.append(event)
 
 
 def io_uring(directory: Path) -> None:
