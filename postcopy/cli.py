@@ -3,6 +3,7 @@
 import enum
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from postcopy import __version__, reporting
 from postcopy.deadline import end_on_signals
+from postcopy.dump_side.choices import DEFAULT_GHOST_LIMIT, Choices
 from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
 from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
@@ -54,6 +56,22 @@ Timeout = Annotated[
 ]
 
 
+GhostLimit = Annotated[
+    int,
+    typer.Option("--ghost-limit", help="Bytes of a file without a name that may travel in the stand-still.", min=0),
+]
+FileLocks = Annotated[
+    bool, typer.Option("-l", "--file-locks", help="Move file locks, though somebody may take them meanwhile.")
+]
+
+
+External = Annotated[
+    list[str] | None,
+    typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
+]
+_INHERITED = re.compile(r"fd\[(\d+)\]:(.+)", re.DOTALL)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"postcopy {__version__}")
@@ -81,6 +99,9 @@ def dump(
     address: Address = None,
     port: Port = None,
     timeout: Timeout = 10.0,
+    ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
+    file_locks: FileLocks = False,
+    external: External = None,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[
@@ -103,14 +124,17 @@ def dump(
     from postcopy.dump_side import session
 
     reporter = reporting.Printer(as_json, display_stats)
-    options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout)
+    choices = Choices(ghost_limit, file_locks, frozenset(external or ()))
+    options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
     if not lazy_pages:
         if directory is None:
             raise UsageError(
                 "where to is not said", "postcopy dump --lazy-pages -t PID, or postcopy dump -t PID -D DIR"
             )
         _no_address(address, port, "dump -D DIR without --lazy-pages sends nothing")
-        session.dump_to_directory(pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped)
+        session.dump_to_directory(
+            pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped, choices=choices
+        )
         reporting.announce(status_fd)
     elif directory is not None:
         session.dump_state_to_directory(options, directory, reporter, lambda: reporting.announce(status_fd))
@@ -132,6 +156,10 @@ def restore(
     new_pid_namespace: Annotated[
         bool, typer.Option("--new-pid-namespace", help="Give the program a PID namespace with a /proc of its own.")
     ] = False,
+    inherit_fd: Annotated[
+        list[str] | None,
+        typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
+    ] = None,
     background: Annotated[
         BackgroundMode, typer.Option(help="Push the rest at once; only when no page has been asked for; never.")
     ] = BackgroundMode.eager,
@@ -188,6 +216,7 @@ def restore(
             detach=detached,
             pidfile=pidfile,
             new_pid_namespace=new_pid_namespace,
+            inherited=_inherited(inherit_fd or []),
             background=Background(background.value, idle_delay),
         ),
         reporter,
@@ -231,6 +260,9 @@ def serve(
 @app.command()
 def check(
     pid: Annotated[int | None, typer.Option("-t", "--tree", help="Also whether this process can be moved.")] = None,
+    ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
+    file_locks: FileLocks = False,
+    external: External = None,
     verbose: Verbose = 0,
     as_json: Json = False,
 ) -> None:
@@ -245,7 +277,7 @@ def check(
     if pid is not None:
         from postcopy.dump_side.survey import survey
 
-        manifest, _ = survey(pid)
+        manifest, _ = survey(pid, Choices(ghost_limit, file_locks, frozenset(external or ())))
         reporting.show_movable(manifest, as_json)
 
 
@@ -274,6 +306,24 @@ def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
             os.fstat(status_fd)
         except OSError:
             raise UsageError(f"--status-fd {status_fd} is not an open descriptor") from None
+
+
+def _inherited(given: list[str]) -> dict[str, int]:
+    """The descriptors of ours that take the place of external resources."""
+    found: dict[str, int] = {}
+    for each in given:
+        match = _INHERITED.fullmatch(each)
+        if match is None:
+            raise UsageError(f"--inherit-fd {each} is not of the form fd[N]:RESOURCE")
+        number, resource = int(match[1]), match[2]
+        try:
+            os.fstat(number)
+        except (OSError, OverflowError):
+            raise UsageError(f"--inherit-fd {each}: {number} is not an open descriptor") from None
+        if resource in found:
+            raise UsageError(f"--inherit-fd {each}: there are two for {resource}")
+        found[resource] = number
+    return found
 
 
 def _one_of(one: bool, name: str, other: bool, other_name: str) -> None:

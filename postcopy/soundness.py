@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from postcopy import open_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, plan
@@ -102,6 +103,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     },
     Vma: {"offset": _INT64},
     Zombie: {"uid": _UINT32, "status": range(1 << 16)},
+    **open_soundness.NUMBERS,
 }
 
 # How long a text, a byte string or a list may be.
@@ -128,6 +130,7 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
     Tree: {"processes": range(1, _PID_MAX)},
     Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
     Zombie: {"name": range(16)},
+    **open_soundness.LENGTHS,
 }
 
 # How long each byte string of a list must be.
@@ -145,9 +148,11 @@ _ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
 }
 
 _CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
-    OpenFile: {"kind": frozenset({"regular", "directory", "device", "path"})},
+    FileIdentity: {"kind": frozenset({"file", "directory", "fifo", "any"})},
+    OpenFile: {"kind": frozenset({"regular", "directory", "device", "path", "live"})},
     SharedMemory: {"kind": frozenset({"anonymous", "memfd", "system_v", "deleted"})},
     Vma: {"backing": frozenset({"anonymous", "stack", "file", "object", "vvar", "vdso"})},
+    **open_soundness.CHOICES,
 }
 
 _PATHS: Mapping[type, tuple[str, ...]] = {
@@ -156,6 +161,7 @@ _PATHS: Mapping[type, tuple[str, ...]] = {
     MappedFile: ("path",),
     Memory: ("exe",),
     OpenFile: ("path",),
+    **open_soundness.PATHS,
 }
 
 # Backings of memory that userfaultfd fills, and those whose pages are the kernel's.
@@ -252,6 +258,7 @@ def _tree(tree: Tree) -> Iterator[str]:
             if not 0 <= slot.description < count:
                 yield f"processes: descriptor {slot.fd} of {process.pid} is none of the {count} descriptions"
     spaces = [*(process.space for process in tree.processes), *(memory.space for memory in tree.shared_memory)]
+    yield from open_soundness.tree(tree)
     for space in _repeated(spaces):
         yield f"processes: space {space} occurs twice"
     yield from _references_to_memory(tree)
@@ -436,6 +443,10 @@ def _descriptors(table: Descriptors) -> Iterator[str]:
 def _pipe(pipe: Pipe) -> Iterator[str]:
     if len(pipe.content) > pipe.capacity:
         yield f"content: {len(pipe.content)} bytes in a pipe of {pipe.capacity}"
+    if pipe.packets and (sum(pipe.packets) != len(pipe.content) or not all(pipe.packets)):
+        yield f"packets: of {sum(pipe.packets)} bytes, where the content has {len(pipe.content)}"
+    if pipe.path:
+        yield from _path("path", pipe.path)
 
 
 _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
@@ -455,4 +466,5 @@ _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Tree: _tree,
     Vma: _vma,
     Zombie: _zombie,
+    **open_soundness.CHECKS,
 }

@@ -15,25 +15,42 @@ import msgpack
 import msgspec
 
 from postcopy.errors import ProtocolError
+from postcopy.integers import Address, Fd, Pid, Unsigned
 from postcopy.kinship import Relative
-
-Unsigned = Annotated[int, msgspec.Meta(ge=0)]
-Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
-Fd = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
-Pid = Annotated[int, msgspec.Meta(gt=0, lt=1 << 22)]
+from postcopy.open_kinds import (
+    Delivery,
+    Epoll,
+    EventCounter,
+    External,
+    Ghost,
+    GhostOpening,
+    Inotify,
+    Lock,
+    PidDescriptor,
+    SignalDescriptor,
+    TimerDescriptor,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """A file that both hosts must have: absolute path, size in bytes, build id of an ELF object (else empty).
 
-    ``changing``: open for writing at the source, so its size means something only once the tree is frozen.
+    ``changing``: open for writing at the source, so its size means something only once the tree is frozen. ``kind``:
+    file, directory, fifo (that nobody has open), or any (only the name counts). ``locked``: the tree holds locks on it.
     """
 
     path: str
     size: Unsigned
     build_id: bytes
     changing: bool
+    kind: str = "file"
+    locked: bool = False
+
+    @classmethod
+    def named(cls, path: str, kind: str = "any") -> "FileIdentity":
+        """A name that must be there, with nothing said of a content."""
+        return cls(path, 0, b"", False, kind)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -339,9 +356,10 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A regular file, directory, FIFO-free path or device that is opened again by its path.
+    """A regular file, directory or device, or only a path (O_PATH), that is opened again by its path.
 
-    ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device or path (O_PATH).
+    ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device, path, or live (a file
+    that the kernel writes as it is read; of a process itself with ``/proc/self`` in its path).
     """
 
     path: str
@@ -377,10 +395,17 @@ class StandardStream:
 
 @dataclass(frozen=True, slots=True)
 class Pipe:
-    """What is in a pipe, and its capacity (bytes)."""
+    """What is in a pipe, and its capacity (bytes).
+
+    ``packets``: the lengths of the packets that the content is made of; empty for a stream. ``path``: the name of a
+    FIFO; empty for a pipe without one. ``untouched``: a FIFO that has had no writer since its readers opened it.
+    """
 
     content: bytes
     capacity: Unsigned
+    packets: list[Unsigned] = field(default_factory=list)
+    path: str = ""
+    untouched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +416,14 @@ class Description:
     pipe: PipeEnd | None = None
     stream: StandardStream | None = None
     memory: OpenMemory | None = None
+    ghost: GhostOpening | None = None
+    event_counter: EventCounter | None = None
+    timer: TimerDescriptor | None = None
+    signals: SignalDescriptor | None = None
+    epoll: Epoll | None = None
+    inotify: Inotify | None = None
+    process: PidDescriptor | None = None
+    external: External | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,13 +437,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What the descriptor tables of a tree refer to, and the pipes between them.
+    """What the descriptor tables of a tree refer to, the pipes between them, and the files without a name.
 
     A description that several processes have is built by the first of them that has it.
     """
 
     descriptions: list[Description]
     pipes: list[Pipe]
+    ghosts: list[Ghost] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    locks: list[Lock] = field(default_factory=list)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -485,7 +521,10 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the survey found before anything is frozen: what the destination must have."""
+    """What the survey found before anything is frozen: what the destination must have.
+
+    ``external``: resources in whose place ``restore`` must be given others.
+    """
 
     tids: list[Pid]
     pid: Pid
@@ -495,6 +534,7 @@ class Manifest:
     xsave_size: Unsigned
     memory_bytes: Unsigned
     highest_fd: Fd
+    external: list[str] = field(default_factory=list)
 
 
 T = TypeVar("T")

@@ -116,11 +116,17 @@ def start_dump(
 
 
 def start_restore(
-    migration: Migration, *, options: Sequence[str] = (), port: int = PORT, timeout: float = 60, wait: bool = True
+    migration: Migration,
+    *,
+    options: Sequence[str] = (),
+    port: int = PORT,
+    timeout: float = 60,
+    wait: bool = True,
+    pass_fds: Sequence[int] = (),
 ) -> Process:
     """The second half of `move`; without ``wait`` it returns as soon as restore is started."""
     command = ["restore", "--lazy-pages", "--address", migration.source.address, "--port", str(port), *options]
-    migration.restore, ready = _start(migration.destination, command, migration.directory / "restore")
+    migration.restore, ready = _start(migration.destination, command, migration.directory / "restore", pass_fds)
     if not wait:
         os.close(ready)
         return migration.restore
@@ -128,13 +134,13 @@ def start_restore(
     return migration.restore
 
 
-def _start(host: Host, command: list[str], output: Path) -> tuple[Process, int]:
+def _start(host: Host, command: list[str], output: Path, pass_fds: Sequence[int] = ()) -> tuple[Process, int]:
     """Start a command with its output in ``output``.out and .err; returns the read end of its status pipe too."""
     ready, status = os.pipe()
     try:
         with open(f"{output}.out", "wb") as stdout, open(f"{output}.err", "wb") as stderr:
             argv = [*postcopy_command(), *command, "--json", "-vv", "--status-fd", str(status)]
-            return host.popen(argv, stdout=stdout, stderr=stderr, pass_fds=[status]), ready
+            return host.popen(argv, stdout=stdout, stderr=stderr, pass_fds=[status, *pass_fds]), ready
     except BaseException:
         os.close(ready)
         raise

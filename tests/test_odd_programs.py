@@ -74,6 +74,52 @@ MOVED = {
             assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in fds] == list(range(3000))
             assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in twins] == list(range(3000))[::30]
     """,
+    "ten thousand descriptors of many kinds": """
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20000, 20000))
+        files = [os.open("/etc/passwd", os.O_RDONLY) for _ in range(4000)]
+        counters = [os.eventfd(number) for number in range(3000)]
+        pipes = [os.pipe() for _ in range(1500)]
+        ghosts = [os.open(directory, os.O_TMPFILE | os.O_RDWR) for _ in range(200)]
+        epolls = [select.epoll() for _ in range(3)]
+        for number, fd in enumerate(counters):
+            epolls[number % 3].register(fd, select.EPOLLIN | (select.EPOLLET if number % 2 else 0))
+        epolls[0].poll(0)
+        for number, fd in enumerate(ghosts):
+            os.write(fd, b"%d" % number)
+        for number, (_, fd) in enumerate(pipes):
+            os.write(fd, b"%d" % number)
+        def verify():
+            ready = [{fd for fd, _ in epoll.poll(0, 3000)} for epoll in epolls]
+            assert ready[0] == {fd for fd in counters[::6]} - {counters[0]}, len(ready[0])
+            assert ready[1] | ready[2] == {*counters[1::3], *counters[2::3]}
+            assert [os.read(fd, 9) for fd, _ in pipes] == [b"%d" % number for number in range(1500)]
+            assert [os.pread(fd, 9, 0) for fd in ghosts] == [b"%d" % number for number in range(200)]
+            assert [os.eventfd_read(fd) for fd in counters[1:]] == list(range(1, 3000))
+            assert all(os.pread(fd, 4, 0) == b"root" for fd in files)
+    """,
+    "descriptor numbers up to the highest, with gaps": """
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        numbers = [most - 1, most - 2, most - 5, most // 2, 1000]
+        for number in numbers:
+            event = os.eventfd(number)
+            os.dup2(event, number)
+            os.close(event)
+        read_end, write_end = os.pipe()
+        os.dup2(write_end, most - 4)
+        os.close(write_end)
+        os.write(most - 4, b"through")
+        path = os.path.join(directory, "deleted")
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), most - 3)
+        os.write(most - 3, b"deleted")
+        os.unlink(path)
+        table = set(os.listdir("/proc/self/fd"))
+        def verify():
+            assert set(os.listdir("/proc/self/fd")) == table
+            assert [os.eventfd_read(number) for number in numbers] == numbers
+            assert os.read(read_end, 99) == b"through"
+            assert os.pread(most - 3, 99, 0) == b"deleted"
+    """,
     "mapped files with odd names": """
         names = [b"a b", b"new\\nline", b"x (deleted)", b"lit\\\\777x", b"back\\\\slash", b"\\xff\\xfe", b"\\x85"]
         maps = []
@@ -102,7 +148,7 @@ REFUSED = {
 }
 
 HEAD = """
-import ctypes, mmap, os, signal, sys, threading, time
+import ctypes, mmap, os, resource, select, signal, sys, threading, time
 from pathlib import Path
 libc = ctypes.CDLL(None, use_errno=True)
 directory = sys.argv[1]

@@ -21,7 +21,7 @@ from tests.programs.states import CASES, UNSUPPORTED
 PID = 4100
 NOBODY = 65534
 #: Seconds that timed system calls last. The moves must be over before, or the cases say that nothing was tried.
-HOLD = {0: 1.0, 1: 12.0, 2: 20.0}
+HOLD = {0: 1.0, 1: 12.0, 2: 24.0}
 Report = dict[str, str | None]
 
 
@@ -44,7 +44,14 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             return Outcome({}, failure)
 
 
-def run_program(hosts: Pair, directory: Path, moves: int, *options: str, restore_options: Sequence[str] = ()) -> Report:
+def run_program(
+    hosts: Pair,
+    directory: Path,
+    moves: int,
+    *options: str,
+    dump_options: Sequence[str] = (),
+    restore_options: Sequence[str] = (),
+) -> Report:
     """Start the program, move it, let it verify; returns its report."""
     command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
     command += options
@@ -54,7 +61,7 @@ def run_program(hosts: Pair, directory: Path, moves: int, *options: str, restore
     end = program
     source, destination = hosts.a, hosts.b
     for _ in range(moves):
-        migration = move(source, destination, PID, restore_options=restore_options)
+        migration = move(source, destination, PID, dump_options=dump_options, restore_options=restore_options)
         migration.wait_drained()
         assert migration.restore is not None
         end = migration.restore

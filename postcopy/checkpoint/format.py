@@ -14,11 +14,12 @@ import xxhash
 
 from postcopy import __version__
 from postcopy.errors import CheckpointError, ProtocolError
+from postcopy.integers import Unsigned
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
-from postcopy.state import Manifest, Unsigned, decode
+from postcopy.state import Manifest, decode
 
 FORMAT_VERSION = 1
 MAGIC = b"POSTCKPT"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as Branch
 
+from postcopy.checkpoint import open_text
 from postcopy.checkpoint.describe import (
     MemoryMap,
     describe,
@@ -223,10 +224,11 @@ def _description(of: Description, table: Descriptors) -> tuple[str, str]:
     if of.pipe is not None:
         pipe = table.pipes[of.pipe.pipe]
         inside = f"{len(pipe.content)} of {pipe.capacity} bytes in it"
-        return "pipe", f"number {of.pipe.pipe}, {_opened(of.pipe.flags)}, {inside}"
+        name = f"FIFO {pipe.path}" if pipe.path else f"number {of.pipe.pipe}"
+        return "pipe", f"{name}, {_opened(of.pipe.flags)}, {inside}"
     if of.stream is not None:
         return "terminal", f"standard stream {of.stream.fd} of whoever restores it"
-    return "", ""
+    return open_text.describe(of, table)
 
 
 def _opened(flags: int) -> str:

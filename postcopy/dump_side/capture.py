@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from postcopy.dump_side import memory, signals, sleepers
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
@@ -27,13 +28,14 @@ class Capture:
     sent: dict[int, PageRanges]
     lazy: dict[int, PageRanges]
 
-    def __init__(self, pid: int, trusted: Trusted, reporter: Reporter) -> None:
+    def __init__(self, pid: int, trusted: Trusted, reporter: Reporter, choices: Choices | None = None) -> None:
         """``trusted``: what the survey said. Nothing is frozen yet."""
         self.frozen = FrozenTree(pid)
         self.committed = False
         self.began = 0
         self._reporter = reporter
         self._trusted = trusted
+        self._choices = choices or Choices()
         self._shared = SharedObjects()
         self._guard = Guard()
         self._smaps = memory.SmapsReader()
@@ -60,7 +62,7 @@ class Capture:
         self.frozen.freeze()
         self._smaps.begin(self.frozen.pids)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
-        self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared)
+        self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}
         self.lazy = {space.number: space.lazy for space in self._spaces}

@@ -6,6 +6,8 @@ from postcopy.dump_side import (
     attributes,
     clocks,
     descriptors,
+    edges,
+    epoll,
     filesystem,
     limits,
     lineage,
@@ -16,6 +18,7 @@ from postcopy.dump_side import (
     threads,
     timers,
 )
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.opened import Table, Trusted
@@ -24,13 +27,18 @@ from postcopy.dump_side.sleepers import Observation
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
-from postcopy.state import Descriptors, FileIdentity, Process, Tree
+from postcopy.state import FileIdentity, Process, Tree
 
 Sleepers = dict[int, Observation]
 
 
 def collect(
-    frozen: FrozenTree, smaps: memory.SmapsReader, trusted: Trusted, sleepers: Sleepers, shared: SharedObjects
+    frozen: FrozenTree,
+    smaps: memory.SmapsReader,
+    trusted: Trusted,
+    sleepers: Sleepers,
+    shared: SharedObjects,
+    choices: Choices | None = None,
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
@@ -41,12 +49,16 @@ def collect(
     """
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
-    table = Table(frozenset(frozen.pids), shared, trusted.pipes)
+    members = frozenset([*frozen.pids, *frozen.zombies])
+    table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
     problems += lineage.shared(frozen.pids)
     problems += kin.problems()
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
+    for each in frozen.processes:
+        table.slots[each.pid] = descriptors.collect(table, each.pid, problems)
+    epoll.complete(table, problems)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []
@@ -58,12 +70,12 @@ def collect(
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
-    needed.update((file.path, file) for file in table.needed)
     problems += shared.problems(set(frozen.pids), trusted.memory)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
-    found = Descriptors(table.descriptions, table.pipes)
-    return Tree(processes, zombies, found, list(needed.values()), shared_memory=shared.collect(), clocks=stopped_at)
+    files = list(dict.fromkeys((*needed.values(), *table.needed)))
+    found = table.descriptors
+    return Tree(processes, zombies, found, files, shared_memory=shared.collect(), clocks=stopped_at)
 
 
 def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:
@@ -90,7 +102,6 @@ def _process(
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     # It may have been born since the survey.
     problems += namespaces.problems_of_member(pid, kin.root)
-    slots = descriptors.collect(table, pid, problems)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
@@ -116,6 +127,7 @@ def _process(
         for executor, batch in asked:
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
+        edges.find(table, pid, executors[0])
         locks = memory.future_locks(frozen)
     leader = answers[0]
     stops.answered(pid, leader)
@@ -138,7 +150,7 @@ def _process(
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
         lineage=kin.lineage(pid),
-        slots=slots,
+        slots=table.slots[pid],
         stopped_by=frozen.stopped_by,
         stop_told=stops.told(pid),
     )

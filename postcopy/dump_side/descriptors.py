@@ -2,12 +2,40 @@
 
 import os
 
-from postcopy.dump_side import files, memfds, pipes, terminals
+from postcopy.dump_side import (
+    deliveries,
+    epoll,
+    eventfd,
+    external,
+    files,
+    ghosts,
+    inotify,
+    locks,
+    memfds,
+    pidfd,
+    pipes,
+    signalfd,
+    terminals,
+    timerfd,
+)
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
-from postcopy.state import Description, Slot
+from postcopy.state import Description, FileIdentity, Slot
 
-_KINDS = (pipes.collect, terminals.collect, memfds.collect, files.collect)
+_KINDS = (
+    external.collect,
+    pipes.collect,
+    terminals.collect,
+    memfds.collect,
+    ghosts.collect,
+    files.collect,
+    eventfd.collect,
+    timerfd.collect,
+    signalfd.collect,
+    epoll.collect,
+    inotify.collect,
+    pidfd.collect,
+)
 
 
 def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
@@ -17,15 +45,20 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
     """
     table.pid = pid
     slots: list[Slot] = []
+    seen: set[int] = set()
     for fd in procfs.descriptors(pid):
         try:
             opened = Opened.look(pid, fd)
             among = table.alike[opened.likeness]
             place, number = _look_up(opened, among)
+            new = number is None
             if number is None:
-                number = len(table.descriptions)
-                table.descriptions.append(_describe(table, opened))
+                number = len(table.descriptors.descriptions)
+                table.descriptors.descriptions.append(_describe(table, opened, number))
                 among.insert(place, (pid, fd, number))
+            if number not in seen:
+                _lock(table, opened, number, new)
+            seen.add(number)
         except (Refused, OSError) as reason:
             if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
                 continue  # a running process has closed it while we looked
@@ -35,12 +68,28 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
     return slots
 
 
-def _describe(table: Table, opened: Opened) -> Description:
+def _describe(table: Table, opened: Opened, number: int) -> Description:
     for kind in _KINDS:
         description = kind(table, opened)
         if description is not None:
-            return description
-    raise Refused(f"{opened.link}: descriptors of this kind cannot be moved yet")
+            break
+    else:
+        raise Refused(f"{opened.link}: descriptors of this kind cannot be moved yet")
+    delivery = deliveries.collect(table, opened, number)
+    if delivery is not None:
+        if description.stream is not None or description.external is not None:
+            raise Refused(f"{opened.link}: signal-driven I/O (F_SETOWN, O_ASYNC) of what restore lends cannot be moved")
+        table.descriptors.deliveries.append(delivery)
+    return description
+
+
+def _lock(table: Table, opened: Opened, number: int, new: bool) -> None:
+    """Add the locks."""
+    held = locks.collect(table, opened, number, new)
+    table.descriptors.locks.extend(held)
+    file = table.descriptors.descriptions[number].file
+    if held and file is not None:
+        table.needed.append(FileIdentity(file.path, opened.stat.st_size, b"", changing=True, locked=True))
 
 
 def _look_up(opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:

@@ -3,7 +3,9 @@
 import os
 import stat
 
-from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
+from postcopy.dump_side.shared_memory import DELETED
+from postcopy.kernel import procfs
 from postcopy.kernel.elf import build_id
 from postcopy.state import Description, FileIdentity, OpenFile
 
@@ -25,31 +27,68 @@ def collect(table: Table, opened: Opened) -> Description | None:
         kind = "device"
     elif opened.mode == stat.S_IFCHR:
         raise Refused(f"{opened.link}: device {_device(opened)} cannot be moved")
-    elif opened.mode == stat.S_IFIFO:
-        raise Refused(f"{opened.link}: FIFOs cannot be moved yet")
     else:
         return None
-    _check_name(opened)
+    if opened.link.startswith(_MEMORY_FILESYSTEMS):
+        return _live(table, opened)
+    path = _name(opened)
     if kind == "regular":
         writable = opened.flags & os.O_ACCMODE != os.O_RDONLY
-        identity = b"" if writable else build_id(opened.link)
-        table.needed.append(FileIdentity(opened.link, opened.stat.st_size, identity, changing=writable))
-    return Description(file=OpenFile(opened.link, opened.flags, opened.position, kind))
+        if not writable and path not in table.build_ids:
+            table.build_ids[path] = build_id(path)
+        identity = b"" if writable else table.build_ids[path]
+        table.needed.append(FileIdentity(path, opened.stat.st_size, identity, changing=writable))
+    elif kind != "device":
+        table.needed.append(FileIdentity.named(path, "directory" if kind == "directory" else "any"))
+    return Description(file=OpenFile(path, opened.flags, opened.position, kind))
 
 
 def _device(opened: Opened) -> tuple[int, int]:
     return os.major(opened.stat.st_rdev), os.minor(opened.stat.st_rdev)
 
 
-def _check_name(opened: Opened) -> None:
-    """The file must still be found under its name."""
-    if opened.link.endswith(" (deleted)") and not opened.stat.st_nlink:
-        raise Refused(f"{opened.link}: deleted files cannot be moved yet")
-    if opened.link.startswith(_MEMORY_FILESYSTEMS) and opened.mode == stat.S_IFREG:
-        raise Refused(f"{opened.link}: files of the kernel's own filesystems cannot be moved yet")
+def _live(table: Table, opened: Opened) -> Description:
+    """A file of the kernel's own filesystems: that of the process itself, or one that is there on every host."""
+    parts = opened.link.split("/")
+    path = opened.link
+    if parts[1] == "proc" and parts[2].isdigit():
+        pid = int(parts[2])
+        if path.endswith(DELETED) or pid not in table.pids:
+            raise Refused(f"{path}: files of other processes, or of those that have ended, cannot be moved yet")
+        parts[2] = "self" if pid == table.pid else str(inner(pid))
+        if parts[3:4] == ["task"] and len(parts) > 4:
+            if pid != table.pid or int(parts[4]) not in procfs.tids(pid):
+                raise Refused(f"{path}: files of threads elsewhere, or that have ended, cannot be moved yet")
+            parts[4] = str(inner(pid, int(parts[4])))
+        return Description(file=OpenFile("/".join(parts), opened.flags, opened.position, "live"))
+    table.needed.append(FileIdentity.named(path))
+    return Description(file=OpenFile(path, opened.flags, opened.position, "live"))
+
+
+def _name(opened: Opened) -> str:
+    """A name under which the file is found; its last one, or another in the same directory."""
     try:
-        named = os.lstat(opened.link)
+        if _is(opened, os.lstat(opened.link)):
+            return opened.link
     except OSError:
-        raise Refused(f"{opened.link}: the file cannot be found under this name any more") from None
-    if (named.st_dev, named.st_ino) != (opened.stat.st_dev, opened.stat.st_ino):
+        pass
+    if opened.link.endswith(DELETED):
+        directory = os.path.dirname(opened.link)
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.inode() == opened.stat.st_ino and _is(opened, entry.stat(follow_symlinks=False)):
+                        return entry.path
+        except OSError as error:
+            raise Refused(f"{opened.link}: its directory cannot be searched: {error.strerror}") from None
+        what = "this name of it was deleted, and no other is in the same directory"
+        raise Refused(
+            f"{opened.link}: {what if opened.stat.st_nlink else 'deleted files of this kind cannot be moved'}"
+        )
+    if os.path.lexists(opened.link):
         raise Refused(f"{opened.link}: another file has this name now")
+    raise Refused(f"{opened.link}: the file cannot be found under this name any more")
+
+
+def _is(opened: Opened, found: os.stat_result) -> bool:
+    return (found.st_dev, found.st_ino) == (opened.stat.st_dev, opened.stat.st_ino)

@@ -339,11 +339,14 @@ def _is_broken_off(registers: Registers) -> bool:
     A few calls give up when their thread is stopped (signal(7)), which the program must not notice. With a timeout
     they are left as they are: it would begin anew.
     """
-    timeouts = {NUMBERS["rt_sigtimedwait"]: "rdx", NUMBERS["semtimedop"]: "r10"}
+    timeouts = {NUMBERS["rt_sigtimedwait"]: "rdx", NUMBERS["semtimedop"]: "r10", NUMBERS["epoll_pwait2"]: "r10"}
     number = registers["orig_rax"]
-    if registers["rax"] != -errno.EINTR & _ALL or not (number == NUMBERS["semop"] or number in timeouts):
+    if registers["rax"] != -errno.EINTR & _ALL:
         return False
-    return number not in timeouts or not registers[timeouts[number]]
+    if number in (NUMBERS["epoll_wait"], NUMBERS["epoll_pwait"]):
+        # Milliseconds as an int: without an end where it is negative.
+        return bool(registers["r10"] & 1 << 31)
+    return number == NUMBERS["semop"] or (number in timeouts and not registers[timeouts[number]])
 
 
 def _out_of_critical_section(registers: Registers, rseq: ptrace.RseqConfiguration, memory: ProcessMemory) -> Registers:

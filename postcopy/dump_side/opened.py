@@ -1,18 +1,21 @@
 """One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
 
+import contextlib
 import os
 import stat
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from postcopy.dump_side.shared_memory import Key, SharedObjects
-from postcopy.kernel import procfs
-from postcopy.state import Description, FileIdentity, Pipe
+from postcopy.dump_side.choices import Choices
+from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
+from postcopy.kernel import pidfd, procfs
+from postcopy.state import Descriptors, FileIdentity, Slot
 
-# The status flags that open(2) takes again; the access mode is among them.
 O_PATH = 0o10000000
-_O_LARGEFILE = 0o100000
-_FASYNC = 0o20000
+FASYNC = 0o20000
+# What open(2) does not take again, or takes by other means.
+_NOT_OPENED_WITH = os.O_CLOEXEC | FASYNC
 
 
 class Refused(Exception):
@@ -21,7 +24,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Opened:
-    """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags without close-on-exec."""
+    """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags as open(2) takes them.
+
+    ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo.
+    """
 
     pid: int
     fd: int
@@ -29,27 +35,44 @@ class Opened:
     stat: os.stat_result
     flags: int
     close_on_exec: bool
+    asynchronous: bool
     position: int
+    info: tuple[str, ...]
 
     @classmethod
     def look(cls, pid: int, fd: int) -> "Opened":
-        """Read all of it. Raises Refused for what no kind could carry."""
-        info = procfs.fdinfo(pid, fd)
-        flags = int(info["flags"], 8)
-        found = cls(
+        """Read all of it."""
+        lines = procfs.fdinfo_lines(pid, fd)
+        # The first two lines are those of every kind (fs/proc/fd.c).
+        flags = int(lines[1].partition(":")[2], 8)
+        return cls(
             pid=pid,
             fd=fd,
             link=procfs.link(pid, f"fd/{fd}"),
             stat=os.stat(f"/proc/{pid}/fd/{fd}"),
-            flags=flags & ~(os.O_CLOEXEC | _O_LARGEFILE),
+            flags=flags & ~_NOT_OPENED_WITH,
             close_on_exec=bool(flags & os.O_CLOEXEC),
-            position=int(info["pos"]),
+            asynchronous=bool(flags & FASYNC),
+            position=int(lines[0].partition(":")[2]),
+            info=tuple(lines),
         )
-        if "lock" in info:
-            raise Refused(f"{found.link}: file locks and leases cannot be moved yet")
-        if flags & _FASYNC:
-            raise Refused(f"{found.link}: signal-driven I/O (O_ASYNC) cannot be moved yet")
-        return found
+
+    def field(self, name: str) -> str | None:
+        """A field of the fdinfo."""
+        return next((line.partition(":")[2].strip() for line in self.info if line.startswith(f"{name}:")), None)
+
+    @contextlib.contextmanager
+    def duplicate(self) -> Iterator[int]:
+        """A descriptor of ours of the same open file description."""
+        process = os.pidfd_open(self.pid)
+        try:
+            own = pidfd.getfd(process, self.fd)
+        finally:
+            os.close(process)
+        try:
+            yield own
+        finally:
+            os.close(own)
 
     @property
     def mode(self) -> int:
@@ -72,22 +95,62 @@ class Trusted:
 
 @dataclass
 class Table:
-    """What is found while the descriptor tables of a tree are collected. ``pipe_numbers``: pipes by inode.
+    """What is found while the descriptor tables of a tree are collected.
 
-    ``pids``: the processes of the tree; ``pid``: the one whose table is being collected.
-    ``shared``: the memory of memfds; ``trusted_pipes``: see `Trusted`.
-    ``holders``: for each pipe of another process, by its link, that process; once it has been looked for.
-    ``alike``: descriptors that may share a description, by what they show, each as (process, descriptor, number of its
-    description), as kcmp orders.
+    ``pids``: the processes of the tree; ``pid``: the one whose table is being collected. ``frozen``: contents are read,
+    too. ``shared``: the memory of memfds; ``trusted_pipes``: see `Trusted`.
+    ``holders``: for what other processes have open, by its link, one of them; once it has been looked for.
+    ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``alike``:
+    descriptors that may share a description, by what they show, each as (process, descriptor, number of its
+    description), as kcmp orders. ``slots``: the tables, by process.
     """
 
     pids: frozenset[int]
     shared: SharedObjects
     trusted_pipes: frozenset[int] = frozenset()
+    choices: Choices = field(default_factory=Choices)
+    frozen: bool = False
     pid: int = 0
-    descriptions: list[Description] = field(default_factory=list)
-    pipes: list[Pipe] = field(default_factory=list)
+    slots: dict[int, list[Slot]] = field(default_factory=dict)
+    descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = field(default_factory=dict)
+    ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    external: list[str] = field(default_factory=list)
+    build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+    _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def holder_of(self, tid: int) -> int | None:
+        """The process of the tree that has this thread."""
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                if tid in procfs.tids(pid):
+                    return pid
+        return None
+
+    def mapped_without_name(self) -> set[Key]:
+        """The deleted files that processes of the tree map; looked for once."""
+        if self._mapped is None:
+            self._mapped = set()
+            for pid in self.pids:
+                for line in procfs.for_each_vma(pid):
+                    if line.inode and line.name.endswith(DELETED):
+                        with contextlib.suppress(OSError):
+                            found = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+                            self._mapped.add((found.st_dev, found.st_ino))
+        return self._mapped
+
+    def first_holders(self) -> dict[int, tuple[int, int]]:
+        """A process and a descriptor of each description: those that will make it again."""
+        found: dict[int, tuple[int, int]] = {}
+        for pid, slots in self.slots.items():
+            for slot in slots:
+                found.setdefault(slot.description, (pid, slot.fd))
+        return found
+
+
+def inner(pid: int, tid: int | None = None) -> int:
+    """The PID of a process, or the TID of its thread, as it sees it itself."""
+    return int(procfs.status(pid, tid)["NSpid"].split()[-1])

@@ -7,13 +7,14 @@ import contextlib
 import logging
 import select
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
 from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
 from postcopy.dump_side import clocks
 from postcopy.dump_side.capture import Capture
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
@@ -30,12 +31,16 @@ log = logging.getLogger("postcopy")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; ``timeout``: seconds from freeze to commit, and without a sign of life."""
+    """What the user asked for; ``timeout``: seconds from freeze to commit, and without a sign of life.
+
+    ``choices``: what is moved only if asked for.
+    """
 
     pid: int
     address: str
     port: int
     timeout: float = 10.0
+    choices: Choices = field(default_factory=Choices)
 
 
 def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) -> None:
@@ -46,7 +51,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     after it (LostAfterCommit) it stays stopped.
     """
     allow_descriptors()
-    manifest, _ = survey(options.pid)
+    manifest, _ = survey(options.pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         _listens(options, manifest, listener, reporter)
         listening()
@@ -60,18 +65,24 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
 
 
 def dump_to_directory(
-    pid: int, directory: Path, reporter: Reporter, *, leave_running: bool = False, leave_stopped: bool = False
+    pid: int,
+    directory: Path,
+    reporter: Reporter,
+    *,
+    leave_running: bool = False,
+    leave_stopped: bool = False,
+    choices: Choices | None = None,
 ) -> None:
     """Write process ``pid`` to ``directory``, which must not exist, and end it once it is safely there.
 
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
     allow_descriptors()
-    manifest, trusted = survey(pid)
+    manifest, trusted = survey(pid, choices)
     writer = Writer(directory, pages_elsewhere=False)
     whole = False
     try:
-        with _errors_named(pid), Capture(pid, trusted, reporter) as capture:
+        with _errors_named(pid), Capture(pid, trusted, reporter, choices) as capture:
             capture.take()
             for space, source in capture.sources.items():
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
@@ -103,11 +114,11 @@ def dump_state_to_directory(
     """
     pid = options.pid
     allow_descriptors()
-    manifest, trusted = survey(pid)
+    manifest, trusted = survey(pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)
         try:
-            with _errors_named(pid), Capture(pid, trusted, reporter) as capture:
+            with _errors_named(pid), Capture(pid, trusted, reporter, options.choices) as capture:
                 capture.take()
                 for space, source in capture.sources.items():
                     writer.write_space(space, source, capture.sent[space], PageRanges())
@@ -141,10 +152,10 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
     """Survey again, freeze, and give it all to the destination that has connected."""
     try:
         with _errors_named(options.pid):
-            manifest, trusted = survey(options.pid)
+            manifest, trusted = survey(options.pid, options.choices)
             reporter.event("surveyed", files=len(manifest.files))
             giving.agree(manifest, clocks.now(options.pid))
-            with Capture(options.pid, trusted, reporter) as capture:
+            with Capture(options.pid, trusted, reporter, options.choices) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
                 with deadline(options.timeout, "the way from freeze to commit"):

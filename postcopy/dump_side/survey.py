@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import clocks, descriptors, filesystem, lineage, memory, namespaces, seccomp, timers
+from postcopy.dump_side import clocks, descriptors, epoll, filesystem, lineage, memory, namespaces, seccomp, timers
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.opened import Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
@@ -50,7 +51,7 @@ def check_target(pid: int) -> None:
         )
 
 
-def survey(pid: int) -> tuple[Manifest, Trusted]:
+def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, Trusted]:
     """What the destination must have, and what is known not to leave the tree.
 
     Raises ProblemsError with everything that cannot be moved, DumpError where there is no process to move.
@@ -58,30 +59,30 @@ def survey(pid: int) -> tuple[Manifest, Trusted]:
     capabilities.require({"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"})
     try:
         check_target(pid)
-        return _survey(pid)
+        return _survey(pid, choices or Choices())
     except OSError as error:
         if not procfs.exists(pid) or procfs.stat(pid)[3] in "ZX":
             raise DumpError(f"process {pid} ended while it was being looked at") from None
         raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
 
-def _survey(pid: int) -> tuple[Manifest, Trusted]:
+def _survey(pid: int, choices: Choices) -> tuple[Manifest, Trusted]:
     """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much."""
     looks = 0
     while True:
         descendants = procfs.descendants(pid)
         looks += 1
         try:
-            return _look(pid, descendants)
+            return _look(pid, descendants, choices)
         except ProblemsError:
             if not descendants or looks == _LOOKS:
                 raise
             time.sleep(_BETWEEN_LOOKS)
 
 
-def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
+def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, Trusted]:
     shared = SharedObjects()
-    found = _Findings(root, Table(frozenset({root, *descendants}), shared))
+    found = _Findings(root, Table(frozenset({root, *descendants}), shared, choices=choices))
     found.look(root)
     found.problems += namespaces.problems_of_member(root, root)
     for pid in descendants:
@@ -97,6 +98,7 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
             # What it had, it has no longer.
             del found.problems[own:]
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
+    epoll.complete(found.table, found.problems)
     alive = [pid for pid in descendants if pid in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
@@ -109,11 +111,12 @@ def _look(root: int, descendants: list[int]) -> tuple[Manifest, Trusted]:
         pid=found.tids[root][0],
         tids=[tid for tids in found.tids.values() for tid in tids],
         name=_name(root),
-        files=list((found.files | {file.path: file for file in found.table.needed}).values()),
+        files=list(dict.fromkeys((*found.files.values(), *found.table.needed))),
         vdso=found.vdso,
         xsave_size=cpu.xsave_size(),
         memory_bytes=found.memory_bytes,
         highest_fd=found.highest_fd,
+        external=found.table.external,
     )
     return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys)
 
@@ -137,7 +140,7 @@ class _Findings:
         layout = memory.layout(pid, self.table.shared, checked=self.checked)
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
-        slots = descriptors.collect(self.table, pid, self.problems)
+        slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)
         filesystem.collect(pid, self.problems)
         for file in (*_exe(pid, self.problems), *memory.identities(layout, self.files)):
             self.files[file.path] = file

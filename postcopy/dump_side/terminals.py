@@ -21,4 +21,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
                 return Description(stream=StandardStream(stream, opened.flags))
         except OSError:
             continue
-    raise Refused(f"{opened.link}: a terminal that is not one of the standard streams cannot be moved yet")
+    raise Refused(
+        f"{opened.link}: a terminal that is not one of the standard streams cannot be moved yet; to give it another, "
+        f"--external {opened.link} here and --inherit-fd 'fd[N]:{opened.link}' for restore"
+    )

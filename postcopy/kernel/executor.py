@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from postcopy.kernel import ptrace
-from postcopy.kernel.calls import Call, call
+from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.libc import refused
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.ptrace import Registers
@@ -53,6 +53,7 @@ _NR_RESTART_SYSCALL = 219
 
 _STOP_SIGNALS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+_NOTHING = (NUMBERS["getpid"], 0, 0, 0, 0, 0, 0, 1)
 _TRAP_FLAG = 1 << 8  # of eflags: a SIGTRAP after every instruction
 
 
@@ -224,6 +225,27 @@ class Executor:
         """A new, empty list."""
         return Batch(self._base + CODE_SIZE, self._capacity - CODE_SIZE)
 
+    def pause(self, batch: Batch) -> int:
+        """Append a stop in the middle of the list, for `run_to`; a thread without a tracer does not stop there."""
+        return batch.add(self._last)
+
+    def run_to(self, batch: Batch, pause: int) -> Answers:
+        """Begin the list and wait for its pause; the answers up to there. `leave_out` and `finish` may follow."""
+        self.start(batch)
+        self._until(pause)
+        return self._answers(pause)
+
+    def leave_out(self, number: int) -> None:
+        """Leave out a call that is still to be made."""
+        assert self._running is not None
+        nothing = struct.pack("<8Q", *_NOTHING)
+        self._memory.write(self._running.base + RECORD_SIZE * number, nothing)
+
+    def go_on(self) -> Answers:
+        """Go on after a pause, to the end of the list."""
+        ptrace.cont(self.tid)
+        return self.finish()
+
     def start(self, batch: Batch) -> None:
         """Let the thread make the calls; `finish` waits for it."""
         records, top = batch.image(self._last)
@@ -239,15 +261,26 @@ class Executor:
     def at_end(self, stop: ptrace.Stop) -> bool:
         """Whether ``stop`` is the one that ends the running list."""
         assert self._running is not None
+        return self._is_at(stop, len(self._running.calls))
+
+    def _is_at(self, stop: ptrace.Stop, number: int) -> bool:
+        """Whether ``stop`` is the one that record ``number`` makes."""
+        assert self._running is not None
         registers = ptrace.get_registers(self.tid)
-        last = self._running.base + RECORD_SIZE * len(self._running.calls)
-        at_last = registers["rip"] == self._base + _AFTER_SYSCALL and registers["rbx"] == last
-        return stop.signal == self._stop and not stop.event and at_last
+        record = self._running.base + RECORD_SIZE * number
+        is_there = registers["rip"] == self._base + _AFTER_SYSCALL and registers["rbx"] == record
+        return stop.signal == self._stop and not stop.event and is_there
 
     def finish(self, stop: ptrace.Stop | None = None) -> Answers:
         """Wait for the end of the started list. Raises OSError ESRCH where the thread ended."""
-        batch = self._running
-        assert batch is not None
+        assert self._running is not None
+        self._until(len(self._running.calls), stop)
+        answers = self._answers(len(self._running.calls))
+        self._running = None
+        return answers
+
+    def _until(self, number: int, stop: ptrace.Stop | None = None) -> None:
+        """Wait for the stop that record ``number`` makes."""
         while True:
             stop = stop or ptrace.wait(self.tid)
             if stop.ended is not None:
@@ -257,13 +290,16 @@ class Executor:
                 ptrace.cont(self.tid)
                 stop = None
                 continue
-            if self.at_end(stop):
-                break
+            if self._is_at(stop, number):
+                return
             _note(stop, self.swallowed)
             ptrace.cont(self.tid)
             stop = None
-        self._running = None
-        count = len(batch.calls)
+
+    def _answers(self, count: int) -> Answers:
+        """What the first ``count`` calls of the running list gave back."""
+        batch = self._running
+        assert batch is not None
         raw = self._memory.read(batch.base, RECORD_SIZE * count)
         results = [struct.unpack_from("<q", raw, RECORD_SIZE * i + 56)[0] for i in range(count)]
         top_length = batch.base + batch.capacity - (batch.base + batch._top)

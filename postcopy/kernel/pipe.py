@@ -22,11 +22,11 @@ def unread(fd: int) -> int:
     return found
 
 
-def peek(fd: int) -> bytes:
-    """The bytes in the pipe of which ``fd`` is the read end; they stay in it."""
+def peek(fd: int) -> list[bytes]:
+    """What is in the pipe of which ``fd`` is the read end, and stays in it: the packets, or one piece of a stream."""
     length = unread(fd)
     if not length:
-        return b""
+        return []
     read_end, write_end = os.pipe()
     try:
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, capacity(fd))
@@ -35,7 +35,7 @@ def peek(fd: int) -> bytes:
         while copied:
             pieces.append(os.read(read_end, copied))
             copied -= len(pieces[-1])
-        return b"".join(pieces)
+        return pieces
     finally:
         os.close(read_end)
         os.close(write_end)

@@ -123,13 +123,42 @@ def descriptors(pid: int) -> list[int]:
         raise refused(f"listing /proc/{pid}/fd", error.errno) from None
 
 
+def fdinfo_lines(pid: int, fd: int) -> list[str]:
+    """The lines of ``fdinfo/FD``."""
+    return read(pid, f"fdinfo/{fd}").decode(errors="surrogateescape").splitlines()
+
+
 def fdinfo(pid: int, fd: int) -> dict[str, str]:
     """The fields of ``fdinfo/FD``; of a field that repeats, the first."""
     found: dict[str, str] = {}
-    for line in read(pid, f"fdinfo/{fd}").decode(errors="surrogateescape").splitlines():
+    for line in fdinfo_lines(pid, fd):
         key, _, value = line.partition(":")
         found.setdefault(key, value.strip())
     return found
+
+
+def most_descriptors() -> int:
+    """How many descriptors a process can have, whatever its limits (fs.nr_open)."""
+    with open("/proc/sys/fs/nr_open") as stream:
+        return int(stream.read())
+
+
+def mount_ids(pid: int) -> set[int]:
+    """The ids of the mounts that the process sees, as fdinfo names them."""
+    return {int(line.split(b" ", 1)[0]) for line in read(pid, "mountinfo").splitlines()}
+
+
+def mountpoints(pid: int, device: tuple[int, int]) -> list[str]:
+    """Where the filesystem with this device number is mounted, as the process sees it."""
+    found = []
+    for line in read(pid, "mountinfo").splitlines():
+        fields = line.split(b" ")
+        if fields[2] == b"%d:%d" % device:
+            found.append(_MOUNT_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), fields[4]).decode(errors="surrogateescape"))
+    return found
+
+
+_MOUNT_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
 def for_each_vma(pid: int) -> Iterator[MapsLine]:

@@ -4,10 +4,12 @@ The order is the kernel's: the new process is emptied, laid out and filled; then
 threads; userfaultfd is armed as soon as the memory is laid out; what takes privileges away comes last.
 """
 
+import contextlib
 import errno
 import os
 import resource
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -42,7 +44,7 @@ from postcopy.state import Process
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _ESTIMATE = 1024 * 1024  # bytes for the leader's calls, beside what grows with the state
-_PER_VMA, _PER_SLOT, _PER_THREAD = 768, 1024, 512
+_PER_VMA, _PER_THREAD = 768, 512
 _UFFD_FEATURES = (
     userfaultfd.UFFD_FEATURE_EVENT_FORK
     | userfaultfd.UFFD_FEATURE_EVENT_REMAP
@@ -69,25 +71,40 @@ class Built:
         return self.newborn.pid
 
 
-def build(
-    state: Process, pages: memoryview, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool
-) -> Built:
-    """Build ``state`` in ``newborn``; ``pages`` is the content of the pages that came with it.
+class Building:
+    """A process on the way to being `Built`: first every process of a tree is begun, in its order, then each finished.
 
-    Private anonymous memory is armed for missing pages. ``shared``: the same for all processes of a tree, which are
-    built in its order.
-
-    Raises RestoreError with what was refused and why; the new process is then to be killed.
+    Both raise RestoreError with what was refused and why; the new process is then to be killed.
     """
-    built = Built(newborn, state, -1, [newborn.pid])
+
+    def __init__(self, state: Process, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool) -> None:
+        """``shared``: the same for all processes of a tree."""
+        self.built = Built(newborn, state, -1, [newborn.pid])
+        self._shared = shared
+        self._parent_stays = parent_stays
+
+    def begin(self, pages: memoryview) -> None:
+        """Lay out and fill its memory, make its threads, open its files; ``pages`` is the content that came with it."""
+        with _errors_named(self.built.state):
+            self._builder = _Builder(self.built, self._shared, self._parent_stays)
+            self._builder.begin(pages)
+
+    def finish(self) -> Built:
+        """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last."""
+        with _errors_named(self.built.state):
+            self._builder.finish()
+        return self.built
+
+
+@contextlib.contextmanager
+def _errors_named(state: Process) -> Iterator[None]:
     try:
-        _Builder(built, shared, parent_stays).run(pages)
+        yield
     except OSError as error:
         raise RestoreError(f"building process {state.pid}: {error.strerror}") from None
     except (struct.error, ValueError, IndexError) as error:
         # What is well-formed may still make no sense.
         raise RestoreError(f"building process {state.pid}: its state cannot be: {error}") from None
-    return built
 
 
 class _Builder:
@@ -109,13 +126,19 @@ class _Builder:
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def run(self, pages: memoryview) -> None:
-        pid, state = self._newborn.pid, self._state
+    def begin(self, pages: memoryview) -> None:
+        """Up to where the other processes of the tree may refer to this one."""
         self._allow_descriptors()
         self._install()
         self._run_memory()
-        memory.write_pages(state.memory, pages, self._newborn.memory)
+        memory.write_pages(self._state.memory, pages, self._newborn.memory)
         self._run_leader()
+
+    def finish(self) -> None:
+        """What may refer to the other processes of the tree, and what must come last."""
+        pid, state, leader = self._newborn.pid, self._state, self._executors[0]
+        run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
+        descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
@@ -131,16 +154,22 @@ class _Builder:
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
-        pid, wanted = self._newborn.pid, descriptors.highest(self._state.slots, self._shared)
+        pid = self._newborn.pid
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        wanted = max(wanted, memory.descriptors(self._state.memory) + 8, hard)
+        inherited = self._shared.inherited
+        lent = 2 * len(inherited) + max(inherited.values(), default=0)
+        wanted = max(descriptors.highest(self._state, self._shared), memory.descriptors(self._state.memory) + lent + 8)
+        self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
         try:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, wanted))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
         except (PermissionError, ValueError):
-            raise RestoreError(
-                f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
-                "raise it for restore: ulimit -Hn; at most to fs.nr_open",
-            ) from None
+            if not descriptors.fits(self._state, self._shared, hard):
+                raise RestoreError(
+                    f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
+                    "raise it for restore: ulimit -Hn; at most to fs.nr_open",
+                ) from None
+            self._most_descriptors = hard
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
 
     # -- the executor's memory ----------------------------------------------------------------------------------------
 
@@ -188,23 +217,19 @@ class _Builder:
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
-        high = memory.descriptors(self._state.memory)
+        lent = [0, 1, 2, birth.lender_number(), *self._shared.inherited.values()]
+        high = max(memory.descriptors(self._state.memory), *(fd + 1 for fd in lent))
         lender = high + 3
         attributes.disable_huge_pages(batch)
         # These step aside, so that the numbers of what is opened are known beforehand.
-        if lender != birth.lender_number():
-            batch.add(
-                call("dup3", birth.lender_number(), lender, 0o2000000), "keeping the directory of lent descriptors"
-            )
-        for stream in range(3):
-            batch.add(call("dup3", stream, high + stream, 0o2000000))
+        for number, fd in enumerate(lent):
+            batch.add(call("dup3", fd, high + number, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
         attributes.log_in(self._state.attributes, batch)
         memory.rebuild(self._state.memory, self._shared.memory, batch, present, keep, keep.stop, lender)
-        for stream in range(3):
-            batch.add(call("dup3", high + stream, stream, 0))
-        batch.add(call("dup3", lender, 3, 0o2000000), "keeping the directory of lent descriptors")
-        batch.add(call("close_range", 4, 0xFFFF_FFFF, 0), "closing what is open for a while")
+        for number in range(len(lent)):
+            batch.add(call("dup3", high + number, number, 0))
+        batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
         self._checked(leader.run(batch))
 
     def _run_leader(self) -> None:
@@ -221,10 +246,11 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
-        descriptors.rebuild(state, self._shared, batch)
+        descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
         filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, state.pid, batch)
         self._checked(leader.run(batch))
+        descriptors.fill(state, self._shared, self._newborn.pidfd)
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""
@@ -300,13 +326,11 @@ class _Builder:
 def _estimate(state: Process, shared: descriptors.Shared) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
-    paths += sum(len(d.file.path) for d in shared.made_by(state) if d.file is not None)
     return (
         _ESTIMATE
         + _PER_VMA * len(state.memory.vmas)
-        + _PER_SLOT * len(state.slots)
+        + descriptors.room(state, shared)
         + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
         + 4 * paths
-        + shared.content_of_pipes(state)
         + 64 * len(state.memory.guards)
     )

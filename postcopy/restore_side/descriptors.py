@@ -1,68 +1,116 @@
-"""The descriptor table: open everything again, in a table that is empty but for what `Plan` has put high up."""
+"""The descriptor table: open everything again, in a table that is empty but for what `Plan` has put high up.
 
-from collections.abc import Callable
+In three steps: a batch that opens everything (`rebuild`), contents that are written from outside (`fill`), and a batch
+for what refers to all of it, or must not notice how it was made (`connect`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
-from postcopy.restore_side import files, memfds, pipes, terminals
+from postcopy.kernel.executor import Answers, Batch
+from postcopy.open_kinds import Ghost
+from postcopy.restore_side import (
+    deliveries,
+    epoll,
+    eventfd,
+    external,
+    files,
+    ghosts,
+    inotify,
+    locks,
+    memfds,
+    pidfd,
+    pipes,
+    signalfd,
+    terminals,
+    timerfd,
+)
 from postcopy.restore_side.shared_memory import SharedObjects
-from postcopy.state import Description, Descriptors, Process, Slot, Tree
+from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
 
-_CLOSE_ALL = 0xFFFF_FFFF
 _O_CLOEXEC = 0o2000000
+_F_SETFD, _F_SETFL = 2, 4
+_STREAMS = 3
 _LENDER_AT = 3
+_LENT_FROM = 4
+_PATH_ROOM = 8192
 
 
 class Shared:
-    """What the tables of a tree share: where each description, and each pipe, is to be had once it has been built.
+    """What the tables of a tree share: where descriptions, pipes and files without a name are to be had once they are
+    there.
 
     Its first holder in the order of building makes it; the others take it from there. ``memory`` has been made before.
     """
 
-    def __init__(self, tree: Tree, memory: SharedObjects) -> None:
+    def __init__(self, tree: Tree, memory: SharedObjects, inherited: Mapping[str, int] | None = None) -> None:
+        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource."""
         self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
+        self.inherited = inherited or {}
         self.descriptions: dict[int, tuple[int, int]] = {}
         self.pipes: dict[int, tuple[int, int]] = {}
+        self.ghosts: dict[int, tuple[int, int]] = {}
         for process in tree.processes:
             for slot in process.slots:
                 where = process.pid, slot.fd
                 self.descriptions.setdefault(slot.description, where)
-                if end := self.descriptors.descriptions[slot.description].pipe:
-                    self.pipes.setdefault(end.pipe, where)
+                description = self.descriptors.descriptions[slot.description]
+                if description.pipe is not None:
+                    self.pipes.setdefault(description.pipe.pipe, where)
+                elif description.ghost is not None:
+                    self.ghosts.setdefault(description.ghost.ghost, where)
 
     def made_by(self, process: Process) -> list[Description]:
         """The descriptions that a process makes itself."""
         mine = (slot for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd))
         return [self.descriptors.descriptions[slot.description] for slot in mine]
 
-    def content_of_pipes(self, process: Process) -> int:
-        """Bytes in the pipes that a process makes itself."""
-        mine = (number for number, (pid, _) in self.pipes.items() if pid == process.pid)
-        return sum(len(self.descriptors.pipes[number].content) for number in mine)
+    def pipes_made_by(self, process: Process) -> list[Pipe]:
+        """The pipes that a process makes itself."""
+        return [self.descriptors.pipes[number] for number, (pid, _) in self.pipes.items() if pid == process.pid]
+
+    def ghosts_made_by(self, process: Process) -> list[tuple[Ghost, int]]:
+        """The files without a name that a process makes itself, and a descriptor of each."""
+        return [
+            (self.descriptors.ghosts[number], fd) for number, (pid, fd) in self.ghosts.items() if pid == process.pid
+        ]
 
 
 @dataclass
 class Plan:
-    """Where descriptors lie while the table is being built: ``parked`` are above all that the program has.
+    """Where descriptors lie while a table is being built: what is parked lies where the program has nothing.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams`` is where the three standard streams that ``restore`` lends are parked, ``lender`` where
-    the directory of its descriptors is (`birth.lender_number`).
+    into one batch. ``streams``: where those are parked that ``restore`` lends; ``lender``: and the directory of its
+    descriptors (`birth.lender_number`); ``inherited``: and what it was given for external resources; ``pipes`` and
+    ``ghosts``: ends of pipes, and files without a name, by number. ``taken``: parked ends that the program has got
+    themselves. ``slots``: the table by number, once it is there.
     """
 
     batch: Batch
     pid: int
     shared: Shared
-    park: int
+    spaces: Iterator[int]
     used: set[int] = field(default_factory=set)
     lowest: int = 0
-    streams: int = 0
-    lender: int = 0
-    parked_pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    parked: list[int] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    lender: int = -1
+    inherited: dict[str, int] = field(default_factory=dict)
+    pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
+    ghosts: dict[int, int] = field(default_factory=dict)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    _places: dict[int, int] = field(default_factory=dict)
     _holders: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Descriptors:
+        """What the tables of the tree refer to."""
+        return self.shared.descriptors
 
     def next_fd(self) -> int:
         """The number that the next opened descriptor gets; it counts as used."""
@@ -79,71 +127,159 @@ class Plan:
     def settle(self, opened: int, fd: int, close_on_exec: bool, purpose: str) -> None:
         """Move a freshly opened descriptor to its number."""
         if opened == fd:
-            self.batch.add(call("fcntl", fd, 2, int(close_on_exec)), purpose)
+            self.batch.add(call("fcntl", fd, _F_SETFD, int(close_on_exec)), purpose)
             return
         self.duplicate(opened, fd, close_on_exec, purpose)
-        self.batch.add(call("close", opened), purpose)
-        self.release(opened)
+        self.close(opened)
 
     def duplicate(self, old: int, fd: int, close_on_exec: bool, purpose: str) -> None:
         """Make ``fd`` refer to what ``old`` refers to."""
         self.batch.add(call("dup3", old, fd, _O_CLOEXEC if close_on_exec else 0), purpose)
         self.used.add(fd)
 
+    def set_flags(self, fd: int, flags: int, purpose: str) -> None:
+        """Set the status flags that can be set later."""
+        self.batch.add(call("fcntl", fd, _F_SETFL, flags), purpose)
+
+    def close(self, fd: int) -> None:
+        """Close what was opened for a while."""
+        self.batch.add(call("close", fd), "closing what is open for a while")
+        self.release(fd)
+
+    def park(self, opened: int, purpose: str) -> int:
+        """Move a freshly opened descriptor out of the way until the table is built; its number there."""
+        place = self.parking()
+        self.duplicate(opened, place, True, purpose)
+        self.close(opened)
+        return place
+
     def parking(self) -> int:
-        """A number above all others."""
-        self.park += 1
-        return self.park - 1
+        """A number where nothing of the program's is."""
+        place = next(self.spaces, None)
+        if place is None:
+            raise ValueError("it leaves no descriptor number free")
+        self.used.add(place)
+        self.parked.append(place)
+        return place
 
     def borrow(self, pid: int, fd: int, purpose: str) -> int:
         """What is open as ``fd`` in another process, which has been built already: the number it gets here."""
         if pid not in self._holders:
-            opened, parked = self.next_fd(), self.parking()
+            opened = self.next_fd()
             self.batch.add(call("pidfd_open", pid, 0), purpose)
-            self.batch.add(call("dup3", opened, parked, _O_CLOEXEC), purpose)
-            self.batch.add(call("close", opened), purpose)
-            self.release(opened)
-            self._holders[pid] = parked
+            self._holders[pid] = self.park(opened, purpose)
         opened = self.next_fd()
         self.batch.add(call("pidfd_getfd", self._holders[pid], fd, 0), purpose)
         return opened
 
+    def place(self, description: int, purpose: str) -> int:
+        """A descriptor of ``description`` in the finished table, parked where only another process has one."""
+        if description not in self._places:
+            holder, fd = self.shared.descriptions[description]
+            self._places[description] = self.park(self.borrow(holder, fd, purpose), purpose)
+        return self._places[description]
 
-# The fields of `Description`, and who builds what they hold.
-_KINDS: dict[str, Callable[[Plan, Slot, Any], None]] = {
+    def finished(self, slots: Iterable[Slot]) -> None:
+        """Take note of the finished table."""
+        for slot in slots:
+            self.slots[slot.fd] = slot
+            self._places.setdefault(slot.description, slot.fd)
+        self.used |= set(self.slots)
+
+    def end(self) -> None:
+        """Close what is parked."""
+        for place in self.parked:
+            # Without a purpose: a stream that ``restore`` does not have is none here.
+            self.batch.add(call("close", place))
+
+
+Opener = Callable[[Plan, Slot, Any], None]
+
+_KINDS: dict[str, Opener] = {
     "file": files.rebuild,
-    "pipe": pipes.rebuild,
+    "pipe": pipes.open_end,
     "stream": terminals.rebuild,
+    "ghost": ghosts.open_ghost,
+    "event_counter": eventfd.rebuild,
+    "timer": timerfd.rebuild,
+    "signals": signalfd.rebuild,
+    "epoll": epoll.rebuild,
+    "inotify": inotify.rebuild,
+    "process": pidfd.rebuild,
     "memory": memfds.rebuild,
+    "external": external.rebuild,
 }
 
 
-def highest(slots: list[Slot], shared: Shared) -> int:
-    """One more than the highest number that building the table uses."""
-    holders = {shared.descriptions[slot.description][0] for slot in slots}
-    return _park(slots) + 4 + 2 * len(shared.descriptors.pipes) + 2 * len(holders)
+def spaces(slots: Iterable[Slot], limit: int, lent: int = 0) -> Iterator[int]:
+    """Numbers where the table has nothing, from just above the highest on, then in gaps; all below ``limit``.
+
+    The first ``lent`` numbers are taken by what is lent.
+    """
+    taken = {*range(lent), *(slot.fd for slot in slots)}
+    above = max(taken, default=-1) + 1
+    yield from range(above, limit)
+    yield from (number for number in range(min(above, limit) - 1, -1, -1) if number not in taken)
 
 
-def _park(slots: list[Slot]) -> int:
-    return max((slot.fd for slot in slots), default=-1) + 5
+def needed(process: Process, shared: Shared) -> int:
+    """How many numbers are used at once beside those of the table, at most."""
+    lent = _LENT_FROM + len(shared.inherited)
+    holders = {shared.descriptions[slot.description][0] for slot in process.slots}
+    watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
+    foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
+    return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + 8
 
 
-def rebuild(process: Process, shared: Shared, batch: Batch) -> None:
-    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, and 3 is the
-    directory of its descriptors."""
-    plan = Plan(batch, process.pid, shared, park=_park(process.slots))
-    plan.streams = plan.park
-    for stream in range(3):
+def highest(process: Process, shared: Shared) -> int:
+    """One more than the highest number that building the table would like to use."""
+    return max((slot.fd for slot in process.slots), default=-1) + 1 + needed(process, shared)
+
+
+def fits(process: Process, shared: Shared, limit: int) -> bool:
+    """Whether the table can be built with numbers below ``limit``, if need be in its gaps."""
+    return all(slot.fd < limit for slot in process.slots) and len(process.slots) + needed(process, shared) <= limit
+
+
+def room(process: Process, shared: Shared) -> int:
+    """Bytes that the batches take."""
+    state = shared.descriptors
+    each = 1024 * (len(process.slots) + len(shared.inherited)) + 256 * (len(state.deliveries) + len(state.locks))
+    pipes = shared.pipes_made_by(process)
+    contents = sum(2 * len(pipe.content) + 128 * len(pipe.packets) + _PATH_ROOM for pipe in pipes)
+    paths = _PATH_ROOM * len(shared.ghosts_made_by(process))
+    for description in shared.made_by(process):
+        if description.file is not None:
+            paths += 4 * len(description.file.path)
+        elif description.epoll is not None:
+            each += 1024 * len(description.epoll.targets)
+        elif description.inotify is not None:
+            paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
+    return each + contents + paths
+
+
+def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
+    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, 3 is the
+    directory of its descriptors, and those from 4 on are what it was given for external resources.
+
+    ``limit``: no number may be higher.
+    """
+    lent = _LENT_FROM + len(shared.inherited)
+    plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent))
+    for stream in range(_STREAMS):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
-        batch.add(call("dup3", stream, plan.parking(), _O_CLOEXEC))
+        plan.streams.append(plan.parking())
+        batch.add(call("dup3", stream, plan.streams[-1], _O_CLOEXEC))
     plan.lender = plan.parking()
     batch.add(call("dup3", _LENDER_AT, plan.lender, _O_CLOEXEC), "keeping the directory of lent descriptors")
-    batch.add(call("close_range", 0, plan.streams - 1, 0), "clearing the descriptor table")
+    for number, resource in enumerate(shared.inherited, start=_LENT_FROM):
+        plan.inherited[resource] = plan.parking()
+        batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
+    batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
     first: dict[int, int] = {}
     for slot in process.slots:
         if slot.description in first:
-            purpose = f"duplicating descriptor {slot.fd}"
-            plan.duplicate(first[slot.description], slot.fd, slot.close_on_exec, purpose)
+            plan.duplicate(first[slot.description], slot.fd, slot.close_on_exec, f"duplicating descriptor {slot.fd}")
             continue
         first[slot.description] = slot.fd
         holder, fd = shared.descriptions[slot.description]
@@ -152,7 +288,49 @@ def rebuild(process: Process, shared: Shared, batch: Batch) -> None:
             plan.settle(plan.borrow(holder, fd, purpose), slot.fd, slot.close_on_exec, purpose)
             continue
         description = shared.descriptors.descriptions[slot.description]
-        for name, build in _KINDS.items():
-            if (state := getattr(description, name)) is not None:
-                build(plan, slot, state)
-    batch.add(call("close_range", plan.streams, _CLOSE_ALL, 0), "closing what the table was built from")
+        for kind, opener in _KINDS.items():
+            if (found := getattr(description, kind)) is not None:
+                opener(plan, slot, found)
+    plan.end()
+
+
+def fill(process: Process, shared: Shared, pidfd: int) -> None:
+    """Write the contents of the files without a name that the process has made; ``pidfd`` is its own.
+
+    Raises OSError.
+    """
+    for ghost, fd in shared.ghosts_made_by(process):
+        ghosts.fill(ghost, pidfd, fd)
+
+
+def connect(
+    process: Process,
+    shared: Shared,
+    limit: int,
+    run: Callable[[Batch], Answers],
+    batch: Callable[[], Batch],
+) -> None:
+    """Make the calls for what refers to other descriptors, or must not notice how they were made.
+
+    The tables of all processes are there. ``batch`` begins a list of calls, ``run`` makes them.
+    """
+
+    def plan() -> Plan:
+        made = Plan(batch(), process.pid, shared, spaces(process.slots, limit))
+        made.finished(process.slots)
+        return made
+
+    connecting = plan()
+    clocks = timerfd.Clocks.ask(connecting)
+    armed = epoll.connect(connecting)
+    connecting.end()
+    answers = run(connecting.batch)
+    last = plan()
+    epoll.disarm(last, armed, answers)
+    timerfd.connect(last, clocks.answered(answers))
+    deliveries.rebuild(last)
+    locks.rebuild(last)
+    # Last: nothing that we do here is to be an event.
+    inotify.connect(last)
+    last.end()
+    run(last.batch)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100
 _SEEK_SET = 0
+_WITH_POSITION = ("regular", "directory", "live")
 
 
 def rebuild(plan: "Plan", slot: Slot, file: OpenFile) -> None:
@@ -17,6 +18,6 @@ def rebuild(plan: "Plan", slot: Slot, file: OpenFile) -> None:
     purpose = f"opening {file.path} (descriptor {slot.fd})"
     opened = plan.next_fd()
     plan.batch.add(call("openat", _AT_FDCWD, plan.batch.text(file.path), file.flags), purpose)
-    if file.kind in ("regular", "directory") and file.position:
+    if file.kind in _WITH_POSITION and file.position:
         plan.batch.add(call("lseek", opened, file.position, _SEEK_SET), f"seeking in {file.path}")
     plan.settle(opened, slot.fd, slot.close_on_exec, purpose)

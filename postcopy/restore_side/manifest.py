@@ -1,7 +1,11 @@
 """Check a manifest: everything that would keep the tree from running here, found before anything is frozen there."""
 
+import errno
+import fcntl
 import os
-from collections.abc import Iterator
+import stat
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
@@ -11,9 +15,13 @@ from postcopy.state import FileIdentity, Manifest
 _CAPABILITY_SYS_ADMIN, _CAPABILITY_CHECKPOINT_RESTORE = 21, 40
 
 
-def problems(manifest: Manifest, new_pid_namespace: bool) -> list[str]:
-    """All reasons why the tree cannot be restored here, each with what to do."""
+def problems(manifest: Manifest, new_pid_namespace: bool, inherited: Collection[str] = ()) -> list[str]:
+    """All reasons why the tree cannot be restored here, each with what to do.
+
+    ``inherited``: the external resources for which others were given.
+    """
     return [
+        *_external(manifest.external, inherited),
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
@@ -23,16 +31,81 @@ def problems(manifest: Manifest, new_pid_namespace: bool) -> list[str]:
 
 def files(wanted: list[FileIdentity], frozen: bool) -> Iterator[str]:
     """What is not the same here. Before the freeze, the size of a file that is being written means nothing."""
-    for file in {f.path: f for f in wanted}.values():
+    for file in {(f.path, f.kind): f for f in sorted(wanted, key=lambda f: f.locked)}.values():
         try:
-            size = os.stat(file.path).st_size
+            found = os.stat(file.path) if file.kind == "file" else os.lstat(file.path)
         except OSError as error:
             yield f"file {file.path} is missing here ({error.strerror}): copy it, or share the filesystem"
             continue
+        if file.kind in _CHECKS:
+            yield from _CHECKS[file.kind](file.path, found, frozen)
+            continue
+        if file.locked and not frozen:
+            yield from _locks(file.path)
+        size = found.st_size
         if size != file.size and (frozen or not file.changing):
             yield f"file {file.path} has {size} bytes here and {file.size} at the source: copy it"
         elif file.build_id and build_id(file.path) != file.build_id:
             yield f"file {file.path} is of another build here: install the same package version"
+
+
+def _external(wanted: Iterable[str], given: Collection[str]) -> Iterator[str]:
+    for resource in wanted:
+        if resource not in given:
+            yield f"nothing is given here for {resource}: --inherit-fd 'fd[N]:{resource}'"
+
+
+def _directory(path: str, found: os.stat_result, frozen: bool) -> Iterator[str]:
+    if not stat.S_ISDIR(found.st_mode):
+        yield f"{path} is no directory here"
+
+
+def _fifo(path: str, found: os.stat_result, frozen: bool) -> Iterator[str]:
+    if not stat.S_ISFIFO(found.st_mode):
+        yield f"{path} is no FIFO here: make it with mkfifo"
+    elif not frozen and _is_in_use(path):
+        yield f"FIFO {path} is open here, or the filesystem is shared and on the same machine as the source's"
+
+
+def _is_in_use(path: str) -> bool:
+    """Whether anybody has the FIFO open: with a writer it has no end, and without a reader it cannot be written."""
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if os.read(reader, 1):
+            return True
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(reader)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return True
+
+
+def _locks(path: str) -> Iterator[str]:
+    """Whether anybody here has a lock; on a shared filesystem that may be the program itself, at the source."""
+    own = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        asked = struct.pack("<hh4xqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
+        fcntl.fcntl(own, _F_OFD_SETLK, asked)
+    except BlockingIOError:
+        yield (
+            f"file {path} is locked here; where that is the program's own lock at the source, on a shared filesystem, "
+            "it cannot be moved"
+        )
+    finally:
+        os.close(own)
+
+
+_F_OFD_SETLK = 37
+_CHECKS: dict[str, Callable[[str, os.stat_result, bool], Iterator[str]]] = {
+    "directory": _directory,
+    "fifo": _fifo,
+    "any": lambda path, found, frozen: iter(()),
+}
 
 
 def _pids(manifest: Manifest, new_pid_namespace: bool) -> Iterator[str]:

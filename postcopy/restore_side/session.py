@@ -11,7 +11,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -58,7 +58,8 @@ _NEWS_SIZE = 65536
 @dataclass(frozen=True)
 class Options:
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
-    ``patience``: seconds to wait for the source to listen."""
+    ``patience``: seconds to wait for the source to listen. ``inherited``: descriptors of ours, by the external resource
+    whose place each is to take; those above 2 are closed here."""
 
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -68,6 +69,7 @@ class Options:
     detach: bool = False
     pidfile: Path | None = None
     new_pid_namespace: bool = False
+    inherited: Mapping[str, int] = field(default_factory=dict)
     background: Background = field(default_factory=Background)
 
 
@@ -143,7 +145,7 @@ class _Takeover:
                 f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
                 "name the address and port of the dump that wrote it, which must still run",
             )
-        if problems := manifests.problems(manifest, self._options.new_pid_namespace):
+        if problems := manifests.problems(manifest, self._options.new_pid_namespace, self._options.inherited):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
@@ -151,6 +153,8 @@ class _Takeover:
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
+        for fd in self._options.inherited.values():
+            os.set_inheritable(fd, True)
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
             with self._clocks.namespace():
@@ -158,6 +162,9 @@ class _Takeover:
         finally:
             if self._namespace:
                 self._namespace.leave()
+        # It has them now: were they open here too, nobody would be told when it closes them.
+        for fd in {fd for fd in self._options.inherited.values() if fd > 2}:
+            os.close(fd)
         self._start_watchdog()
         self._reporter.event("born", pid=self._newborn.pid)
         self._channels.control.send(Kind.PREPARED, control.Prepared(has_state=self._checkpoint is not None))
@@ -181,7 +188,8 @@ class _Takeover:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
             parent_stays = not self._options.detach
-            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays)
+            inherited = self._options.inherited
+            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 def rebuild(plan: "Plan", slot: Slot, stream: StandardStream) -> None:
     """Add the calls that give ``slot`` the stream."""
-    plan.duplicate(plan.streams + stream.fd, slot.fd, slot.close_on_exec, f"lending standard stream {stream.fd}")
+    plan.duplicate(plan.streams[stream.fd], slot.fd, slot.close_on_exec, f"lending standard stream {stream.fd}")

@@ -1,6 +1,7 @@
 """Build a whole tree, stopped, out of its state: first its processes are born, then one after the other is built."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from postcopy.errors import RestoreError
@@ -8,7 +9,7 @@ from postcopy.kernel import ptrace
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import signals
 from postcopy.restore_side.birth import Newborn
-from postcopy.restore_side.build import Built, build
+from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.descriptors import Shared
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.offspring import bring_up
@@ -60,8 +61,10 @@ def build_tree(
     newborns: dict[int, Newborn],
     memory: SharedObjects,
     parent_stays: bool,
+    inherited: Mapping[str, int] | None = None,
 ) -> BuiltTree:
-    """Build ``tree`` around ``root``; ``pages``: the content of the pages that came with it, as `spaces_of` orders it.
+    """Build ``tree`` around ``root``; ``inherited``: which descriptor of ours, and of ``root``, is to take the place of
+    which external resource; ``pages``: the content of the pages that came with it, as `spaces_of` orders it.
 
     Every process is in ``newborns`` as soon as it is there, and ``memory`` has what of the tree's is not of one process
     alone. Raises RestoreError; all of them are then to be killed, and ``memory`` undone.
@@ -71,17 +74,19 @@ def build_tree(
     sizes = [space.sent_bytes for space in spaces_of(tree)]
     if sum(sizes) != len(pages):
         raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {sum(sizes)}")
-    shared = Shared(tree, memory)
+    shared = Shared(tree, memory, inherited)
     try:
         bring_up(tree, root, newborns)
     except OSError as error:
         raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
     memory.make(tree.shared_memory, pages[sum(sizes[: len(tree.processes)]) :])
-    built = []
+    buildings = []
     place = 0
     for process, size in zip(tree.processes, sizes, strict=False):
         content = pages[place : place + size]
-        built.append(build(process, content, newborns[process.pid], shared, parent_stays))
+        buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
+        buildings[-1].begin(content)
         place += size
+    built = [building.finish() for building in buildings]
     memory.finish()
     return BuiltTree(built)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
-SYS_INOTIFY_INIT1, SYS_SIGNALFD4, SYS_TIMERFD_CREATE, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 289, 283, 300, 323
+SYS_INOTIFY_INIT1, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 300, 323
 MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
 SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = 56, 0x100, 0x200, 0x400, 0x4000, 0x20000000
 
@@ -80,27 +80,33 @@ def pipe_that_leaves(directory: Path) -> None:
     kept.append(write_end)
 
 
-def fifo(directory: Path) -> None:
+def fifo_that_leaves(directory: Path) -> None:
     os.mkfifo(directory / "fifo")
-    kept.append(os.open(directory / "fifo", os.O_RDWR))
+    both = os.open(directory / "fifo", os.O_RDWR)
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], stdin=both, check=True)
+    kept.append(both)
 
 
-def packet_pipe(directory: Path) -> None:
-    kept.append(os.pipe2(os.O_DIRECT))
+def deleted_fifo(directory: Path) -> None:
+    os.mkfifo(directory / "fifo-deleted")
+    kept.append(os.open(directory / "fifo-deleted", os.O_RDWR))
+    (directory / "fifo-deleted").unlink()
 
 
-def open_deleted_file(directory: Path) -> None:
+def large_deleted_file(directory: Path) -> None:
     path = directory / "open-deleted"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.write(fd, bytes(2 << 20))
+    kept.append(fd)
+    path.unlink()
+
+
+def file_with_a_name_elsewhere(directory: Path) -> None:
+    (directory / "elsewhere").mkdir()
+    path = directory / "linked"
     kept.append(os.open(path, os.O_WRONLY | os.O_CREAT))
+    os.link(path, directory / "elsewhere" / "link")
     path.unlink()
-
-
-def replaced_file(directory: Path) -> None:
-    path = directory / "replaced"
-    path.touch()
-    kept.append(os.open(path, os.O_RDONLY))
-    path.unlink()
-    path.write_text("another")
 
 
 def locked_file(directory: Path) -> None:
@@ -110,31 +116,53 @@ def locked_file(directory: Path) -> None:
 
 
 def file_of_proc(directory: Path) -> None:
-    kept.append(os.open("/proc/self/stat", os.O_RDONLY))
+    kept.append(os.open("/proc/1/stat", os.O_RDONLY))
 
 
-def eventfd(directory: Path) -> None:
-    kept.append(os.eventfd(0))
+def epoll_of_what_left(directory: Path) -> None:
+    epoll = select.epoll()
+    kept.append(epoll)
+    event = os.eventfd(0)
+    epoll.register(event, select.EPOLLIN)
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], pass_fds=[event], check=True)
+    os.close(event)
 
 
-def epoll(directory: Path) -> None:
-    kept.append(select.epoll())
+def inotify_with_events(directory: Path) -> None:
+    fd = checked(libc.syscall(SYS_INOTIFY_INIT1, 0))
+    checked(libc.inotify_add_watch(fd, bytes(directory), 0x100))
+    (directory / "created").touch()
+    kept.append(fd)
 
 
-def timerfd(directory: Path) -> None:
-    kept.append(checked(libc.syscall(SYS_TIMERFD_CREATE, 0, 0)))
+def inotify_of_deleted(directory: Path) -> None:
+    fd = checked(libc.syscall(SYS_INOTIFY_INIT1, 0))
+    path = directory / "watched"
+    path.touch()
+    kept.append(path.open())
+    checked(libc.inotify_add_watch(fd, bytes(path), 2))
+    path.unlink()
+    kept.append(fd)
 
 
-def signalfd(directory: Path) -> None:
-    kept.append(checked(libc.syscall(SYS_SIGNALFD4, -1, ctypes.byref(ctypes.c_uint64(0)), 8, 0)))
+def fanotify(directory: Path) -> None:
+    kept.append(checked(libc.syscall(SYS_FANOTIFY_INIT, 0, 0)))
 
 
-def inotify(directory: Path) -> None:
-    kept.append(checked(libc.syscall(SYS_INOTIFY_INIT1, 0)))
+def pidfd_of_another(directory: Path) -> None:
+    kept.append(os.pidfd_open(1))
 
 
-def pidfd(directory: Path) -> None:
-    kept.append(os.pidfd_open(os.getpid()))
+def pidfd_of_the_dead(directory: Path) -> None:
+    process = subprocess.Popen(["true"])
+    kept.append(os.pidfd_open(process.pid))
+    process.wait()
+
+
+def owner_outside(directory: Path) -> None:
+    pipe = os.pipe()
+    fcntl.fcntl(pipe[0], fcntl.F_SETOWN, 1)
+    kept.append(pipe)
 
 
 def io_uring(directory: Path) -> None:
@@ -147,6 +175,10 @@ def own_userfaultfd(directory: Path) -> None:
 
 def terminal(directory: Path) -> None:
     kept.append(os.openpty()[1])
+
+
+def huge_memfd(directory: Path) -> None:
+    kept.append(os.memfd_create("huge", os.MFD_HUGETLB))
 
 
 def shared_with_a_stranger(directory: Path) -> None:
@@ -200,18 +232,20 @@ KINDS: dict[Callable[[Path], None], str] = {
     tcp_socket: "socket:[",
     unix_socket: "socket:[",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
-    fifo: "/fifo: FIFOs cannot be moved yet",
-    packet_pipe: "packet mode (O_DIRECT)",
-    open_deleted_file: "/open-deleted (deleted): deleted files cannot be moved yet",
-    replaced_file: "/replaced (deleted): deleted files cannot be moved yet",
-    locked_file: "/locked: file locks and leases cannot be moved yet",
-    file_of_proc: "files of the kernel's own filesystems cannot be moved yet",
-    eventfd: "anon_inode:[eventfd]: descriptors of this kind cannot be moved yet",
-    epoll: "anon_inode:[eventpoll]: descriptors of this kind cannot be moved yet",
-    timerfd: "anon_inode:[timerfd]: descriptors of this kind cannot be moved yet",
-    signalfd: "anon_inode:[signalfd]: descriptors of this kind cannot be moved yet",
-    inotify: "inotify: descriptors of this kind cannot be moved yet",
-    pidfd: "[pidfd]: descriptors of this kind cannot be moved yet",
+    fifo_that_leaves: "/fifo: process ",
+    deleted_fifo: "/fifo-deleted (deleted): the FIFO cannot be found under this name any more",
+    large_deleted_file: "its 2097152 bytes would travel while the program stands still; the limit is 1048576",
+    file_with_a_name_elsewhere: "/linked (deleted): this name of it was deleted, and no other is in the same directory",
+    locked_file: "/locked: it has file locks or leases, which somebody else could get while the program moves; to move",
+    file_of_proc: "/proc/1/stat: files of other processes",
+    epoll_of_what_left: "is not in the descriptor table any more",
+    inotify_with_events: "bytes of events are unread, which cannot be moved; let it read them",
+    inotify_of_deleted: "inotify: what watch 1 watches",
+    fanotify: "[fanotify]: descriptors of this kind cannot be moved yet",
+    pidfd_of_another: "[pidfd]: it stands for process 1, which is not moved along",
+    pidfd_of_the_dead: "[pidfd]: it stands for a process that has ended",
+    owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
+    huge_memfd: "/memfd:huge (deleted): memory of this kind cannot be moved yet",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",

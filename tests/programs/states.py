@@ -19,6 +19,8 @@ from tests.programs.cases import (
     Unsupported,
     blocked,
     descriptors,
+    events,
+    files,
     identity,
     memory,
     registers,
@@ -58,6 +60,7 @@ CASES: tuple[type[Case], ...] = (
     blocked.FutexDeadline,
     blocked.PollTimeout,
     blocked.PollForever,
+    blocked.EpollWait,
     blocked.PipeRead,
     blocked.PipeWrite,
     registers.SpinningRegisters,
@@ -112,12 +115,33 @@ CASES: tuple[type[Case], ...] = (
     descriptors.Pipe,
     descriptors.NonblockingPipe,
     descriptors.BrokenPipe,
+    events.EventCounters,
+    events.TimerDescriptors,
+    events.SignalDescriptor,
+    events.EpollTargets,
+    events.EpollEdges,
+    events.EpollOfClosedNumbers,
+    events.InotifyWatches,
+    events.PidDescriptors,
+    files.DeletedFile,
+    files.ReplacedFile,
+    files.TemporaryFile,
+    files.RemovedDirectory,
+    files.OtherName,
+    files.MemoryFiles,
+    files.PacketPipe,
+    files.SignalDrivenPipe,
+    files.ProcFiles,
+    files.SilentReader,
     signals.SignalActions,
     memory.FileMappings,
     descriptors.DescriptorTable,
     identity.Subprocess,
     memory.FutureLocks,
 )
+
+#: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
+ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks)
 
 #: What is tried with ``--tree``.
 TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES)
@@ -137,6 +161,10 @@ UNPRIVILEGED: tuple[type[Case], ...] = (
     memory.AnonymousMemory,
     memory.SharedFile,
     descriptors.RegularFile,
+    events.EventCounters,
+    events.EpollEdges,
+    files.DeletedFile,
+    files.MemoryFiles,
 )
 
 
@@ -167,14 +195,16 @@ def main() -> int:
     parser.add_argument("--user", type=int, help="become this user first, for good")
     parser.add_argument("--tree", action="store_true", help="try what belongs to a process tree instead")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="try these cases alone")
+    parser.add_argument("--files", type=Path, help="where the cases' own files lie, if not there")
     options = parser.parse_args()
-    Case.directory = options.directory
+    Case.directory = options.files or options.directory
     Case.hold = options.hold
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ALWAYS_BLOCKED)
     if options.user is not None:
         identity.Unprivileged.user = options.user
     kinds = CASES if options.user is None else UNPRIVILEGED
+    kinds = (*kinds, *ON_REQUEST) if options.only else kinds
     if options.tree:
         kinds = TREE_CASES
     cases = [kind() for kind in kinds if not options.only or kind.name() in options.only]

@@ -11,6 +11,7 @@ import time
 from tests.programs.cases import Case, syscall
 
 SYS_READ, SYS_WRITE, SYS_POLL, SYS_NANOSLEEP, SYS_FUTEX, SYS_CLOCK_NANOSLEEP = 0, 1, 7, 35, 202, 230
+SYS_EPOLL_WAIT = 232
 FUTEX_WAIT_PRIVATE, FUTEX_WAKE_PRIVATE, FUTEX_WAIT_BITSET_PRIVATE = 128, 129, 137
 TIMER_ABSTIME = 1
 NANOSECONDS = 1_000_000_000
@@ -221,6 +222,34 @@ class PollForever(PollTimeout):
         """The event is the right one."""
         (events,) = struct.unpack_from("=h", self.pollfd, 6)
         return None if events == select.POLLIN else f"events {events:#x}"
+
+
+class EpollWait(BlockedCase):
+    """epoll_wait(2) without a timeout: a stop ends it with EINTR (signal(7)), which the program must not see."""
+
+    number = SYS_EPOLL_WAIT
+    expected = 1
+
+    def prepare(self) -> None:
+        """An instance with one target."""
+        self.epoll = select.epoll()
+        self.event = os.eventfd(0)
+        self.epoll.register(self.event, select.EPOLLIN)
+        self.buffer = ctypes.create_string_buffer(12)
+
+    def call(self) -> int:
+        """Wait."""
+        return syscall(SYS_EPOLL_WAIT, self.epoll.fileno(), ctypes.addressof(self.buffer), 1, -1)
+
+    def release(self) -> None:
+        """Make the target ready."""
+        os.eventfd_write(self.event, 1)
+
+    def outcome(self) -> str | None:
+        """The event is the right one."""
+        # Python leaves the upper half of the data as it finds it.
+        event = struct.unpack_from("<Ii", self.buffer)
+        return None if event == (select.EPOLLIN, self.event) else f"event {event}"
 
 
 class PipeRead(BlockedCase):

@@ -1,0 +1,19 @@
+"""What the user allows and asks for, beyond what is carried in any case."""
+
+from dataclasses import dataclass
+
+DEFAULT_GHOST_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Options of ``dump``. ``ghost_limit``: bytes of a file without a name that may travel with the state.
+
+    ``file_locks``: locks are taken again at the destination, where somebody else may have been faster.
+    ``external``: resources outside of the tree (as ``/proc/PID/fd`` shows them) that ``restore`` will be given others
+    for.
+    """
+
+    ghost_limit: int = DEFAULT_GHOST_LIMIT
+    file_locks: bool = False
+    external: frozenset[str] = frozenset()

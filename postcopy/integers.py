@@ -1,0 +1,10 @@
+"""Integers as they may stand in a state: what is out of range is an error when a message is decoded."""
+
+from typing import Annotated
+
+import msgspec
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
+Fd = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
+Pid = Annotated[int, msgspec.Meta(gt=0, lt=1 << 22)]

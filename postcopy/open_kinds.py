@@ -1,0 +1,164 @@
+"""Kinds of open file descriptions that are no files with a name, and what any description can have besides.
+
+Part of `postcopy.state`, which see. ``flags`` are the status flags that F_GETFL tells, where F_SETFL can set them.
+"""
+
+from dataclasses import dataclass
+
+from postcopy.integers import Fd, Pid, Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class EventCounter:
+    """eventfd(2)."""
+
+    count: Unsigned
+    semaphore: bool
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class TimerDescriptor:
+    """timerfd_create(2): ``set_with`` are the flags of timerfd_settime; times in nanoseconds.
+
+    ``left`` until the next expiration (0: disarmed), ``at`` the clock's time of it; ``ticks`` that nobody has read yet.
+    """
+
+    clock: Unsigned
+    set_with: Unsigned
+    left: Unsigned
+    at: Unsigned
+    interval: Unsigned
+    ticks: Unsigned
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class SignalDescriptor:
+    """signalfd(2): bit 0 of ``mask`` is signal 1."""
+
+    mask: Unsigned
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class EpollTarget:
+    """What an epoll instance watches: the ``description`` that was registered under number ``fd``.
+
+    ``events`` as ``/proc`` shows them (a one-shot target that has fired has lost all but EPOLLONESHOT and its like).
+    ``pending``: if it is ready, the program has yet to be told.
+    """
+
+    fd: Fd
+    description: Unsigned
+    events: Unsigned
+    data: Unsigned
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Epoll:
+    """epoll(7): the targets in the order in which they are registered again."""
+
+    targets: list[EpollTarget]
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """One watch of an inotify instance, by its number."""
+
+    number: Unsigned
+    path: str
+    mask: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Inotify:
+    """inotify(7)."""
+
+    watches: list[Watch]
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class PidDescriptor:
+    """pidfd_open(2): of a process (or thread, with PIDFD_THREAD in ``flags``) of the tree; ``pid`` as that sees it."""
+
+    pid: Pid
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of a file at ``offset``; what lies between extents is a hole."""
+
+    offset: Unsigned
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ghost:
+    """A file without a name that travels whole: deleted, or made by O_TMPFILE.
+
+    ``kind``: regular, directory (empty, as removed ones are) or temporary (O_TMPFILE, with the flags ``made_with``).
+    ``directory``: where it is made again; ``name``: its last one. Times in nanoseconds.
+    """
+
+    kind: str
+    directory: str
+    name: str
+    mode: Unsigned
+    uid: Unsigned
+    gid: Unsigned
+    times: tuple[int, int]
+    size: Unsigned
+    extents: list[Extent]
+    made_with: Unsigned = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GhostOpening:
+    """An open file description of a ghost; ``ghost`` indexes ``Descriptors.ghosts``."""
+
+    ghost: Unsigned
+    flags: Unsigned
+    position: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """Something outside of the tree, as ``/proc/PID/fd`` showed it; ``restore`` is given another in its place."""
+
+    resource: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Signal-driven I/O of a description (F_SETOWN_EX, F_SETSIG, O_ASYNC): ``kind`` is F_OWNER_TID, _PID or _PGRP.
+
+    ``owner`` 0: nobody; ``signal`` 0: SIGIO; ``flags``: the other status flags.
+    """
+
+    description: Unsigned
+    kind: Unsigned
+    owner: Unsigned
+    signal: Unsigned
+    asynchronous: bool
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock on the file of a description: ``kind`` is posix, ofd, flock or lease; ``type`` F_RDLCK or F_WRLCK.
+
+    From byte ``start``, ``length`` bytes (0: to the end of the file, wherever that will be). ``owner``: the process
+    that has a POSIX lock; the others belong to the description (0).
+    """
+
+    description: Unsigned
+    owner: Unsigned
+    kind: str
+    type: Unsigned
+    start: Unsigned
+    length: Unsigned

@@ -1,0 +1,100 @@
+"""What makes sense of open file descriptions: the lines of `postcopy.soundness` for `postcopy.open_kinds`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from postcopy.open_kinds import (
+    Delivery,
+    Epoll,
+    EpollTarget,
+    EventCounter,
+    Extent,
+    External,
+    Ghost,
+    GhostOpening,
+    Inotify,
+    Lock,
+    PidDescriptor,
+    SignalDescriptor,
+    TimerDescriptor,
+    Watch,
+)
+from postcopy.state import Tree
+
+_INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
+_NAME_MAX, _PATH_MAX = 255, 4096
+_FILE_KINDS = frozenset({"regular", "directory", "temporary"})
+
+NUMBERS: Mapping[type, Mapping[str, range]] = {
+    Delivery: {"kind": range(3), "owner": range(1 << 22), "signal": range(65), "flags": _UINT32},
+    Epoll: {"flags": _UINT32},
+    EpollTarget: {"events": _UINT32, "data": _UINT64},
+    EventCounter: {"count": range((1 << 64) - 1), "flags": _UINT32},
+    Extent: {"offset": _INT64},
+    Ghost: {"mode": range(0o10000), "uid": _UINT32, "gid": _UINT32, "size": _INT64, "made_with": _UINT32},
+    GhostOpening: {"flags": _UINT32, "position": _INT64},
+    Inotify: {"flags": _UINT32},
+    Lock: {"type": range(2), "start": _INT64, "length": _INT64},
+    PidDescriptor: {"flags": _UINT32},
+    SignalDescriptor: {"mask": _UINT64, "flags": _UINT32},
+    TimerDescriptor: dict.fromkeys(("left", "at", "interval"), _INT64)
+    | {"clock": range(16), "set_with": range(4), "ticks": _UINT64, "flags": _UINT32},
+    Watch: {"number": _INT32, "mask": _UINT32},
+}
+
+LENGTHS: Mapping[type, Mapping[str, range]] = {
+    External: {"resource": range(1, 2 * _PATH_MAX)},
+    Ghost: {"name": range(_NAME_MAX + 1)},
+}
+
+CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
+    Ghost: {"kind": _FILE_KINDS},
+    Lock: {"kind": frozenset({"posix", "ofd", "flock", "lease"})},
+}
+
+PATHS: Mapping[type, tuple[str, ...]] = {Watch: ("path",)}
+
+
+def _ghost(ghost: Ghost) -> Iterator[str]:
+    if not ghost.directory.startswith("/"):
+        yield f"directory: {ghost.directory[:80]!r} is no absolute path"
+    if "/" in ghost.name or "\0" in ghost.name + ghost.directory or not ghost.name:
+        yield f"name: {ghost.name[:80]!r} is no name of a file"
+    end = 0
+    for number, extent in enumerate(ghost.extents):
+        if extent.offset < end:
+            yield f"extents[{number}].offset: {extent.offset} is before the end of the one before it, {end}"
+        end = extent.offset + len(extent.content)
+    if end > ghost.size:
+        yield f"size: {ghost.size}, and content up to {end}"
+
+
+def tree(whole: Tree) -> Iterator[str]:
+    """That what refers to something refers to what is there, and open."""
+    table = whole.descriptors
+    open_ones = {slot.description for process in whole.processes for slot in process.slots}
+    for number in range(len(table.descriptions)):
+        if number not in open_ones:
+            yield f"descriptors.descriptions[{number}]: no descriptor refers to it"
+    for number, description in enumerate(table.descriptions):
+        opening, epoll = description.ghost, description.epoll
+        if opening is not None and opening.ghost >= len(table.ghosts):
+            yield f"descriptions[{number}].ghost.ghost: {opening.ghost} is none of the {len(table.ghosts)} files"
+        for at, target in enumerate(epoll.targets if epoll is not None else ()):
+            if target.description not in open_ones:
+                yield f"descriptions[{number}].epoll.targets[{at}].description: {target.description} is not open"
+    referring = {
+        "deliveries": [delivery.description for delivery in table.deliveries],
+        "locks": [lock.description for lock in table.locks],
+    }
+    owners = {0, *(process.pid for process in whole.processes)}
+    for at, lock in enumerate(table.locks):
+        if lock.owner not in owners:
+            yield f"locks[{at}].owner: there is no process {lock.owner}"
+    for name, numbers in referring.items():
+        for at, number in enumerate(numbers):
+            if number not in open_ones:
+                yield f"{name}[{at}].description: {number} is not open"
+
+
+CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost}

@@ -1,0 +1,325 @@
+"""Descriptors that wait for events: eventfd, timerfd, signalfd, epoll, inotify, pidfd."""
+
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import struct
+import time
+from pathlib import Path
+
+from tests.programs.cases import Case, first_problem, libc, required, syscall, unlike
+
+SYS_TIMERFD_CREATE, SYS_TIMERFD_SETTIME, SYS_TIMERFD_GETTIME = 283, 286, 287
+SYS_SIGNALFD4, SYS_INOTIFY_INIT1, SYS_PIDFD_OPEN, SYS_PIDFD_SEND_SIGNAL = 289, 294, 434, 424
+TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
+IN_CREATE, IN_DELETE, IN_ONESHOT = 0x100, 0x200, 0x80000000
+HOUR = 3600 * 10**9
+
+
+def flags(fd: int) -> int:
+    """The status flags."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def field(fd: int, name: str) -> str:
+    """A field of a descriptor's fdinfo."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return value.strip()
+    raise AssertionError(f"no {name}")
+
+
+class EventCounters(Case):
+    """eventfd: counters, beyond 32 bits too, semaphores, flags."""
+
+    def setup(self) -> None:
+        """Four of them."""
+        self.empty = os.eventfd(0, os.EFD_NONBLOCK)
+        self.counter = os.eventfd(5)
+        self.large = os.eventfd(0)
+        os.eventfd_write(self.large, (1 << 64) - 2)
+        self.semaphore = os.eventfd(3, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.flags = [flags(fd) for fd in (self.empty, self.counter, self.large, self.semaphore)]
+
+    def verify(self) -> str | None:
+        """What they hold, and how it is read."""
+        found = [flags(fd) for fd in (self.empty, self.counter, self.large, self.semaphore)]
+        try:
+            os.eventfd_read(self.empty)
+        except BlockingIOError:
+            pass
+        else:
+            return "an empty counter gave something"
+        return first_problem(
+            unlike("flags", self.flags, found),
+            unlike("counter", 5, os.eventfd_read(self.counter)),
+            unlike("large counter", (1 << 64) - 2, os.eventfd_read(self.large)),
+            unlike("semaphore", [1, 1, 1], [os.eventfd_read(self.semaphore) for _ in range(3)]),
+        )
+
+
+class TimerDescriptors(Case):
+    """timerfd: clocks, intervals, what is left, expirations that nobody has read, the flags of setting."""
+
+    def make(self, clock: int, how: int, value: int, interval: int, nonblock: int = 0) -> int:
+        """A timer that is set (ns)."""
+        fd = required(syscall(SYS_TIMERFD_CREATE, clock, nonblock), "timerfd_create")
+        self.set(fd, how, value, interval)
+        return fd
+
+    @staticmethod
+    def set(fd: int, how: int, value: int, interval: int) -> None:
+        """Set a timer (ns)."""
+        setting = struct.pack("<4q", *divmod(interval, 10**9), *divmod(value, 10**9))
+        if libc.syscall(SYS_TIMERFD_SETTIME, fd, how, setting, None):
+            raise OSError("timerfd_settime")
+
+    @staticmethod
+    def get(fd: int) -> tuple[int, int]:
+        """Interval and what is left (ns)."""
+        buffer = bytearray(32)
+        view = (ctypes.c_char * 32).from_buffer(buffer)
+        assert libc.syscall(SYS_TIMERFD_GETTIME, fd, view) == 0
+        one, one_ns, left, left_ns = struct.unpack("<4q", buffer)
+        return one * 10**9 + one_ns, left * 10**9 + left_ns
+
+    def setup(self) -> None:
+        """One of each."""
+        self.began = time.monotonic_ns()
+        self.relative = self.make(time.CLOCK_MONOTONIC, 0, HOUR, 0, os.O_NONBLOCK)
+        self.periodic = self.make(time.CLOCK_BOOTTIME, 0, HOUR, 7_000_000_001)
+        self.deadline = time.time_ns() + HOUR
+        wall_flags = TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET
+        self.wall = self.make(time.CLOCK_REALTIME, wall_flags, self.deadline, 5 * 10**9)
+        self.absolute = self.make(time.CLOCK_MONOTONIC, TFD_TIMER_ABSTIME, time.monotonic_ns() + HOUR, 0)
+        self.disarmed = self.make(time.CLOCK_MONOTONIC, 0, 0, 0)
+        self.fired = self.make(time.CLOCK_MONOTONIC, 0, 1000, 0)
+        self.running = self.make(time.CLOCK_MONOTONIC, 0, 10**6, 10**6, os.O_NONBLOCK)
+        select.select([self.fired], [], [])
+        while self.get(self.running) and int(field(self.running, "ticks")) < 5:
+            pass
+        self.all = (self.relative, self.periodic, self.wall, self.absolute, self.disarmed, self.fired, self.running)
+        self.shown = [(flags(fd), field(fd, "clockid"), field(fd, "settime flags")) for fd in self.all]
+
+    def verify(self) -> str | None:
+        """Clocks and flags, what is left, and what is read."""
+        shown = [(flags(fd), field(fd, "clockid"), field(fd, "settime flags")) for fd in self.all]
+        elapsed = time.monotonic_ns() - self.began
+        wall = self.get(self.wall)[1]
+        drift = abs(self.deadline - time.time_ns() - wall)
+        left = {name: self.get(getattr(self, name))[1] for name in ("relative", "periodic", "absolute")}
+        odd = {name: value for name, value in left.items() if not HOUR - elapsed - 10**7 <= value <= HOUR}
+        ready = select.select([self.fired, self.disarmed], [], [], 0)[0]
+        ticks = struct.unpack("<Q", os.read(self.running, 8))[0]
+        # Not while it stood still; but each since then.
+        least = (time.monotonic() - self.moved_at) * 1000 - 100 if self.moved_at else 5
+        problem = first_problem(
+            unlike("flags, clocks, settime flags", self.shown, shown),
+            f"left of an hour after {elapsed / 1e9:.1f} s: {odd}" if odd else None,
+            None if drift < 10**7 else f"the wall-clock deadline has moved by {drift} ns",
+            unlike("interval", (7_000_000_001, 5 * 10**9), (self.get(self.periodic)[0], self.get(self.wall)[0])),
+            unlike("disarmed", (0, 0), self.get(self.disarmed)),
+            unlike("ready", [self.fired], ready),
+            unlike("expirations", 1, struct.unpack("<Q", os.read(self.fired, 8))[0]),
+            None if max(5, least) <= ticks <= elapsed / 10**6 + 5 else f"{ticks} expirations, {least} expected",
+        )
+        if problem:
+            return problem
+        self.set(self.disarmed, 0, 1000, 0)
+        return unlike("a timer set now", 1, struct.unpack("<Q", os.read(self.disarmed, 8))[0])
+
+
+class SignalDescriptor(Case):
+    """signalfd: its mask."""
+
+    SIGNAL = signal.SIGRTMIN + 11
+
+    def setup(self) -> None:
+        """Two signals."""
+        mask = struct.pack("<Q", 1 << self.SIGNAL - 1 | 1 << signal.SIGUSR2 - 1)
+        self.fd = libc.syscall(SYS_SIGNALFD4, -1, mask, 8, os.O_NONBLOCK)
+        self.shown = flags(self.fd), field(self.fd, "sigmask")
+
+    def verify(self) -> str | None:
+        """It is readable when its signal is pending."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {self.SIGNAL})
+        os.kill(os.getpid(), self.SIGNAL)
+        problem = unlike("flags and mask", self.shown, (flags(self.fd), field(self.fd, "sigmask")))
+        taken = struct.unpack_from("<I", os.read(self.fd, 128))[0]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.SIGNAL})
+        return problem or unlike("signal", self.SIGNAL, taken)
+
+
+class EpollTargets(Case):
+    """epoll: events and data of each target, nested instances, an instance without targets."""
+
+    def setup(self) -> None:
+        """A pipe with content, a silent one, an eventfd, an epoll within."""
+        self.outer, self.inner, self.nothing = select.epoll(), select.epoll(), select.epoll()
+        self.loud, loud_end = os.pipe()
+        os.write(loud_end, b"x")
+        self.silent, self.silent_end = os.pipe()
+        self.event = os.eventfd(0)
+        self.outer.register(self.loud, select.EPOLLIN)
+        self.outer.register(self.silent, select.EPOLLIN | select.EPOLLRDHUP)
+        self.outer.register(self.inner.fileno(), select.EPOLLIN)
+        self.inner.register(self.event, select.EPOLLIN)
+        self.shown = [self.targets(each) for each in (self.outer, self.inner, self.nothing)]
+
+    @staticmethod
+    def targets(epoll: select.epoll) -> set[str]:
+        """Number, events and data of the targets."""
+        lines = Path(f"/proc/self/fdinfo/{epoll.fileno()}").read_text().splitlines()
+        return {line.partition(" pos:")[0] for line in lines if line.startswith("tfd:")}
+
+    def verify(self) -> str | None:
+        """What is shown; what is told before and after something happens."""
+        shown = [self.targets(each) for each in (self.outer, self.inner, self.nothing)]
+        before = self.outer.poll(0)
+        os.write(self.silent_end, b"y")
+        os.eventfd_write(self.event, 1)
+        after = {fd for fd, _ in self.outer.poll(0)}
+        return first_problem(
+            unlike("targets", self.shown, shown),
+            unlike("ready", [(self.loud, select.EPOLLIN)], before),
+            unlike("ready then", {self.loud, self.silent, self.inner.fileno()}, after),
+            unlike("inner", [(self.event, select.EPOLLIN)], self.inner.poll(0)),
+        )
+
+
+class EpollEdges(Case):
+    """Edge-triggered and one-shot targets: an event that was not told is told, once; others not again."""
+
+    def setup(self) -> None:
+        """Of each kind one that has been told of, and one that has not."""
+        self.told, self.untold = select.epoll(), select.epoll()
+        self.events = [os.eventfd(1) for _ in range(2)]
+        self.read_end, self.write_end = os.pipe()
+        for epoll in (self.told, self.untold):
+            epoll.register(self.events[0], select.EPOLLIN | select.EPOLLET)
+            epoll.register(self.events[1], select.EPOLLIN | select.EPOLLONESHOT)
+            epoll.register(self.read_end, select.EPOLLIN | select.EPOLLET)
+        assert len(self.told.poll(0)) == 2
+        self.shown = EpollTargets.targets(self.told)
+
+    def verify(self) -> str | None:
+        """What is told at once, and what after it happens again."""
+        shown = EpollTargets.targets(self.told)
+        told, untold = self.told.poll(0), sorted(self.untold.poll(0))
+        again = self.untold.poll(0)
+        for event in self.events:
+            os.eventfd_write(event, 1)
+        os.write(self.write_end, b"x")
+        edges = sorted(fd for fd, _ in self.told.poll(0))
+        self.told.modify(self.events[1], select.EPOLLIN | select.EPOLLONESHOT)
+        rearmed = [fd for fd, _ in self.told.poll(0)]
+        return first_problem(
+            unlike("targets", self.shown, shown),
+            unlike("told before", [], told),
+            unlike("not told before", [(fd, select.EPOLLIN) for fd in sorted(self.events)], untold),
+            unlike("told twice", [], again),
+            unlike("new edges", sorted([self.events[0], self.read_end]), edges),
+            unlike("one shot, armed again", [self.events[1]], rearmed),
+        )
+
+
+class EpollOfClosedNumbers(Case):
+    """Targets whose number was closed or is something else now, while a duplicate keeps them."""
+
+    def setup(self) -> None:
+        """Three pipes under one number after the other; only the last still has it."""
+        self.epoll = select.epoll()
+        self.ends, self.kept = [], []
+        number = os.dup(0)
+        for _ in range(3):
+            read_end, write_end = os.pipe()
+            os.dup2(read_end, number)
+            self.epoll.register(number, select.EPOLLIN)
+            self.ends.append(write_end)
+            self.kept.append(read_end)
+        self.gone = os.dup(self.kept[0])
+        self.epoll.register(self.gone, select.EPOLLIN)
+        os.close(self.gone)
+        self.number = number
+        os.dup2(0, number)
+        self.shown = sorted(EpollTargets.targets(self.epoll))
+
+    def verify(self) -> str | None:
+        """Each is told by its old number, and the numbers are what they were."""
+        problem = unlike("targets", self.shown, sorted(EpollTargets.targets(self.epoll)))
+        if problem:
+            return problem
+        told = []
+        for end, kept in zip(self.ends, self.kept, strict=True):
+            os.write(end, b"x")
+            told.append(sorted(fd for fd, _ in self.epoll.poll(0)))
+            os.read(kept, 1)
+        return first_problem(
+            unlike("told", [sorted([self.number, self.gone]), [self.number], [self.number]], told),
+            unlike("number", os.readlink("/proc/self/fd/0"), os.readlink(f"/proc/self/fd/{self.number}")),
+        )
+
+
+class InotifyWatches(Case):
+    """inotify: watches with their numbers and masks, also after one was removed."""
+
+    def setup(self) -> None:
+        """Three watches, the second removed."""
+        self.fd = required(syscall(SYS_INOTIFY_INIT1, os.O_NONBLOCK), "inotify_init1")
+        self.paths = [self.directory / f"watched {number}" for number in range(3)]
+        masks = (IN_CREATE, IN_CREATE, IN_CREATE | IN_DELETE | IN_ONESHOT)
+        for path, mask in zip(self.paths, masks, strict=True):
+            path.mkdir()
+            libc.inotify_add_watch(self.fd, bytes(path), mask)
+        libc.inotify_rm_watch(self.fd, 2)
+        os.read(self.fd, 4096)
+        self.shown = self.watches()
+
+    def watches(self) -> set[tuple[str, ...]]:
+        """Number, file and mask of each."""
+        lines = Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
+        return {tuple(line.split()[1:5]) for line in lines if line.startswith("inotify ")}
+
+    def verify(self) -> str | None:
+        """What is shown; then what happens is told under the right number."""
+        shown = self.watches()
+        try:
+            early = os.read(self.fd, 4096)
+        except BlockingIOError:
+            early = b""
+        for path in self.paths:
+            (path / "new").touch()
+        events = os.read(self.fd, 4096)
+        numbers = []
+        while events:
+            number, mask, _, length = struct.unpack_from("<iIII", events)
+            numbers.append((number, mask))
+            events = events[16 + length :]
+        return first_problem(
+            unlike("watches", self.shown, shown),
+            unlike("events of nobody", b"", early),
+            unlike("events", [(1, IN_CREATE), (3, IN_CREATE), (3, 0x8000)], numbers),
+        )
+
+
+class PidDescriptors(Case):
+    """pidfd: of the process itself, and of its main thread as a thread."""
+
+    def setup(self) -> None:
+        """Open them."""
+        self.fd = os.pidfd_open(os.getpid())
+        self.nonblock = required(syscall(SYS_PIDFD_OPEN, os.getpid(), os.O_NONBLOCK), "pidfd_open")
+        self.thread = syscall(SYS_PIDFD_OPEN, os.getpid(), os.O_EXCL)
+        self.fds = [fd for fd in (self.fd, self.nonblock, self.thread) if fd >= 0]
+        self.shown = [(flags(fd), field(fd, "Pid")) for fd in self.fds]
+
+    def verify(self) -> str | None:
+        """It is alive, and is us."""
+        signal.pidfd_send_signal(self.fd, 0)
+        return first_problem(
+            unlike("flags and PIDs", self.shown, [(flags(fd), field(fd, "Pid")) for fd in self.fds]),
+            unlike("ended", [], select.select(self.fds, [], [], 0)[0]),
+        )

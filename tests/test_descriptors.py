@@ -1,0 +1,179 @@
+"""Descriptors that are moved only if asked for, or only where the destination has a filesystem of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Host, Pair, postcopy_command
+from tests.migrate import MigrationFailed, start_dump, start_restore
+from tests.test_states import PID, run_program
+
+
+@pytest.fixture
+def apart(hosts: Pair, tmp_path: Path) -> Iterator[Path]:
+    """A directory in which each host has its own ``files``; the rest of it is shared."""
+    for host in hosts:
+        (tmp_path / "files").mkdir(exist_ok=True)
+        host.run(["mount", "-t", "tmpfs", "none", str(tmp_path / "files")], check=True)
+    yield tmp_path / "files"
+    for host in hosts:
+        host.run(["umount", "-l", str(tmp_path / "files")])
+
+
+def inside(host: Host, path: Path) -> Path:
+    """A path of a host as the test reaches it."""
+    return host.proc.parent / str(path).lstrip("/")
+
+
+def refused(migration_failed: pytest.ExceptionInfo[MigrationFailed], *texts: str) -> None:
+    """Both sides gave up before the freeze, with these reasons."""
+    said = str(migration_failed.value)
+    assert "frozen" not in said
+    for text in texts:
+        assert text in said
+
+
+@pytest.mark.parametrize("moves", [1, 2], ids=["moved", "there-and-back"])
+def test_fifos_move_with_their_content(hosts: Pair, tmp_path: Path, apart: Path, moves: int) -> None:
+    for number in range(3):
+        os.mkfifo(inside(hosts.b, apart) / f"fifo {number}")
+    report = run_program(hosts, tmp_path, moves, "--files", str(apart), "--only", "named_fifos")
+    assert report == {"named_fifos": None}
+
+
+def test_fifo_that_is_not_there_or_in_use_is_refused(hosts: Pair, tmp_path: Path, apart: Path) -> None:
+    os.mkfifo(inside(hosts.b, apart) / "fifo 0")
+    (inside(hosts.b, apart) / "fifo 1").touch()
+    holder = os.open(inside(hosts.b, apart) / "fifo 0", os.O_RDWR)
+    with pytest.raises(MigrationFailed) as failure:
+        run_program(hosts, tmp_path, 1, "--files", str(apart), "--only", "named_fifos")
+    os.close(holder)
+    refused(failure, "fifo 0 is open here", "fifo 1 is no FIFO here: make it with mkfifo", "fifo 2 is missing here")
+
+
+@pytest.mark.parametrize("moves", [1, 2], ids=["moved", "there-and-back"])
+def test_file_locks_move_if_asked_for(hosts: Pair, tmp_path: Path, apart: Path, moves: int) -> None:
+    for name in ("posix", "ofd", "flock", "lease"):
+        (inside(hosts.b, apart) / f"locked {name}").write_bytes(bytes(100))
+    options = ["--files", str(apart), "--only", "file_locks"]
+    report = run_program(hosts, tmp_path, moves, *options, dump_options=["--file-locks"])
+    assert report == {"file_locks": None}
+
+
+def test_locks_of_a_shared_file_are_refused_before_the_freeze(hosts: Pair, tmp_path: Path) -> None:
+    with pytest.raises(MigrationFailed) as failure:
+        run_program(hosts, tmp_path, 1, "--only", "file_locks", dump_options=["-l"])
+    refused(failure, "locked flock is locked here; where that is the program's own lock at the source")
+
+
+PIPED = """
+import os, sys
+for line in sys.stdin:
+    if line == "close\\n":
+        os.close(1)
+    else:
+        os.write(1, b"got " + line.encode())
+"""
+
+
+def read_line(fd: int) -> bytes:
+    """A line from a pipe, or what comes before its end."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(fd, 1)):
+        line += byte
+    return line
+
+
+def test_pipes_to_the_outside_are_replaced_by_those_that_restore_is_given(hosts: Pair) -> None:
+    program = hosts.a.popen([sys.executable, "-u", "-c", PIPED], pid=PID, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert program.stdin is not None and program.stdout is not None
+    program.stdin.write(b"one\n")
+    program.stdin.flush()
+    assert program.stdout.readline() == b"got one\n"
+    outside = [os.readlink(hosts.a.proc / str(PID) / "fd" / str(fd)) for fd in (0, 1)]
+    options = [word for resource in outside for word in ("--external", resource)]
+    migration = start_dump(hosts.a, hosts.b, PID, options=options)
+    (our_input, its_output), (its_input, our_output) = os.pipe(), os.pipe()
+    inherit = ["--inherit-fd", f"fd[{its_input}]:{outside[0]}", "--inherit-fd", f"fd[{its_output}]:{outside[1]}"]
+    restore = start_restore(migration, options=inherit, pass_fds=[its_input, its_output])
+    os.close(its_input)
+    os.close(its_output)
+    migration.wait_drained()
+    os.write(our_output, b"two\n")
+    assert read_line(our_input) == b"got two\n"
+    # Nobody else holds its ends: closing them is noticed on the other side, at once and both ways.
+    os.write(our_output, b"close\n")
+    assert os.read(our_input, 1) == b""
+    os.close(our_output)
+    assert restore.wait(20) == 0
+    os.close(our_input)
+
+
+def test_external_resource_for_which_nothing_is_given_is_refused(hosts: Pair) -> None:
+    program = hosts.a.popen([sys.executable, "-c", PIPED], pid=PID, stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    resource, other = (os.readlink(hosts.a.proc / str(PID) / "fd" / str(fd)) for fd in (1, 0))
+    options = ["--external", resource, "--external", other]
+    migration = start_dump(hosts.a, hosts.b, PID, options=options)
+    restore = start_restore(migration, options=["--inherit-fd", f"fd[1]:{other}"], wait=False)
+    assert (migration.dump.wait(20), restore.wait(20)) == (5, 5)
+    said = dict(migration.logs())
+    assert f"nothing is given here for {resource}: --inherit-fd 'fd[N]:{resource}'" in said["dump on alpha, stderr"]
+    assert "frozen" not in said["dump on alpha, stdout"]
+    assert program.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("pipe:[1]", "is not of the form fd[N]:RESOURCE"),
+        ("fd[77]:pipe:[1]", "77 is not an open descriptor"),
+        ("fd[99999999999999999999]:pipe:[1]", "is not an open descriptor"),
+    ],
+)
+def test_inherit_fd_that_cannot_be(host: Host, option: str, complaint: str) -> None:
+    command = [*postcopy_command(), "restore", "--lazy-pages", "--inherit-fd", option]
+    result = host.run(command, timeout=20)
+    assert result.returncode == 2
+    assert complaint in result.stderr.decode()
+    assert b"Traceback" not in result.stderr
+
+
+EDGES = """
+import os, select, sys
+kept = os.open(sys.argv[1], os.O_RDWR)
+told, untold, outer = select.epoll(), select.epoll(), select.epoll()
+events = [os.eventfd(1) for _ in range(2)]
+for epoll in (told, untold):
+    epoll.register(events[0], select.EPOLLIN | select.EPOLLET)
+    epoll.register(events[1], select.EPOLLIN | select.EPOLLONESHOT)
+assert len(told.poll(0)) == 2
+print("ready", flush=True)
+sys.stdin.readline()
+assert told.poll(0) == [], "told twice"
+assert sorted(untold.poll(0)) == [(event, select.EPOLLIN) for event in events], "never told"
+assert untold.poll(0) == []
+"""
+
+
+def test_edges_are_as_they_were_when_a_move_has_failed(hosts: Pair, apart: Path) -> None:
+    path = apart / "changing"
+    for host, size in zip(hosts, (10, 20), strict=True):
+        inside(host, path).write_bytes(bytes(size))
+    command = [sys.executable, "-c", EDGES, str(path)]
+    program = hosts.a.popen(command, pid=PID, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert program.stdin is not None and program.stdout is not None
+    assert program.stdout.readline() == b"ready\n"
+    options = ["--external", os.readlink(hosts.a.proc / str(PID) / "fd" / "0")]
+    options += ["--external", os.readlink(hosts.a.proc / str(PID) / "fd" / "1")]
+    migration = start_dump(hosts.a, hosts.b, PID, options=options)
+    inherit = [f"fd[{number}]:{resource}" for number, resource in enumerate(options[1::2])]
+    restore = start_restore(migration, options=[f"--inherit-fd={each}" for each in inherit], wait=False)
+    assert migration.dump.wait(20) and restore.wait(20) == 4
+    assert "collected" in [event["event"] for event in migration.dump_events]
+    program.stdin.write(b"go on\n")
+    program.stdin.flush()
+    assert program.wait(20) == 0
