@@ -106,7 +106,8 @@ def test_durably_stopped_process_stays_stopped_when_its_tracer_dies() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(1)
         assert os.waitpid(tracer, 0)[1] == signal.SIGKILL
-        assert state(process.pid) == "T"
+        # Without its tracer each thread goes once more through the kernel, to stop again.
+        wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
         assert procfs.status(process.pid)["TracerPid"] == "0"
         process.send_signal(signal.SIGCONT)
         wait_until(lambda: state(process.pid) in "RS", 5, "it runs again")

@@ -190,6 +190,9 @@ def many(hosts: Pair, mib: int) -> dict[str, Any]:
         wait("every page is in", ended, sample, every=SAMPLE_EVERY)
         seconds = time.monotonic() - began
         for side in restores:
+            if side.process.poll() is not None:
+                raise MigrationFailed(f"{side.process} ended with {side.process.poll()}: {side.text}")
+        for side in restores:
             scene.finish(side.process)
         return {"peak_bytes_together": peak, "processes": processes, "seconds": seconds}
 

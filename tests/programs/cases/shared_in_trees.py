@@ -330,12 +330,12 @@ class NamedMemory(Case):
 
 
 class Multiprocessing(Case):
-    """What multiprocessing makes: semaphores (unnamed files on tmpfs), values, conditions."""
+    """What multiprocessing makes of semaphores (mapped files on tmpfs without a name): locks and conditions."""
 
     def setup(self) -> None:
         """A child that waits for a lock that we hold, and one that waits for a condition."""
         context = multiprocessing.get_context("fork")
-        self.lock, self.value, self.condition = context.Lock(), context.Value("i", 5), context.Condition()
+        self.lock, self.condition, self.memory = context.Lock(), context.Condition(), mmap.mmap(-1, PAGE)
         self.lock.acquire()
         self.children = Child(self._get_lock), Child(self._await_condition)
         for child in self.children:
@@ -343,16 +343,16 @@ class Multiprocessing(Case):
 
     def _get_lock(self, line: Line) -> None:
         line.say("there")
-        with self.lock, self.value.get_lock():
-            self.value.value += 1
+        with self.lock:
+            self.memory[0] += 1
             line.say("has the lock")
         line.wait()
 
     def _await_condition(self, line: Line) -> None:
         with self.condition:
             line.say("there")
-            self.condition.wait_for(lambda: self.value.value > 10)
-        line.say(self.value.value)
+            self.condition.wait_for(lambda: self.memory[0] > 10)
+        line.say(self.memory[0])
         line.wait()
 
     def verify(self) -> str | None:
@@ -361,12 +361,12 @@ class Multiprocessing(Case):
         self.lock.release()
         heard = self.children[0].hear()
         with self.condition:
-            self.value.value += 10
+            self.memory[0] += 10
             self.condition.notify_all()
         return first_problem(
             unlike("heard", "has the lock", heard),
             unlike("lock is held", True, waits),
-            unlike("value", 16, self.children[1].hear()),
+            unlike("value", 11, self.children[1].hear()),
         )
 
 
