@@ -142,6 +142,41 @@ def test_inherit_fd_that_cannot_be(host: Host, option: str, complaint: str) -> N
     assert b"Traceback" not in result.stderr
 
 
+LARGE = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.unlink(sys.argv[1])
+content = os.urandom(3 << 20)
+os.write(fd, content)
+os.pwrite(fd, content, 1 << 30)
+print("ready", flush=True)
+sys.stdin.readline()
+assert os.pread(fd, 3 << 20, 0) == content == os.pread(fd, 4 << 20, 1 << 30)
+assert os.fstat(fd).st_blocks * 512 < 16 << 20, "the hole is none any more"
+"""
+
+
+def test_large_deleted_file_moves_when_the_limit_is_raised(hosts: Pair, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "large")]
+    program = hosts.a.popen(command, pid=PID, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert program.stdin is not None and program.stdout is not None
+    assert program.stdout.readline() == b"ready\n"
+    resource = os.readlink(hosts.a.proc / str(PID) / "fd" / "0")
+    output = os.readlink(hosts.a.proc / str(PID) / "fd" / "1")
+    options = ["--external", resource, "--external", output]
+    result = hosts.a.run([*postcopy_command(), "dump", "--lazy-pages", "-t", str(PID), *options], timeout=20)
+    assert result.returncode == 5
+    assert b"the limit is 1048576, which --ghost-limit 6291456 raises" in result.stderr
+    migration = start_dump(hosts.a, hosts.b, PID, options=[*options, "--ghost-limit", "6291456"])
+    its_input, our_output = os.pipe()
+    inherit = [f"--inherit-fd=fd[{its_input}]:{resource}", f"--inherit-fd=fd[1]:{output}"]
+    restore = start_restore(migration, options=inherit, pass_fds=[its_input])
+    os.close(its_input)
+    migration.wait_drained()
+    os.close(our_output)
+    assert restore.wait(20) == 0
+
+
 EDGES = """
 import os, select, sys
 kept = os.open(sys.argv[1], os.O_RDWR)

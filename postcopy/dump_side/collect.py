@@ -50,7 +50,7 @@ def collect(
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
     members = frozenset([*frozen.pids, *frozen.zombies])
-    table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True)
+    table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
     problems += lineage.shared(frozen.pids)

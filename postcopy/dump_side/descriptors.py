@@ -1,6 +1,7 @@
 """The descriptor tables: what is open, under which numbers, and what of it cannot be moved."""
 
 import os
+from bisect import bisect_left
 
 from postcopy.dump_side import (
     deliveries,
@@ -50,7 +51,7 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
         try:
             opened = Opened.look(pid, fd)
             among = table.alike[opened.likeness]
-            place, number = _look_up(opened, among)
+            place, number = _look_up(table, opened, among)
             new = number is None
             if number is None:
                 number = len(table.descriptors.descriptions)
@@ -92,11 +93,16 @@ def _lock(table: Table, opened: Opened, number: int, new: bool) -> None:
         table.needed.append(FileIdentity(file.path, opened.stat.st_size, b"", changing=True, locked=True))
 
 
-def _look_up(opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:
+def _look_up(table: Table, opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:
     """Where in ``among`` the descriptor belongs, and the number of the description if an earlier one shares it.
 
     By bisection: thousands of descriptors that look alike are nothing unusual.
     """
+    rank = table.ranks.get((opened.pid, opened.fd))
+    if rank is not None:
+        found = _check(opened, among, bisect_left(among, rank, key=lambda each: table.ranks.get(each[:2], rank)))
+        if found is not None:
+            return found
     low, high = 0, len(among)
     while low < high:
         middle = (low + high) // 2
@@ -114,3 +120,16 @@ def _look_up(opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, in
             return middle, number
         low, high = (low, middle) if order < 0 else (middle + 1, high)
     return low, None
+
+
+def _check(opened: Opened, among: list[tuple[int, int, int]], place: int) -> tuple[int, int | None] | None:
+    """What `_look_up` says, where the descriptor is right between its neighbours at ``place``; None where it is not."""
+    for neighbour, wanted in ((place, -1), (place - 1, 1)):
+        if 0 <= neighbour < len(among):
+            pid, fd, number = among[neighbour]
+            order = kcmp.order_of_descriptions(opened.pid, opened.fd, pid, fd)
+            if not order:
+                return neighbour, number
+            if order != wanted:
+                return None
+    return place, None

@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
@@ -87,10 +87,14 @@ class Opened:
 
 @dataclass(frozen=True)
 class Trusted:
-    """What an earlier look has not found outside of the tree, for looking takes long: pipes (inodes), memory."""
+    """What an earlier look has not found outside of the tree, for looking takes long: pipes (inodes), memory.
+
+    ``ranks``: see `Table`.
+    """
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
+    ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +106,8 @@ class Table:
     ``holders``: for what other processes have open, by its link, one of them; once it has been looked for.
     ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``alike``:
     descriptors that may share a description, by what they show, each as (process, descriptor, number of its
-    description), as kcmp orders. ``slots``: the tables, by process.
+    description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
+    look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
     """
 
     pids: frozenset[int]
@@ -119,8 +124,14 @@ class Table:
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
+    ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
     _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def found_ranks(self) -> dict[tuple[int, int], int]:
+        """The `ranks` for a later look."""
+        places = {number: place for among in self.alike.values() for place, (_, _, number) in enumerate(among)}
+        return {(pid, slot.fd): places[slot.description] for pid, slots in self.slots.items() for slot in slots}
 
     def holder_of(self, tid: int) -> int | None:
         """The process of the tree that has this thread."""

@@ -118,7 +118,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         highest_fd=found.highest_fd,
         external=found.table.external,
     )
-    return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys)
+    return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys, found.table.found_ranks())
 
 
 @dataclass
