@@ -97,6 +97,49 @@ MOVED = {
             assert [os.eventfd_read(fd) for fd in counters[1:]] == list(range(1, 3000))
             assert all(os.pread(fd, 4, 0) == b"root" for fd in files)
     """,
+    "a program that opens and closes all the time": """
+        import random
+        rounds, wrong = [0] * 4, []
+        def epolls(base):
+            event, epoll = os.eventfd(1), select.epoll()
+            epoll.register(event, select.EPOLLIN)
+            twin = os.dup(event)
+            os.close(event)
+            assert epoll.poll(0) == [(event, select.EPOLLIN)]
+            epoll.close()
+            os.close(twin)
+        def ghosts(base):
+            fd = os.open(base, os.O_CREAT | os.O_RDWR)
+            os.write(fd, b"x" * 1000)
+            os.unlink(base)
+            assert os.pread(fd, 2000, 0) == b"x" * 1000
+            os.close(fd)
+        def pipes(base):
+            read_end, write_end = os.pipe()
+            os.write(write_end, b"abc")
+            assert os.read(read_end, 10) == b"abc"
+            os.close(read_end)
+            os.close(write_end)
+        def others(base):
+            for fd in (os.memfd_create("m"), os.open("/proc/self/stat", os.O_RDONLY), os.pidfd_open(os.getpid())):
+                os.close(fd)
+        def churn(number):
+            base = os.path.join(directory, str(number))
+            try:
+                while True:
+                    random.choice([epolls, ghosts, pipes, others])(base)
+                    rounds[number] += 1
+            except BaseException as error:
+                wrong.append(repr(error))
+        for number in range(4):
+            threading.Thread(target=churn, args=[number], daemon=True).start()
+        def verify():
+            before = list(rounds)
+            end = time.monotonic() + 20
+            while not wrong and any(now < then + 10 for now, then in zip(rounds, before)) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert not wrong and all(now >= then + 10 for now, then in zip(rounds, before)), (wrong, before, rounds)
+    """,
     "descriptor numbers up to the highest, with gaps": """
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -23,6 +23,7 @@ from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
 from postcopy.state import Description, FileIdentity, Slot
 
+_LOOKS = 6
 _KINDS = (
     external.collect,
     pipes.collect,
@@ -48,25 +49,34 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
     slots: list[Slot] = []
     seen: set[int] = set()
     for fd in procfs.descriptors(pid):
-        try:
-            opened = Opened.look(pid, fd)
-            among = table.alike[opened.likeness]
-            place, number = _look_up(table, opened, among)
-            new = number is None
-            if number is None:
-                number = len(table.descriptors.descriptions)
-                table.descriptors.descriptions.append(_describe(table, opened, number))
-                among.insert(place, (pid, fd, number))
-            if number not in seen:
-                _lock(table, opened, number, new)
-            seen.add(number)
-        except (Refused, OSError) as reason:
-            if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
-                continue  # a running process has closed it while we looked
-            problems.append(f"descriptor {fd}: {reason}")
-            continue
-        slots.append(Slot(fd, opened.close_on_exec, number))
+        # A running process may close it while we look, and open something else under its number.
+        for looks_left in reversed(range(1 if table.frozen else _LOOKS)):
+            try:
+                slots.append(_collect(table, fd, seen))
+            except (Refused, OSError) as reason:
+                if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+                    break
+                if not looks_left:
+                    problems.append(f"descriptor {fd}: {reason}")
+                continue
+            break
     return slots
+
+
+def _collect(table: Table, fd: int, seen: set[int]) -> Slot:
+    """One entry of a table. ``seen``: the descriptions that this process is known to have."""
+    opened = Opened.look(table.pid, fd)
+    among = table.alike[opened.likeness]
+    place, number = _look_up(table, opened, among)
+    new = number is None
+    if number is None:
+        number = len(table.descriptors.descriptions)
+        table.descriptors.descriptions.append(_describe(table, opened, number))
+        among.insert(place, (table.pid, fd, number))
+    if number not in seen:
+        _lock(table, opened, number, new)
+    seen.add(number)
+    return Slot(fd, opened.close_on_exec, number)
 
 
 def _describe(table: Table, opened: Opened, number: int) -> Description:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,13 +13,14 @@ from postcopy.open_kinds import Epoll, EpollTarget
 from postcopy.state import Description
 
 _LINE = re.compile(r"tfd: *(\d+) events: *(\w+) data: *(\w+)")
+_LINK = "anon_inode:[eventpoll]"
 _LOOKS = 3  # a running process may change what we look at
 _PRIVATE = EPOLLET | EPOLLEXCLUSIVE | EPOLLONESHOT | EPOLLWAKEUP
 
 
 def collect(table: Table, opened: Opened) -> Description | None:
     """The description of an epoll instance, without its targets, which `complete` adds; None for other kinds."""
-    if opened.link != "anon_inode:[eventpoll]":
+    if opened.link != _LINK:
         return None
     return Description(epoll=Epoll([], opened.flags))
 
@@ -36,7 +36,7 @@ def complete(table: Table, problems: list[str]) -> None:
         try:
             found = _targets(table, pid, fd, holders)
         except (Refused, OSError) as reason:
-            if os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+            if _is_epoll(pid, fd):
                 problems.append(f"descriptor {fd} of process {pid}: {reason}")
             continue
         complete = dataclasses.replace(description.epoll, targets=found)
@@ -50,9 +50,18 @@ def _targets(table: Table, pid: int, epoll: int, holders: dict[int, tuple[int, i
         try:
             return list(_resolved(pid, epoll, own, holders, lines))
         except Refused:
-            if look == _LOOKS - 1:
+            if table.frozen or look == _LOOKS - 1:
                 raise
+            # A running process has opened it since its table was looked at.
+            own = dict.fromkeys(procfs.descriptors(pid), 0)
+            holders = {-fd: (pid, fd) for fd in own}
     raise AssertionError
+
+
+def _is_epoll(pid: int, fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return procfs.link(pid, f"fd/{fd}") == _LINK
+    return False
 
 
 def _resolved(
