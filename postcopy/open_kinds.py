@@ -127,6 +127,32 @@ class GhostOpening:
 
 
 @dataclass(frozen=True, slots=True)
+class Pty:
+    """A pseudoterminal with its master in the tree: ``/dev/pts/INDEX``; struct termios2 and struct winsize.
+
+    ``locked``: its slave cannot be opened yet; ``packets``: TIOCPKT. ``session``: of whose leader it is the controlling
+    terminal, ``foreground``: with which process group in front (0: none).
+    """
+
+    index: Unsigned
+    settings: bytes
+    window: bytes
+    locked: bool
+    packets: bool
+    session: Unsigned
+    foreground: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class PtyEnd:
+    """One end of a pseudoterminal; ``pty`` indexes ``Descriptors.ptys``."""
+
+    pty: Unsigned
+    master: bool
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class External:
     """Something outside of the tree, as ``/proc/PID/fd`` showed it; ``restore`` is given another in its place."""
 

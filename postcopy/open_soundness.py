@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from postcopy.kernel.pty import SETTINGS_SIZE, WINDOW_SIZE
 from postcopy.open_kinds import (
     Delivery,
     Epoll,
@@ -15,6 +16,8 @@ from postcopy.open_kinds import (
     Inotify,
     Lock,
     PidDescriptor,
+    Pty,
+    PtyEnd,
     SignalDescriptor,
     TimerDescriptor,
     Watch,
@@ -36,6 +39,8 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     Inotify: {"flags": _UINT32},
     Lock: {"type": range(2), "start": _INT64, "length": _INT64},
     PidDescriptor: {"flags": _UINT32},
+    Pty: {"index": _INT32, "session": range(1 << 22), "foreground": range(1 << 22)},
+    PtyEnd: {"flags": _UINT32},
     SignalDescriptor: {"mask": _UINT64, "flags": _UINT32},
     TimerDescriptor: dict.fromkeys(("left", "at", "interval"), _INT64)
     | {"clock": range(16), "set_with": range(4), "ticks": _UINT64, "flags": _UINT32},
@@ -45,6 +50,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
 LENGTHS: Mapping[type, Mapping[str, range]] = {
     External: {"resource": range(1, 2 * _PATH_MAX)},
     Ghost: {"name": range(_NAME_MAX + 1)},
+    Pty: {"settings": range(SETTINGS_SIZE, SETTINGS_SIZE + 1), "window": range(WINDOW_SIZE, WINDOW_SIZE + 1)},
 }
 
 CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
@@ -77,7 +83,9 @@ def tree(whole: Tree) -> Iterator[str]:
         if number not in open_ones:
             yield f"descriptors.descriptions[{number}]: no descriptor refers to it"
     for number, description in enumerate(table.descriptions):
-        opening, epoll = description.ghost, description.epoll
+        opening, epoll, end = description.ghost, description.epoll, description.terminal
+        if end is not None and end.pty >= len(table.ptys):
+            yield f"descriptors.descriptions[{number}].terminal.pty: {end.pty} is none of the {len(table.ptys)}"
         if opening is not None and opening.ghost >= len(table.ghosts):
             yield f"descriptions[{number}].ghost.ghost: {opening.ghost} is none of the {len(table.ghosts)} files"
         for at, target in enumerate(epoll.targets if epoll is not None else ()):

@@ -27,6 +27,8 @@ from postcopy.open_kinds import (
     Inotify,
     Lock,
     PidDescriptor,
+    Pty,
+    PtyEnd,
     SignalDescriptor,
     TimerDescriptor,
 )
@@ -424,6 +426,7 @@ class Description:
     inotify: Inotify | None = None
     process: PidDescriptor | None = None
     external: External | None = None
+    terminal: PtyEnd | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,6 +450,7 @@ class Descriptors:
     ghosts: list[Ghost] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     locks: list[Lock] = field(default_factory=list)
+    ptys: list[Pty] = field(default_factory=list)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -523,7 +527,7 @@ class Tree:
 class Manifest:
     """What the survey found before anything is frozen: what the destination must have.
 
-    ``external``: resources in whose place ``restore`` must be given others.
+    ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals.
     """
 
     tids: list[Pid]
@@ -535,6 +539,7 @@ class Manifest:
     memory_bytes: Unsigned
     highest_fd: Fd
     external: list[str] = field(default_factory=list)
+    ptys: list[Unsigned] = field(default_factory=list)
 
 
 T = TypeVar("T")

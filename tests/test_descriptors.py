@@ -142,6 +142,21 @@ def test_inherit_fd_that_cannot_be(host: Host, option: str, complaint: str) -> N
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("moves", [0, 1, 2], ids=["unmoved", "moved", "there-and-back"])
+def test_terminals_move_with_their_sessions(hosts: Pair, tmp_path: Path, moves: int) -> None:
+    # The numbers of terminals are kept, so each host needs its own.
+    for host in hosts:
+        host.run(["mount", "-t", "devpts", "-o", "newinstance,ptmxmode=0666", "none", "/dev/pts"], check=True)
+    report = run_program(hosts, tmp_path, moves, "--only", "terminal_of_child")
+    assert report == {"terminal_of_child": None}
+
+
+def test_terminal_whose_number_is_taken_is_refused(hosts: Pair, tmp_path: Path) -> None:
+    with pytest.raises(MigrationFailed) as failure:
+        run_program(hosts, tmp_path, 1, "--only", "terminal_of_child")
+    refused(failure, "is taken here: end who has it, or restore where there is another /dev/pts")
+
+
 LARGE = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)

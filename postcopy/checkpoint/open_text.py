@@ -22,6 +22,9 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
         return "inotify", ", ".join(f"{watch.number}: {watch.path}" for watch in of.inotify.watches) or "no watches"
     if of.external is not None:
         return "external", f"{of.external.resource}, for which restore is given another (--inherit-fd)"
+    if of.terminal is not None:
+        side = "master" if of.terminal.master else "slave"
+        return "terminal", f"{side} of /dev/pts/{table.ptys[of.terminal.pty].index}"
     if of.process is not None:
         return "pidfd", f"process {of.process.pid}"
     return "", ""

@@ -15,6 +15,7 @@ from postcopy.dump_side import (
     memfds,
     pidfd,
     pipes,
+    ptys,
     signalfd,
     terminals,
     timerfd,
@@ -27,6 +28,7 @@ _LOOKS = 6
 _KINDS = (
     external.collect,
     pipes.collect,
+    ptys.collect,
     terminals.collect,
     memfds.collect,
     ghosts.collect,

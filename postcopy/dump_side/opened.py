@@ -120,6 +120,8 @@ class Table:
     descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = field(default_factory=dict)
     ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    masters: dict[int, tuple[int, int]] | None = None
+    pty_numbers: dict[int, int] = field(default_factory=dict)
     external: list[str] = field(default_factory=list)
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)

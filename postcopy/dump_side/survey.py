@@ -117,6 +117,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         memory_bytes=found.memory_bytes,
         highest_fd=found.highest_fd,
         external=found.table.external,
+        ptys=list(found.table.pty_numbers),
     )
     return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys, found.table.found_ranks())
 

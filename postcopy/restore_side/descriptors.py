@@ -23,6 +23,7 @@ from postcopy.restore_side import (
     memfds,
     pidfd,
     pipes,
+    ptys,
     signalfd,
     terminals,
     timerfd,
@@ -209,6 +210,7 @@ _KINDS: dict[str, Opener] = {
     "process": pidfd.rebuild,
     "memory": memfds.rebuild,
     "external": external.rebuild,
+    "terminal": ptys.rebuild,
 }
 
 
@@ -296,12 +298,20 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
 
 
 def fill(process: Process, shared: Shared, pidfd: int) -> None:
-    """Write the contents of the files without a name that the process has made; ``pidfd`` is its own.
+    """Write the contents of the files without a name that the process has made, and set up its terminals.
+
+    ``pidfd`` is its own.
 
     Raises OSError.
     """
     for ghost, fd in shared.ghosts_made_by(process):
         ghosts.fill(ghost, pidfd, fd)
+    locked: set[int] = set()
+    for slot in process.slots:
+        end = shared.descriptors.descriptions[slot.description].terminal
+        if end is not None and end.master and end.pty not in locked:
+            ptys.lock(shared.descriptors.ptys[end.pty], pidfd, slot.fd)
+            locked.add(end.pty)
 
 
 def connect(
@@ -329,6 +339,7 @@ def connect(
     last = plan()
     epoll.disarm(last, armed, answers)
     timerfd.connect(last, clocks.answered(answers))
+    ptys.connect(last)
     deliveries.rebuild(last)
     locks.rebuild(last)
     # Last: nothing that we do here is to be an event.

@@ -22,6 +22,7 @@ def problems(manifest: Manifest, new_pid_namespace: bool, inherited: Collection[
     """
     return [
         *_external(manifest.external, inherited),
+        *_ptys(manifest.ptys),
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
@@ -53,6 +54,12 @@ def _external(wanted: Iterable[str], given: Collection[str]) -> Iterator[str]:
     for resource in wanted:
         if resource not in given:
             yield f"nothing is given here for {resource}: --inherit-fd 'fd[N]:{resource}'"
+
+
+def _ptys(wanted: Iterable[int]) -> Iterator[str]:
+    for index in wanted:
+        if os.path.exists(f"/dev/pts/{index}"):
+            yield f"terminal /dev/pts/{index} is taken here: end who has it, or restore where there is another /dev/pts"
 
 
 def _directory(path: str, found: os.stat_result, frozen: bool) -> Iterator[str]:

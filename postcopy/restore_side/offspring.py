@@ -18,6 +18,8 @@ from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, s
 from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
 from postcopy.kinship import Making, Unrelated, joining, plan
+from postcopy.open_kinds import Pty
+from postcopy.restore_side import ptys
 from postcopy.restore_side.birth import Newborn
 from postcopy.state import Process, Tree, Zombie
 
@@ -38,11 +40,12 @@ def bring_up(tree: Tree, root: Newborn, newborns: dict[int, Newborn]) -> None:
         makings = plan(each.lineage.relative(each.pid) for each in tree.members)
     except Unrelated as reason:
         raise RestoreError(f"the state is of a tree that cannot be: {reason}") from None
-    _Nursery(makings, newborns).run(tree)
+    _Nursery(makings, newborns, tree.descriptors.ptys).run(tree)
 
 
 class _Nursery:
-    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn]) -> None:
+    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], terminals: list[Pty]) -> None:
+        self._terminals = terminals
         self._makings = makings
         self._newborns = newborns
         self._stop = stop_signal(0, 0)
@@ -91,6 +94,9 @@ class _Nursery:
         self._add_births(batch, making.early)
         if making.makes_session:
             batch.add(call("setsid"), "making its session")
+            for terminal in self._terminals:
+                if terminal.session == pid:
+                    ptys.take_control(terminal, batch)
         self._add_births(batch, making.middle)
         if making.makes_group:
             batch.add(call("setpgid", 0, 0), "making its process group")

@@ -32,7 +32,7 @@ from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.restore_side import eager
+from postcopy.restore_side import eager, ptys
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth, kill
 from postcopy.restore_side.build import Built
@@ -124,6 +124,7 @@ class _Takeover:
         self._newborns: dict[int, Newborn] = {}
         self._built: BuiltTree | None = None
         self._shared = SharedObjects()
+        self._inherited: Mapping[str, int] = {}
         self._watchdog: Role | None = None
         self._orders = -1
         self._news: socket.socket | None = None
@@ -153,7 +154,8 @@ class _Takeover:
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
-        for fd in self._options.inherited.values():
+        self._inherited = {**self._options.inherited, **ptys.make(manifest.ptys)}
+        for fd in self._inherited.values():
             os.set_inheritable(fd, True)
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
@@ -163,7 +165,7 @@ class _Takeover:
             if self._namespace:
                 self._namespace.leave()
         # It has them now: were they open here too, nobody would be told when it closes them.
-        for fd in {fd for fd in self._options.inherited.values() if fd > 2}:
+        for fd in {fd for fd in self._inherited.values() if fd > 2}:
             os.close(fd)
         self._start_watchdog()
         self._reporter.event("born", pid=self._newborn.pid)
@@ -188,8 +190,9 @@ class _Takeover:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
             parent_stays = not self._options.detach
-            inherited = self._options.inherited
-            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
+            self._built = build_tree(
+                tree, pages, self._newborn, self._newborns, self._shared, parent_stays, self._inherited
+            )
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)

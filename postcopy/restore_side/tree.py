@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from postcopy.errors import RestoreError
 from postcopy.kernel import ptrace
 from postcopy.page_ranges import PageRanges
-from postcopy.restore_side import signals
+from postcopy.restore_side import ptys, signals
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.descriptors import Shared
@@ -75,6 +75,7 @@ def build_tree(
     if sum(sizes) != len(pages):
         raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {sum(sizes)}")
     shared = Shared(tree, memory, inherited)
+    ptys.set_up(tree.descriptors.ptys, root.pidfd, inherited or {})
     try:
         bring_up(tree, root, newborns)
     except OSError as error:

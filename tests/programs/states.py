@@ -142,7 +142,7 @@ CASES: tuple[type[Case], ...] = (
 )
 
 #: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
-ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks)
+ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks, open_in_trees.TerminalOfChild)
 
 #: What is tried with ``--tree``.
 TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES, *open_in_trees.CASES)

@@ -1,10 +1,14 @@
 """Open files of every kind that processes of a tree share, or by which one refers to another."""
 
 import fcntl
+import json
 import os
+import pty
 import select
 import signal
 import struct
+import termios
+from typing import NoReturn
 
 from tests.programs.cases import Case, first_problem, unlike
 from tests.programs.cases.trees import Child, Line
@@ -138,6 +142,75 @@ class OwnersAndPidfds(Case):
             unlike("ended", [], alive),
             unlike("ended then", ([self.pidfd], 0), (select.select([self.pidfd], [], [], 5)[0], status)),
         )
+
+
+class TerminalOfChild(Case):
+    """A pseudoterminal: the master here, the slave the controlling terminal of a child with two groups."""
+
+    def setup(self) -> None:
+        """The child leads a session; a child of its own is in the foreground."""
+        self.pid, self.master = pty.fork()
+        if not self.pid:
+            self.live()
+        settings = termios.tcgetattr(self.master)
+        settings[3] &= ~(termios.ICANON | termios.ECHO)
+        settings[6][termios.VMIN] = 1
+        settings[6][termios.VERASE] = b"#"
+        termios.tcsetattr(self.master, termios.TCSANOW, settings)
+        termios.tcsetwinsize(self.master, (33, 111))
+        os.set_blocking(self.master, False)
+        self.told = self.ask()
+        self.settings = termios.tcgetattr(self.master)
+
+    @staticmethod
+    def live() -> NoReturn:
+        """The child waits; its own child, in the foreground, answers what it sees of the terminal."""
+        os.closerange(3, 4096)
+        extra = os.open("/dev/tty", os.O_RDWR)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda number, frame: os.write(1, b"behind\n"))
+        if os.fork():
+            while True:
+                signal.pause()
+        os.setpgid(0, 0)
+        os.tcsetpgrp(0, os.getpid())
+        signal.signal(signal.SIGINT, lambda number, frame: os.write(1, b"in front\n"))
+        while os.read(0, 1):
+            with open("/proc/self/stat") as stat:
+                terminal = stat.read().rpartition(")")[2].split()[4]
+            seen = [os.ttyname(0), os.tcgetpgrp(extra), os.getsid(0), terminal, *termios.tcgetwinsize(1)]
+            os.write(1, json.dumps(seen).encode() + b"\n")
+        os._exit(0)
+
+    def line(self) -> str:
+        """A line from the terminal."""
+        found = b""
+        while not found.endswith(b"\n") and select.select([self.master], [], [], 10)[0]:
+            found += os.read(self.master, 1)
+        return found.decode().strip()
+
+    def ask(self) -> list[object]:
+        """What the child sees."""
+        os.write(self.master, b"?")
+        seen: list[object] = json.loads(self.line() or "[]")
+        return seen
+
+    def verify(self) -> str | None:
+        """The same; Ctrl-C goes to the foreground group; the end of the master is the end of the session."""
+        problem = first_problem(
+            unlike("settings", self.settings, termios.tcgetattr(self.master)),
+            unlike("window", (33, 111), termios.tcgetwinsize(self.master)),
+            unlike("blocking", False, os.get_blocking(self.master)),
+            unlike("name", self.told[0], os.ptsname(self.master) if hasattr(os, "ptsname") else self.told[0]),
+            unlike("what the child sees", self.told, self.ask()),
+        )
+        if problem:
+            return problem
+        os.write(self.master, b"\x03")
+        told = self.line()
+        os.close(self.master)
+        _, status = os.waitpid(self.pid, 0)
+        return first_problem(unlike("Ctrl-C", "in front", told), unlike("end", signal.SIGHUP, os.WTERMSIG(status)))
 
 
 CASES: tuple[type[Case], ...] = (EpollAcross, GhostOfTwo, OwnersAndPidfds)
