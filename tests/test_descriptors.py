@@ -1,8 +1,10 @@
 """Descriptors that are moved only if asked for, or only where the destination has a filesystem of its own."""
 
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,3 +229,52 @@ def test_edges_are_as_they_were_when_a_move_has_failed(hosts: Pair, apart: Path)
     program.stdin.write(b"go on\n")
     program.stdin.flush()
     assert program.wait(20) == 0
+
+
+def read_until(fd: int, wanted: bytes, timeout: float = 30) -> bytes:
+    """What comes out up to ``wanted``."""
+    shown, end = b"", time.monotonic() + timeout
+    while wanted not in shown:
+        left = end - time.monotonic()
+        assert left > 0 and select.select([fd], [], [], left)[0], f"no {wanted!r} in {shown!r}"
+        piece = os.read(fd, 4096)
+        assert piece, f"the end, and no {wanted!r} in {shown!r}"
+        shown += piece
+    return shown
+
+
+def test_shell_in_script_goes_on_with_its_terminal_and_its_jobs(hosts: Pair) -> None:
+    for host in hosts:
+        host.run(["mount", "-t", "devpts", "-o", "newinstance,ptmxmode=0666", "none", "/dev/pts"], check=True)
+    command = ["script", "-q", "-c", "bash --norc --noprofile -i", "/dev/null"]
+    environment = {**os.environ, "TERM": "dumb", "HISTFILE": ""}
+    program = hosts.a.popen(
+        command, pid=PID, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
+    assert program.stdin is not None and program.stdout is not None
+    program.stdin.write(b"stty rows 40 cols 99; sleep 1000 & cat\n")
+    program.stdin.flush()
+    read_until(program.stdout.fileno(), b"\n[1] ")
+    program.stdin.write(b"typed\n")
+    program.stdin.flush()
+    read_until(program.stdout.fileno(), b"typed\r\ntyped\r\n")
+    outside = [os.readlink(hosts.a.proc / str(PID) / "fd" / str(fd)) for fd in (0, 1)]
+    options = [word for resource in outside for word in ("--external", resource)]
+    migration = start_dump(hosts.a, hosts.b, PID, options=options)
+    (our_input, its_output), (its_input, our_output) = os.pipe(), os.pipe()
+    inherit = [f"--inherit-fd=fd[{its_input}]:{outside[0]}", f"--inherit-fd=fd[{its_output}]:{outside[1]}"]
+    restore = start_restore(migration, options=inherit, pass_fds=[its_input, its_output])
+    os.close(its_input)
+    os.close(its_output)
+    migration.wait_drained()
+    os.write(our_output, b"again\n")
+    read_until(our_input, b"again\r\nagain\r\n")
+    # Ctrl-C ends what is in the foreground, and the shell takes the terminal back.
+    os.write(our_output, b"\x03")
+    read_until(our_input, b"# ")
+    os.write(our_output, b"stty size; jobs; kill %1; exit 7\n")
+    shown = read_until(our_input, b"exit\r\n")
+    assert b"40 99" in shown and b"Running" in shown and b"sleep 1000" in shown, shown
+    os.close(our_output)
+    assert restore.wait(30) in (0, 7)
+    os.close(our_input)
