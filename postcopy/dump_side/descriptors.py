@@ -22,6 +22,7 @@ from postcopy.dump_side import (
 )
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
+from postcopy.open_kinds import Lock
 from postcopy.state import Description, FileIdentity, Slot
 
 _LOOKS = 6
@@ -70,13 +71,16 @@ def _collect(table: Table, fd: int, seen: set[int]) -> Slot:
     opened = Opened.look(table.pid, fd)
     among = table.alike[opened.likeness]
     place, number = _look_up(table, opened, among)
-    new = number is None
     if number is None:
         number = len(table.descriptors.descriptions)
+        # First all that may be refused: what is refused now must be found anew at the next look.
+        held = locks.collect(table, opened, number, new=True)
         table.descriptors.descriptions.append(_describe(table, opened, number))
         among.insert(place, (table.pid, fd, number))
-    if number not in seen:
-        _lock(table, opened, number, new)
+    else:
+        held = [] if number in seen else locks.collect(table, opened, number, new=False)
+    if held:
+        _lock(table, opened, number, held)
     seen.add(number)
     return Slot(fd, opened.close_on_exec, number)
 
@@ -96,12 +100,11 @@ def _describe(table: Table, opened: Opened, number: int) -> Description:
     return description
 
 
-def _lock(table: Table, opened: Opened, number: int, new: bool) -> None:
+def _lock(table: Table, opened: Opened, number: int, held: list[Lock]) -> None:
     """Add the locks."""
-    held = locks.collect(table, opened, number, new)
     table.descriptors.locks.extend(held)
     file = table.descriptors.descriptions[number].file
-    if held and file is not None:
+    if file is not None:
         table.needed.append(FileIdentity(file.path, opened.stat.st_size, b"", changing=True, locked=True))
 
 

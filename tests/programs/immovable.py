@@ -174,7 +174,10 @@ def own_userfaultfd(directory: Path) -> None:
 
 
 def terminal(directory: Path) -> None:
-    kept.append(os.openpty()[1])
+    master, slave = os.openpty()
+    subprocess.run(["setsid", "--fork", "sleep", "1000"], pass_fds=[master], check=True)
+    os.close(master)
+    kept.append(slave)
 
 
 def huge_memfd(directory: Path) -> None:
