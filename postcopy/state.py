@@ -30,6 +30,7 @@ from postcopy.open_kinds import (
     SignalDescriptor,
     TimerDescriptor,
 )
+from postcopy.socket_kinds import InetSocket, UnixName, UnixSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,6 +425,8 @@ class Description:
     inotify: Inotify | None = None
     process: PidDescriptor | None = None
     external: External | None = None
+    unix: UnixSocket | None = None
+    inet: InetSocket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,6 +538,7 @@ class Manifest:
     memory_bytes: Unsigned
     highest_fd: Fd
     external: list[str] = field(default_factory=list)
+    unix_names: list[UnixName] = field(default_factory=list)
 
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from postcopy.dump_side import (
     pidfd,
     pipes,
     signalfd,
+    sockets,
     terminals,
     timerfd,
 )
@@ -27,6 +28,7 @@ _KINDS = (
     pipes.collect,
     terminals.collect,
     memfds.collect,
+    sockets.collect,
     ghosts.collect,
     files.collect,
     eventfd.collect,
