@@ -3,6 +3,7 @@
 Writes the names of what it could make, one a line, to the file it is told, and then waits.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -90,7 +91,8 @@ def packet_socket(directory: Path) -> None:
 
 def unix_socket_held_by_another(directory: Path) -> None:
     here, there = socket.socketpair()
-    kept.append((subprocess.Popen(["sleep", "1000"], stdin=here.fileno()), here, there))
+    kept.append((here, there))
+    leave_behind(here.fileno())
 
 
 def unix_not_accepted(directory: Path) -> None:
@@ -212,9 +214,18 @@ def huge_memfd(directory: Path) -> None:
 
 def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
+    leave_behind()
+
+
+def leave_behind(*keep: int) -> None:
+    """Let a process go on outside of the tree, with nothing open but ``keep``."""
     if not (child := os.fork()):
         if os.fork():
             os._exit(0)
+        for fd in range(3, 4096):
+            if fd not in keep:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         while True:
             signal.pause()
     os.waitpid(child, 0)
