@@ -13,6 +13,8 @@ demo: $(READY)
 
 test: lint
 	@$(call need,ip,iproute2)
+	@$(call need,nft,nftables)
+	@$(call need,iptables-restore,iptables)
 	@$(call need,xz,xz-utils)
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -11,6 +11,7 @@ from postcopy import capabilities
 from postcopy.kernel import cpu, pidfd, procfs, ptrace, userfaultfd
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.nftables import DropTable
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.prctl import PR_SET_MM
 
@@ -72,6 +73,8 @@ def _findings() -> Iterator[Finding]:
     yield Finding("clone3(2) with set_tid", destination, _works(_clone3), True, "kernel 5.5 or newer is needed")
     yield Finding("PR_SET_MM_MAP", destination, _works(_mm_map), True, "CONFIG_CHECKPOINT_RESTORE is needed")
     yield Finding("a vdso that can be moved", both, _vdso_is_movable(), True, "its mappings are missing or sealed")
+    cost = "established TCP connections move only with --network-lock iptables or skip"
+    yield Finding("nf_tables with owners", both, _works(_lock_network), False, cost)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     yield Finding(
         f"descriptor limit {most}", destination, most >= _ENOUGH_DESCRIPTORS, False, "raise it: one for each fork"
@@ -119,6 +122,14 @@ def _userfaultfd_features() -> int | None:
         return None
     finally:
         os.close(fd)
+
+
+def _lock_network() -> None:
+    table = DropTable(f"postcopy-check-{os.getpid()}")
+    try:
+        table.drop([], [])
+    finally:
+        table.close()
 
 
 def _clone3() -> None:

@@ -12,7 +12,7 @@ import typer
 
 from postcopy import __version__, reporting
 from postcopy.deadline import end_on_signals
-from postcopy.dump_side.choices import DEFAULT_GHOST_LIMIT, Choices
+from postcopy.dump_side.choices import CLOSED, DEFAULT_GHOST_LIMIT, MOVED, REFUSED, Choices
 from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
 from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
@@ -34,6 +34,14 @@ class BackgroundMode(enum.StrEnum):
     eager = "eager"
     idle = "idle"
     off = "off"
+
+
+class NetworkLockMode(enum.StrEnum):
+    """How packets of connections are kept from being answered while the process stands still."""
+
+    nftables = "nftables"
+    iptables = "iptables"
+    skip = "skip"
 
 
 Lazy = Annotated[
@@ -65,6 +73,15 @@ FileLocks = Annotated[
 ]
 
 
+NetworkLock = Annotated[
+    NetworkLockMode, typer.Option(help="How TCP is kept silent while the process stands still; skip: not at all.")
+]
+TcpEstablished = Annotated[
+    bool, typer.Option("--tcp-established", help="Move established TCP connections; their peers see a pause.")
+]
+TcpClose = Annotated[
+    bool, typer.Option("--tcp-close", help="Let established TCP connections end; the program finds them aborted.")
+]
 External = Annotated[
     list[str] | None,
     typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
@@ -102,6 +119,9 @@ def dump(
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
     external: External = None,
+    tcp_established: TcpEstablished = False,
+    tcp_close: TcpClose = False,
+    network_lock: NetworkLock = NetworkLockMode.nftables,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[
@@ -124,7 +144,8 @@ def dump(
     from postcopy.dump_side import session
 
     reporter = reporting.Printer(as_json, display_stats)
-    choices = Choices(ghost_limit, file_locks, frozenset(external or ()))
+    connections = _connections(tcp_established, tcp_close)
+    choices = Choices(ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value)
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
     if not lazy_pages:
         if directory is None:
@@ -160,6 +181,7 @@ def restore(
         list[str] | None,
         typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
     ] = None,
+    network_lock: NetworkLock = NetworkLockMode.nftables,
     background: Annotated[
         BackgroundMode, typer.Option(help="Push the rest at once; only when no page has been asked for; never.")
     ] = BackgroundMode.eager,
@@ -217,6 +239,7 @@ def restore(
             pidfile=pidfile,
             new_pid_namespace=new_pid_namespace,
             inherited=_inherited(inherit_fd or []),
+            network_lock=network_lock.value,
             background=Background(background.value, idle_delay),
         ),
         reporter,
@@ -263,6 +286,8 @@ def check(
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
     external: External = None,
+    tcp_established: TcpEstablished = False,
+    tcp_close: TcpClose = False,
     verbose: Verbose = 0,
     as_json: Json = False,
 ) -> None:
@@ -277,7 +302,8 @@ def check(
     if pid is not None:
         from postcopy.dump_side.survey import survey
 
-        manifest, _ = survey(pid, Choices(ghost_limit, file_locks, frozenset(external or ())))
+        connections = _connections(tcp_established, tcp_close)
+        manifest, _ = survey(pid, Choices(ghost_limit, file_locks, frozenset(external or ()), connections))
         reporting.show_movable(manifest, as_json)
 
 
@@ -324,6 +350,12 @@ def _inherited(given: list[str]) -> dict[str, int]:
             raise UsageError(f"--inherit-fd {each}: there are two for {resource}")
         found[resource] = number
     return found
+
+
+def _connections(tcp_established: bool, tcp_close: bool) -> str:
+    """What becomes of established TCP connections."""
+    _one_of(tcp_established, "--tcp-established", tcp_close, "--tcp-close")
+    return MOVED if tcp_established else CLOSED if tcp_close else REFUSED
 
 
 def _one_of(one: bool, name: str, other: bool, other_name: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from postcopy import open_soundness
+from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, plan
@@ -104,6 +104,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     Vma: {"offset": _INT64},
     Zombie: {"uid": _UINT32, "status": range(1 << 16)},
     **open_soundness.NUMBERS,
+    **socket_soundness.NUMBERS,
 }
 
 # How long a text, a byte string or a list may be.
@@ -131,6 +132,7 @@ _LENGTHS: Mapping[type, Mapping[str, range]] = {
     Vma: {"name": range(5 * _PATH_MAX), "flags": range(64)},
     Zombie: {"name": range(16)},
     **open_soundness.LENGTHS,
+    **socket_soundness.LENGTHS,
 }
 
 # How long each byte string of a list must be.
@@ -145,6 +147,7 @@ _ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
     Credentials: {"uids": _UINT32, "gids": _UINT32, "groups": _UINT32},
     Scheduling: {"affinity": range(8192)},
     SharedMemory: {"owner": _UINT32},
+    **socket_soundness.ITEM_NUMBERS,
 }
 
 _CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
@@ -259,6 +262,7 @@ def _tree(tree: Tree) -> Iterator[str]:
                 yield f"processes: descriptor {slot.fd} of {process.pid} is none of the {count} descriptions"
     spaces = [*(process.space for process in tree.processes), *(memory.space for memory in tree.shared_memory)]
     yield from open_soundness.tree(tree)
+    yield from socket_soundness.tree(tree)
     for space in _repeated(spaces):
         yield f"processes: space {space} occurs twice"
     yield from _references_to_memory(tree)
@@ -467,4 +471,5 @@ _CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     Vma: _vma,
     Zombie: _zombie,
     **open_soundness.CHECKS,
+    **socket_soundness.CHECKS,
 }

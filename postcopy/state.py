@@ -32,6 +32,7 @@ from postcopy.open_kinds import (
     SignalDescriptor,
     TimerDescriptor,
 )
+from postcopy.socket_kinds import InetSocket, UnixName, UnixSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +428,8 @@ class Description:
     process: PidDescriptor | None = None
     external: External | None = None
     terminal: PtyEnd | None = None
+    unix: UnixSocket | None = None
+    inet: InetSocket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +543,7 @@ class Manifest:
     highest_fd: Fd
     external: list[str] = field(default_factory=list)
     ptys: list[Unsigned] = field(default_factory=list)
+    unix_names: list[UnixName] = field(default_factory=list)
 
 
 T = TypeVar("T")

@@ -372,6 +372,50 @@ class Pair:
                 stack.callback(host.close)
 
 
+class Trio(Pair):
+    """A pair and a third host ``c``, ``10.77.N.3``, in which the bridge is that joins them; ``service`` is an address
+    that moves from host to host."""
+
+    def __init__(self, names: tuple[str, str, str] = ("alpha", "beta", "gamma")) -> None:
+        self.a, self.b, self.c = Host.start(*names)
+        number = next(_pair_numbers) % 256
+        self.service, self.service6 = f"10.77.{number}.100", f"fd77::{number:x}:100"
+        try:
+            for last, host in enumerate(self, 1):
+                host.address = f"10.77.{number}.{last}"
+                if host is self.c:
+                    continue
+                port = f"port{last}"
+                link = ["name", DEVICE, "netns", str(host.init_pid), "type", "veth", "peer", "name", port]
+                subprocess.run(["ip", "link", "add", *link, "netns", str(self.c.init_pid)], check=True)
+            bridge = (
+                f"link add {DEVICE} type bridge\nlink set port1 master {DEVICE} up\nlink set port2 master {DEVICE} up\n"
+            )
+            self.c.run(["ip", "-batch", "-"], input=bridge.encode(), check=True)
+            for last, host in enumerate(self, 1):
+                commands = f"addr add {host.address}/24 dev {DEVICE}\nlink set {DEVICE} up\n"
+                commands += f"addr add fd77::{number:x}:{last}/64 dev {DEVICE} nodad\n"
+                host.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Host]:
+        return iter((self.a, self.b, self.c))
+
+    def add_service(self, host: Host) -> None:
+        """Give ``host`` the addresses; nobody is told."""
+        commands = f"addr add {self.service}/32 dev {DEVICE}\naddr add {self.service6}/128 dev {DEVICE} nodad\n"
+        host.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
+
+    def announce_service(self, source: Host, destination: Host) -> None:
+        """Take the addresses from ``source``, and tell everybody that ``destination`` has them."""
+        commands = f"addr del {self.service}/32 dev {DEVICE}\naddr del {self.service6}/128 dev {DEVICE}\n"
+        source.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
+        script = str(Path(__file__).with_name("announce.py"))
+        destination.run([sys.executable, "-I", "-S", script, DEVICE, self.service, self.service6], check=True)
+
+
 def _pid_of(pidfd: int) -> int:
     fields = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines())
     return int(fields["Pid"])

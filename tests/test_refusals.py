@@ -111,6 +111,26 @@ def test_main_thread_that_has_ended(pair: Pair) -> None:
     program.kill()
 
 
+def test_unix_connection_to_a_process_that_is_not_moved(pair: Pair, tmp_path: Path) -> None:
+    path, ready = str(tmp_path / "listening"), tmp_path / "connected"
+    serve = f"import socket; s = socket.socket(1); s.bind({path!r}); s.listen(); c = s.accept(); print(flush=True)"
+    server = pair.a.popen([sys.executable, "-c", f"{serve}; s.accept()"], stdout=subprocess.PIPE)
+    wait_until(lambda: os.path.exists(path), SECONDS, "the server listens")
+    use = f"import os, socket, time; s = socket.socket(1); s.connect({path!r}); os.mkdir({str(ready)!r})"
+    client = pair.a.popen([sys.executable, "-c", f"{use}; time.sleep(1000)"])
+    assert server.stdout is not None
+    server.stdout.readline()
+    wait_until(ready.exists, SECONDS, "the client is connected")
+    for pid, other in ((client.pid, server.pid), (server.pid, client.pid)):
+        result = dump(pair.a, pid)
+        assert result.returncode == 5, result.stderr
+        said = result.stderr.decode()
+        assert "a Unix stream socket connected to socket:[" in said
+        assert f"of process {other}, which is not moved along" in said
+    for program in (client, server):
+        program.kill()
+
+
 def test_program_of_32_bits(pair: Pair, tmp_path: Path) -> None:
     # mov eax, 29 (pause); int 0x80; jmp to the beginning
     code = bytes.fromhex("b81d000000 cd80 ebf7")

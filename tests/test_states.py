@@ -38,7 +38,8 @@ def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The program after so many moves."""
     with Pair() as hosts:
         try:
-            return Outcome(run_program(hosts, tmp_path_factory.mktemp("states"), request.param))
+            directory = tmp_path_factory.mktemp("states")
+            return Outcome(run_program(hosts, directory, request.param, dump_options=["--tcp-established"]))
         # Kept for one test to raise, with the logs that it holds: each case would repeat them.
         except (Exception, pytest.fail.Exception) as failure:
             return Outcome({}, failure)

@@ -2,12 +2,13 @@
 
 import contextlib
 import gc
+import os
 import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from postcopy.dump_side import memory, signals, sleepers
-from postcopy.dump_side.choices import Choices
+from postcopy.dump_side import memory, network, signals, sleepers
+from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
@@ -15,6 +16,7 @@ from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.kernel import procfs
+from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.spaces import spaces_of
@@ -37,7 +39,11 @@ class Capture:
         self._trusted = trusted
         self._choices = choices or Choices()
         self._shared = SharedObjects()
-        self._guard = Guard()
+        self._traffic = Traffic([], [])
+        self._ended = False
+        # Before anything is forked that is to share it.
+        self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
+        self._guard = Guard(self._lock)
         self._smaps = memory.SmapsReader()
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
 
@@ -48,9 +54,16 @@ class Capture:
         if self.committed:
             self.frozen.let_go()
         else:
+            if not self._ended:
+                self._lock.unlock()
             self.frozen.thaw()
         self._smaps.close()
-        self._guard.dismiss()
+        if self.committed and not self._ended and self._lock.is_locked:
+            self._guard.leave()
+            self._lock.leave()
+        else:
+            self._guard.dismiss()
+            network.outlast(self._lock, self._traffic)
         self._shared.close()
         self.frozen.close()
 
@@ -62,6 +75,8 @@ class Capture:
         self.frozen.freeze()
         self._smaps.begin(self.frozen.pids)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
+        self._guard.locking(self.frozen.pids)
+        self._traffic = network.lock(self._lock, self.frozen.pids, self._choices)
         self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}
@@ -105,7 +120,10 @@ class Capture:
 
     def end(self) -> None:
         """The tree is of no more use here."""
+        if self._choices.connections == MOVED:
+            network.silence(self.frozen.pids)
         self.frozen.kill()
+        self._ended = True
         self._shared.end()
         self._reporter.event("killed", pid=self.frozen.root.pid)
 

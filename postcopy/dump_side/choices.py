@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 DEFAULT_GHOST_LIMIT = 1 << 20
+REFUSED, MOVED, CLOSED = "refused", "moved", "closed"
 
 
 @dataclass(frozen=True)
@@ -11,9 +12,12 @@ class Choices:
 
     ``file_locks``: locks are taken again at the destination, where somebody else may have been faster.
     ``external``: resources outside of the tree (as ``/proc/PID/fd`` shows them) that ``restore`` will be given others
-    for.
+    for. ``connections``: what becomes of established TCP connections (`REFUSED`, `MOVED` or `CLOSED`);
+    ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`).
     """
 
     ghost_limit: int = DEFAULT_GHOST_LIMIT
     file_locks: bool = False
     external: frozenset[str] = frozenset()
+    connections: str = REFUSED
+    network_lock: str = "nftables"

@@ -17,6 +17,7 @@ from postcopy.dump_side import (
     signals,
     threads,
     timers,
+    unix_sockets,
 )
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
@@ -59,6 +60,7 @@ def collect(
     for each in frozen.processes:
         table.slots[each.pid] = descriptors.collect(table, each.pid, problems)
     epoll.complete(table, problems)
+    unix_sockets.check_peers(table, problems)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []

@@ -17,6 +17,7 @@ from postcopy.dump_side import (
     pipes,
     ptys,
     signalfd,
+    sockets,
     terminals,
     timerfd,
 )
@@ -32,6 +33,7 @@ _KINDS = (
     ptys.collect,
     terminals.collect,
     memfds.collect,
+    sockets.collect,
     ghosts.collect,
     files.collect,
     eventfd.collect,

@@ -1,7 +1,8 @@
 """The guard: a process that wakes the tree when the control process dies between the durable stop and GO.
 
 ptrace(2) wakes a frozen tree when its tracer dies; the durable stop takes that away one step before commit. The
-control process tells the guard by a socket where it stands; the end of the connection says that it has died.
+control process tells the guard by a socket where it stands; the end of the connection says that it has died. The
+network lock is the guard's to take away then: before commit at once, after it when the tree has ended or goes on.
 """
 
 import contextlib
@@ -10,24 +11,35 @@ import socket
 from collections.abc import Sequence
 
 from postcopy import roles
+from postcopy.dump_side import network
+from postcopy.network_lock import NetworkLock
 
-_STOPPING, _COMMITTING = b"s", b"c"
+_LOCKING, _STOPPING, _COMMITTING = b"l", b"s", b"c"
+_MOST_BYTES = 1 << 16
 _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
 
 class Guard:
     """The control process's end of the connection."""
 
-    def __init__(self) -> None:
-        """Fork the guard."""
+    def __init__(self, lock: NetworkLock | None = None) -> None:
+        """Fork the guard; ``lock``: with which the network will be locked."""
+        lock = lock or NetworkLock("skip", "")
         self._connection, guards_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def body() -> None:
-            self._connection.close()
-            watch(guards_end)
+            watch(guards_end, lock)
 
-        self._role = roles.start("postcopy-guard", body, dies_with_parent=False)
+        # Nothing else: it may live on after us, and the destination waits for our connections to be closed.
+        keep = [guards_end.fileno(), *lock.descriptors]
+        self._role = roles.start("postcopy-guard", body, dies_with_parent=False, keep=keep)
         guards_end.close()
+
+    def locking(self, pids: Sequence[int]) -> None:
+        """From here on there may be a network lock to take away, and connections of these processes to give back."""
+        for first in range(0, len(pids), _MOST_DESCRIPTORS):
+            numbers = " ".join(map(str, pids[first : first + _MOST_DESCRIPTORS]))
+            self._connection.send(_LOCKING + numbers.encode())
 
     def stopping(self, pidfds: Sequence[int]) -> None:
         """From here on these processes must be woken if we die."""
@@ -38,6 +50,10 @@ class Guard:
         """From here on the tree must not be woken by anybody."""
         self._connection.send(_COMMITTING)
 
+    def leave(self) -> None:
+        """The tree stays here, stopped, and we end: the guard alone keeps the network locked for it."""
+        self._connection.close()
+
     def dismiss(self) -> None:
         """The guard's work is done."""
         # Killed rather than told: processes forked since may hold the connection open.
@@ -45,15 +61,28 @@ class Guard:
         self._connection.close()
 
 
-def watch(connection: socket.socket) -> None:
+def watch(connection: socket.socket, lock: NetworkLock) -> None:
     """The guard's body: follow the control process to its end."""
     to_wake: list[int] = []
+    locked: list[int] = []
     while True:
-        said, pidfds, _, _ = socket.recv_fds(connection, 1, _MOST_DESCRIPTORS)
+        said, pidfds, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_DESCRIPTORS)
+        if said.startswith(_LOCKING):
+            lock.is_locked = True
+            locked += [int(word) for word in said[1:].split()]
+            continue
         if said != _STOPPING:
             break
         to_wake += pidfds
-    if said != _COMMITTING:
+    if said == _COMMITTING:
+        # Whatever becomes of it, nobody wakes the tree.
+        connection.recv(1)
+        network.keep_watch(lock, locked)
+    else:
+        if lock.is_locked:
+            network.heal(locked)
+        lock.close()
         for pidfd in to_wake:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+    lock.close()

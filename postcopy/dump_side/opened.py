@@ -1,6 +1,7 @@
 """One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
 
 import contextlib
+import functools
 import os
 import stat
 from collections import defaultdict
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
-from postcopy.kernel import pidfd, procfs
+from postcopy.kernel import pidfd, procfs, sock_diag
+from postcopy.socket_kinds import UnixName
 from postcopy.state import Descriptors, FileIdentity, Slot
 
 O_PATH = 0o10000000
@@ -87,10 +89,8 @@ class Opened:
 
 @dataclass(frozen=True)
 class Trusted:
-    """What an earlier look has not found outside of the tree, for looking takes long: pipes (inodes), memory.
-
-    ``ranks``: see `Table`.
-    """
+    """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
+    memory. ``ranks``: see `Table`."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
@@ -108,6 +108,7 @@ class Table:
     descriptors that may share a description, by what they show, each as (process, descriptor, number of its
     description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
+    ``sockets``: in which process each was found, by inode.
     """
 
     pids: frozenset[int]
@@ -127,8 +128,22 @@ class Table:
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    sockets: dict[int, int] = field(default_factory=dict)
+    unix_names: list[UnixName] = field(default_factory=list)
+    _unix: dict[int, sock_diag.UnixDiag] = field(default_factory=dict)
     _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def unix_diag(self, inode: int) -> sock_diag.UnixDiag | None:
+        """What the kernel says of a Unix socket; None where there is none in this network namespace."""
+        if inode not in self._unix:
+            self._unix = sock_diag.unix_sockets()
+        return self._unix.get(inode)
+
+    @functools.cached_property
+    def listening_files(self) -> set[tuple[int, int] | None]:
+        """The files (`UnixDiag.vfs`) of all Unix sockets that listen."""
+        return {diag.vfs for diag in self._unix.values() if diag.listening}
 
     def found_ranks(self) -> dict[tuple[int, int], int]:
         """The `ranks` for a later look."""

@@ -21,7 +21,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     # The inodes of pipes count by themselves.
     inode = opened.stat.st_dev << 64 | opened.stat.st_ino if path else opened.stat.st_ino
     if inode not in table.pipe_numbers:
-        if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.link)):
+        if inode not in table.trusted_pipes and (holder := holder_outside(table, opened.link)):
             raise Refused(
                 f"{opened.link}: process {holder}, which is not moved, holds an end of this pipe too; redirect the "
                 "stream to a file and start the program again, or let restore give it another: "
@@ -82,7 +82,7 @@ def _is_untouched(opened: Opened) -> bool:
         os.close(second)
 
 
-def _holder_outside(table: Table, link: str) -> int | None:
+def holder_outside(table: Table, link: str) -> int | None:
     """A process outside of the tree that has an end of the pipe open."""
     if table.holders is None:
         # Children may have been born to the tree since its processes were listed.

@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from postcopy import capabilities
-from postcopy.dump_side import clocks, descriptors, epoll, filesystem, lineage, memory, namespaces, seccomp, timers
+from postcopy.dump_side import (
+    clocks,
+    descriptors,
+    epoll,
+    filesystem,
+    lineage,
+    memory,
+    namespaces,
+    seccomp,
+    timers,
+    unix_sockets,
+)
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.opened import Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
@@ -99,6 +110,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
             del found.problems[own:]
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
     epoll.complete(found.table, found.problems)
+    unix_sockets.check_peers(found.table, found.problems)
     alive = [pid for pid in descendants if pid in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
@@ -118,8 +130,10 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         highest_fd=found.highest_fd,
         external=found.table.external,
         ptys=list(found.table.pty_numbers),
+        unix_names=found.table.unix_names,
     )
-    return manifest, Trusted(frozenset(found.table.pipe_numbers), shared.keys, found.table.found_ranks())
+    alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
+    return manifest, Trusted(alone, shared.keys, found.table.found_ranks())
 
 
 @dataclass

@@ -3,6 +3,19 @@
 from dataclasses import dataclass
 
 NUMBERS = {
+    "accept4": 288,
+    "fchown": 93,
+    "fchdir": 81,
+    "getsockopt": 55,
+    "setsockopt": 54,
+    "socketpair": 53,
+    "listen": 50,
+    "bind": 49,
+    "shutdown": 48,
+    "sendmsg": 46,
+    "sendto": 44,
+    "connect": 42,
+    "socket": 41,
     "read": 0,
     "write": 1,
     "close": 3,

@@ -18,6 +18,7 @@ from postcopy.restore_side import (
     external,
     files,
     ghosts,
+    inet_sockets,
     inotify,
     locks,
     memfds,
@@ -25,8 +26,10 @@ from postcopy.restore_side import (
     pipes,
     ptys,
     signalfd,
+    sockets,
     terminals,
     timerfd,
+    unix_sockets,
 )
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
@@ -87,8 +90,8 @@ class Plan:
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
     into one batch. ``streams``: where those are parked that ``restore`` lends; ``lender``: and the directory of its
     descriptors (`birth.lender_number`); ``inherited``: and what it was given for external resources; ``pipes`` and
-    ``ghosts``: ends of pipes, and files without a name, by number. ``taken``: parked ends that the program has got
-    themselves. ``slots``: the table by number, once it is there.
+    ``ghosts``: ends of pipes, and files without a name, by number; ``sockets``: by inode. ``taken``: parked
+    ends that the program has got themselves. ``slots``: the table by number, once it is there.
     """
 
     batch: Batch
@@ -104,6 +107,7 @@ class Plan:
     pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
     ghosts: dict[int, int] = field(default_factory=dict)
+    sockets: dict[int, int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     _places: dict[int, int] = field(default_factory=dict)
     _holders: dict[int, int] = field(default_factory=dict)
@@ -211,6 +215,8 @@ _KINDS: dict[str, Opener] = {
     "memory": memfds.rebuild,
     "external": external.rebuild,
     "terminal": ptys.rebuild,
+    "unix": sockets.place,
+    "inet": sockets.place,
 }
 
 
@@ -231,7 +237,8 @@ def needed(process: Process, shared: Shared) -> int:
     holders = {shared.descriptions[slot.description][0] for slot in process.slots}
     watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
     foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
-    return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + 8
+    made = sockets.numbers(shared.made_by(process))
+    return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + made + 8
 
 
 def highest(process: Process, shared: Shared) -> int:
@@ -258,7 +265,7 @@ def room(process: Process, shared: Shared) -> int:
             each += 1024 * len(description.epoll.targets)
         elif description.inotify is not None:
             paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
-    return each + contents + paths
+    return each + contents + paths + sockets.room(shared.made_by(process))
 
 
 def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
@@ -279,6 +286,9 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
         plan.inherited[resource] = plan.parking()
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
     batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
+    mine = shared.made_by(process)
+    plan.sockets |= unix_sockets.rebuild(plan, [one.unix for one in mine if one.unix])
+    plan.sockets |= inet_sockets.rebuild(plan, [one.inet for one in mine if one.inet])
     first: dict[int, int] = {}
     for slot in process.slots:
         if slot.description in first:

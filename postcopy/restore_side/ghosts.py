@@ -65,7 +65,8 @@ def open_ghost(plan: "Plan", slot: Slot, state: GhostOpening) -> None:
     else:
         opened = plan.next_fd()
         path = plan.batch.text(f"/proc/self/fd/{parked}")
-        plan.batch.add(call("openat", _AT_FDCWD, path, state.flags), purpose)
+        # That path is a link.
+        plan.batch.add(call("openat", _AT_FDCWD, path, state.flags & ~os.O_NOFOLLOW), purpose)
         plan.settle(opened, slot.fd, slot.close_on_exec, purpose)
     if state.position:
         plan.batch.add(call("lseek", slot.fd, state.position, _SEEK_SET), purpose)

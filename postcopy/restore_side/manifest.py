@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.restore_side import unix_sockets
 from postcopy.state import FileIdentity, Manifest
 
 _CAPABILITY_SYS_ADMIN, _CAPABILITY_CHECKPOINT_RESTORE = 21, 40
@@ -27,6 +28,7 @@ def problems(manifest: Manifest, new_pid_namespace: bool, inherited: Collection[
         *_vdso(manifest),
         *_cpu(manifest),
         *files(manifest.files, frozen=False),
+        *unix_sockets.problems(manifest.unix_names),
     ]
 
 

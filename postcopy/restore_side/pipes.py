@@ -70,7 +70,9 @@ def open_end(plan: "Plan", slot: Slot, end: PipeEnd) -> None:
     # The reading end must not wait for a writer. O_DIRECT is not for open(2), although F_GETFL tells it.
     waits = bool(plan.state.pipes[end.pipe].path) and not end.flags & os.O_NONBLOCK
     for_a_moment = os.O_NONBLOCK if waits else 0
-    plan.batch.add(call("openat", _AT_FDCWD, path, end.flags & ~os.O_DIRECT | for_a_moment), purpose)
+    # Nor O_NOFOLLOW: that path is a link.
+    flags = end.flags & ~(os.O_DIRECT | os.O_NOFOLLOW) | for_a_moment
+    plan.batch.add(call("openat", _AT_FDCWD, path, flags), purpose)
     if waits or end.flags & os.O_DIRECT:
         plan.set_flags(opened, end.flags, purpose)
     plan.settle(opened, slot.fd, slot.close_on_exec, purpose)

@@ -39,6 +39,7 @@ from postcopy.restore_side.build import Built
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
+from postcopy.restore_side.network import Network
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
 from postcopy.restore_side.shared_memory import SharedObjects
@@ -70,6 +71,7 @@ class Options:
     pidfile: Path | None = None
     new_pid_namespace: bool = False
     inherited: Mapping[str, int] = field(default_factory=dict)
+    network_lock: str = "nftables"
     background: Background = field(default_factory=Background)
 
 
@@ -125,6 +127,7 @@ class _Takeover:
         self._built: BuiltTree | None = None
         self._shared = SharedObjects()
         self._inherited: Mapping[str, int] = {}
+        self._network: Network | None = None
         self._watchdog: Role | None = None
         self._orders = -1
         self._news: socket.socket | None = None
@@ -190,9 +193,11 @@ class _Takeover:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
             parent_stays = not self._options.detach
-            self._built = build_tree(
-                tree, pages, self._newborn, self._newborns, self._shared, parent_stays, self._inherited
-            )
+            inherited = self._inherited
+            self._network = Network(tree, self._options.network_lock)
+            self._network.prepare()
+            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
+            self._network.check(self._pidfds())
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)
@@ -200,6 +205,11 @@ class _Takeover:
             self._check_daemon()
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
+
+    def _pidfds(self) -> dict[int, int]:
+        """Of the processes that have been built, by the PIDs that they have in the state."""
+        assert self._built is not None
+        return {each.state.pid: each.newborn.pidfd for each in self._built.processes}
 
     def _deadline(self) -> contextlib.AbstractContextManager[None]:
         """No tree stands still while all of its memory is filled from a directory."""
@@ -264,6 +274,8 @@ class _Takeover:
         """Leave nothing here."""
         if self._newborn is not None:
             kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
+        if self._network is not None:
+            self._network.give_up()
         self._shared.undo()
         if self._namespace is not None:
             self._namespace.kill()
@@ -289,6 +301,8 @@ class _Takeover:
                 self._namespace.entrust(self._built.root.state.pid)
             self._lend_terminal(self._built.root)
             self._clocks.wait_for(self._stopped_at)
+            if self._network is not None:
+                self._network.settle(self._pidfds())
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.

@@ -3,6 +3,7 @@
 Writes the names of what it could make, one a line, to the file it is told, and then waits.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -65,12 +66,42 @@ def cloned(flags: int) -> None:
             signal.pause()
 
 
-def tcp_socket(directory: Path) -> None:
-    kept.append(socket.socket())
+def tcp_connection(directory: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    kept.append((listener, socket.create_connection(listener.getsockname()), listener.accept()))
 
 
-def unix_socket(directory: Path) -> None:
-    kept.append(socket.socketpair())
+def corked_udp(directory: Path) -> None:
+    sock = socket.socket(type=socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_UDP, 1, 1)
+    kept.append(sock)
+
+
+def netlink_socket(directory: Path) -> None:
+    kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+
+
+def raw_socket(directory: Path) -> None:
+    kept.append(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+
+
+def packet_socket(directory: Path) -> None:
+    kept.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+
+
+def unix_socket_held_by_another(directory: Path) -> None:
+    here, there = socket.socketpair()
+    kept.append((here, there))
+    leave_behind(here.fileno())
+
+
+def unix_not_accepted(directory: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(b"\0immovable %d" % os.getpid())
+    listener.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(listener.getsockname())
+    kept.append((listener, client))
 
 
 def pipe_that_leaves(directory: Path) -> None:
@@ -186,9 +217,18 @@ def huge_memfd(directory: Path) -> None:
 
 def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
+    leave_behind()
+
+
+def leave_behind(*keep: int) -> None:
+    """Let a process go on outside of the tree, with nothing open but ``keep``."""
     if not (child := os.fork()):
         if os.fork():
             os._exit(0)
+        for fd in range(3, 4096):
+            if fd not in keep:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         while True:
             signal.pause()
     os.waitpid(child, 0)
@@ -232,8 +272,13 @@ KINDS: dict[Callable[[Path], None], str] = {
     shared_places: "share their working directory (CLONE_FS)",
     vfork: "share their memory (vfork, CLONE_VM)",
     pid_namespace: "it lives in another pid namespace than the root of the tree",
-    tcp_socket: "socket:[",
-    unix_socket: "socket:[",
+    tcp_connection: "can be moved with --tcp-established, or closed with --tcp-close",
+    corked_udp: "a corked UDP socket (UDP_CORK) cannot be moved yet",
+    netlink_socket: "netlink raw sockets (protocol 0) cannot be moved yet",
+    raw_socket: "IPv4 raw sockets (protocol 1) cannot be moved yet",
+    packet_socket: "packet raw sockets (protocol 0) cannot be moved yet",
+    unix_socket_held_by_another: "holds this socket too, which cannot be moved yet",
+    unix_not_accepted: "connections wait to be accepted (1), which cannot be moved yet",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
     fifo_that_leaves: "/fifo: process ",
     deleted_fifo: "/fifo-deleted (deleted): the FIFO cannot be found under this name any more",

@@ -22,6 +22,7 @@ from tests.programs.cases import (
     events,
     files,
     identity,
+    inet_sockets,
     memory,
     open_in_trees,
     registers,
@@ -32,6 +33,7 @@ from tests.programs.cases import (
     threads,
     timers,
     trees,
+    unix_sockets,
 )
 
 UNSUPPORTED = "unsupported: "
@@ -39,6 +41,7 @@ UNSUPPORTED = "unsupported: "
 #: In the order of setup. What belongs to a thread by inheritance comes before there are any; what lists the whole
 #: process, after all else.
 CASES: tuple[type[Case], ...] = (
+    unix_sockets.UnixPeerOfAnotherUser,
     identity.Credentials,
     identity.Dumpable,
     identity.NoNewPrivileges,
@@ -134,6 +137,21 @@ CASES: tuple[type[Case], ...] = (
     files.SignalDrivenPipe,
     files.ProcFiles,
     files.SilentReader,
+    unix_sockets.UnixStreamPair,
+    unix_sockets.UnixMessages,
+    unix_sockets.UnixHalfClosed,
+    unix_sockets.UnixServer,
+    unix_sockets.UnixDatagrams,
+    unix_sockets.UnixCredentials,
+    unix_sockets.UnixOptions,
+    unix_sockets.UnixFilter,
+    inet_sockets.TcpListeners,
+    inet_sockets.TcpOptions,
+    inet_sockets.TcpOwnConnections,
+    inet_sockets.TcpFullQueues,
+    inet_sockets.TcpEnded,
+    inet_sockets.Udp,
+    inet_sockets.Multicast,
     signals.SignalActions,
     memory.FileMappings,
     descriptors.DescriptorTable,

@@ -85,7 +85,7 @@ class ReplacedFile(Case):
     def setup(self) -> None:
         """Two of one name."""
         self.path = self.directory / "replaced"
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         os.write(self.fd, b"the old one")
         self.path.unlink()
         self.path.write_bytes(b"the new one")
@@ -338,6 +338,7 @@ class NamedFifos(Case):
         os.write(self.writer, b"in the FIFO")
         self.both = os.open(paths[1], os.O_RDWR)
         os.write(self.both, b"for both")
+        self.strict = os.open(paths[1], os.O_RDWR | os.O_NOFOLLOW)
         self.path = paths[2]
         self.lonely = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         self.fds = (self.reader, self.writer, self.both, self.lonely)
@@ -364,7 +365,7 @@ class NamedFifos(Case):
         return unlike(
             "content",
             [b"in the FIFO", b"for both", b"late"],
-            [os.read(fd, 100) for fd in (self.reader, self.both, self.lonely)],
+            [os.read(fd, 100) for fd in (self.reader, self.strict, self.lonely)],
         )
 
 

@@ -299,6 +299,51 @@ class DeletedFileOfTwo(Case):
         )
 
 
+class OpenAndMapped(Case):
+    """A file without a name that the parent has mapped, and one child open, and another child both."""
+
+    def setup(self) -> None:
+        """Three ways to one file."""
+        path = self.directory / "open-and-mapped"
+        path.write_bytes(bytes(2 * PAGE))
+        with open(path, "r+b") as file:
+            self.address = map_pages(2, flags=MAP_SHARED, fd=file.fileno())
+            fd = os.dup(file.fileno())
+        path.unlink()
+
+        def opener(line: Line) -> None:
+            checked(libc.munmap(self.address, 2 * PAGE), "munmap")
+            os.lseek(fd, 5, os.SEEK_SET)
+            line.say("there")
+            line.wait()
+            line.say([os.lseek(fd, 0, os.SEEK_CUR), os.pwrite(fd, page_content(801), PAGE)])
+            line.wait()
+
+        def both(line: Line) -> None:
+            line.say("there")
+            line.wait()
+            line.say([seen(self.address, {0: 800, 1: 801}), os.pread(fd, PAGE, 0) == page_content(800)])
+            line.wait()
+
+        self.children = Child(opener, fd), Child(both, fd)
+        for child in self.children:
+            child.hear()
+        os.close(fd)
+
+    def verify(self) -> str | None:
+        """They still lead to one."""
+        put(self.address, 800)
+        heard = []
+        for child in self.children:
+            child.say("look")
+            heard.append(child.hear())
+        return first_problem(
+            unlike("by the descriptor", [5, PAGE], heard[0]),
+            unlike("by both", [None, True], heard[1]),
+            seen(self.address, {0: 800, 1: 801}),
+        )
+
+
 class NamedMemory(Case):
     """POSIX shared memory (shm_open(3)): a file on tmpfs, which both hosts have."""
 
@@ -330,12 +375,12 @@ class NamedMemory(Case):
 
 
 class Multiprocessing(Case):
-    """What multiprocessing makes of semaphores (mapped files on tmpfs without a name): locks and conditions."""
+    """What multiprocessing makes of files on tmpfs without a name: locks and conditions, mapped; values, open too."""
 
     def setup(self) -> None:
         """A child that waits for a lock that we hold, and one that waits for a condition."""
         context = multiprocessing.get_context("fork")
-        self.lock, self.condition, self.memory = context.Lock(), context.Condition(), mmap.mmap(-1, PAGE)
+        self.lock, self.condition, self.value = context.Lock(), context.Condition(), context.Value("i", 5)
         self.lock.acquire()
         self.children = Child(self._get_lock), Child(self._await_condition)
         for child in self.children:
@@ -343,16 +388,16 @@ class Multiprocessing(Case):
 
     def _get_lock(self, line: Line) -> None:
         line.say("there")
-        with self.lock:
-            self.memory[0] += 1
+        with self.lock, self.value.get_lock():
+            self.value.value += 1
             line.say("has the lock")
         line.wait()
 
     def _await_condition(self, line: Line) -> None:
         with self.condition:
             line.say("there")
-            self.condition.wait_for(lambda: self.memory[0] > 10)
-        line.say(self.memory[0])
+            self.condition.wait_for(lambda: self.value.value > 10)
+        line.say(self.value.value)
         line.wait()
 
     def verify(self) -> str | None:
@@ -361,12 +406,12 @@ class Multiprocessing(Case):
         self.lock.release()
         heard = self.children[0].hear()
         with self.condition:
-            self.memory[0] += 10
+            self.value.value += 10
             self.condition.notify_all()
         return first_problem(
             unlike("heard", "has the lock", heard),
             unlike("lock is held", True, waits),
-            unlike("value", 11, self.children[1].hear()),
+            unlike("value", 16, self.children[1].hear()),
         )
 
 
@@ -377,6 +422,7 @@ CASES: tuple[type[Case], ...] = (
     OneOffset,
     SegmentOfTwo,
     DeletedFileOfTwo,
+    OpenAndMapped,
     NamedMemory,
     Multiprocessing,
 )

@@ -1,0 +1,109 @@
+"""TCP and UDP sockets over IPv4 and IPv6: addresses, state; `tcp_connections` takes connections apart."""
+
+import select
+import socket
+
+from postcopy.dump_side import multicast, tcp_connections
+from postcopy.dump_side.choices import CLOSED, MOVED
+from postcopy.dump_side.opened import Refused, Table
+from postcopy.kernel import socket_address, socket_options, tcp_repair
+from postcopy.kernel.tcp_repair import STATES
+from postcopy.socket_kinds import InetSocket, Socket
+
+_BROKEN = select.POLLIN | select.POLLRDHUP
+
+
+def collect(table: Table, common: Socket, own: socket.socket) -> InetSocket | None:
+    """The socket ``own``, a duplicate of the program's; None for other protocols. Raises Refused."""
+    if (common.type, common.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+        return _tcp(table, common, own)
+    if (common.type, common.protocol) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
+        return _udp(table, common, own)
+    return None
+
+
+def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
+    title = f"socket:[{common.inode}]"
+    info = tcp_repair.info(own)
+    if any((each.level, each.name) == socket_options.TCP_ULP and each.value.strip(b"\0") for each in common.options):
+        raise Refused(f"{title}: TCP with a protocol on top in the kernel (TLS) cannot be moved yet")
+    local, remote = _local(common, own), b""
+    connection, ended, aborted = None, False, False
+    if info.state == tcp_repair.LISTEN:
+        if info.waiting and table.frozen:
+            text = socket_address.text(local)
+            raise Refused(f"{title}: TCP connections to {text} wait to be accepted ({info.waiting}): try again")
+    elif info.state == tcp_repair.CLOSE:
+        events = _events(own)
+        aborted = bool(events & select.POLLERR)
+        ended = aborted or events & _BROKEN == _BROKEN
+        # With a reset goes what had not been read (RFC 9293, 3.10.7.4).
+        if ended and not aborted and tcp_repair.unread(own):
+            raise Refused(f"{title}: a TCP connection that has ended with data left to read cannot be moved yet")
+    elif table.choices.connections == CLOSED:
+        ended = aborted = True
+    else:
+        remote = _remote(common, own)
+        where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
+        if table.choices.connections != MOVED:
+            raise Refused(f"{where} can be moved with --tcp-established, or closed with --tcp-close")
+        if info.state != tcp_repair.ESTABLISHED:
+            raise Refused(f"{where} is half open or half closed ({STATES[info.state]}), which cannot be moved yet")
+        if table.frozen:
+            connection = tcp_connections.collect(own, info)
+    return InetSocket(
+        socket=common,
+        local=local,
+        remote=remote,
+        backlog=info.backlog if info.state == tcp_repair.LISTEN else -1,
+        memberships=[],
+        connection=connection,
+        ended=ended,
+        aborted=aborted,
+    )
+
+
+def _udp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
+    options = {(each.level, each.name): each.value for each in common.options}
+    title = f"socket:[{common.inode}]"
+    if any(options.get(socket_options.UDP_CORK, b"")):
+        raise Refused(f"{title}: a corked UDP socket (UDP_CORK) cannot be moved yet")
+    if any(options.get(socket_options.UDP_ENCAP, b"")):
+        raise Refused(f"{title}: a UDP socket that unwraps packets (UDP_ENCAP) cannot be moved yet")
+    try:
+        remote = _remote(common, own)
+    except OSError:
+        remote = b""
+    return InetSocket(
+        socket=common,
+        local=_local(common, own),
+        remote=remote,
+        backlog=-1,
+        memberships=multicast.collect(common, own),
+        connection=None,
+        ended=False,
+        aborted=False,
+    )
+
+
+def _local(common: Socket, own: socket.socket) -> bytes:
+    """The address it is bound to; empty where it is not."""
+    address = own.getsockname()
+    return _checked(common, socket_address.pack(common.family, address)) if address[1] else b""
+
+
+def _remote(common: Socket, own: socket.socket) -> bytes:
+    return _checked(common, socket_address.pack(common.family, own.getpeername()))
+
+
+def _checked(common: Socket, address: bytes) -> bytes:
+    if socket_address.scope(address):
+        text = socket_address.text(address)
+        raise Refused(f"socket:[{common.inode}]: the link-local address {text} cannot be moved to another host")
+    return address
+
+
+def _events(own: socket.socket) -> int:
+    poll = select.poll()
+    poll.register(own.fileno(), _BROKEN)
+    return sum(event for _, event in poll.poll(0))

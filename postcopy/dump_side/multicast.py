@@ -1,0 +1,16 @@
+"""Multicast groups that a socket has joined: the kernel tells only whether it is a member of a group that is named."""
+
+import socket
+
+from postcopy.kernel import multicast
+from postcopy.socket_kinds import Membership, Socket
+
+
+def collect(common: Socket, own: socket.socket) -> list[Membership]:
+    """The memberships of ``own``."""
+    found = []
+    for interface, group in multicast.groups_of_host(common.family):
+        member = multicast.membership(own, interface, group)
+        if member is not None:
+            found.append(Membership(group, interface, *member))
+    return found

@@ -1,0 +1,161 @@
+"""The TCP sockets of a frozen process: locking the network for them, and letting go of them without a packet."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from postcopy import roles
+from postcopy.dump_side.choices import MOVED, Choices
+from postcopy.errors import PostcopyError
+from postcopy.kernel import pidfd, procfs, socket_address, tcp_repair
+from postcopy.kernel.socket_options import SOL_TCP
+from postcopy.network_lock import NetworkLock, Traffic
+
+log = logging.getLogger("postcopy")
+
+_LOOK_AGAIN = 0.1  # seconds
+_OUTLAST_SECONDS = 60
+
+
+def lock(network_lock: NetworkLock, pids: Iterable[int], choices: Choices) -> Traffic:
+    """Lock the network for the processes; what is locked. Raises PostcopyError."""
+    connections, listeners = [], []
+    for own in _tcp_sockets(pids):
+        state = tcp_repair.info(own).state
+        local = socket_address.pack(own.family, own.getsockname())
+        if state == tcp_repair.LISTEN:
+            host, port = socket_address.unpack(local)
+            listeners.append((host if any(host) else b"", port))
+        elif state == tcp_repair.ESTABLISHED and choices.connections == MOVED:
+            # Who has been reset meanwhile has no peer any more.
+            with contextlib.suppress(OSError):
+                remote = socket_address.pack(own.family, own.getpeername())
+                connections.append((socket_address.unpack(local), socket_address.unpack(remote)))
+    traffic = Traffic(connections, listeners)
+    try:
+        network_lock.lock(traffic)
+    except PostcopyError as error:
+        if connections:
+            raise
+        log.warning("new connections may be made in vain while the process stands still: %s", error.message)
+    return traffic
+
+
+def outlast(network_lock: NetworkLock, traffic: Traffic) -> None:
+    """Once the process has ended: keep its connections locked until their addresses have left this host, too.
+
+    What their peers send would else be answered with a reset. A process of its own waits for that, some time long.
+    """
+    # What stays within a host has no address to take along.
+    leaving = {local[0] for local, remote in traffic.connections if not _is_here(remote[0])}
+    if not network_lock.is_locked or not any(map(_is_here, leaving)):
+        network_lock.close()
+        return
+
+    def body() -> None:
+        _let_go_of_output()
+        deadline = time.monotonic() + _OUTLAST_SECONDS
+        while time.monotonic() < deadline and any(map(_is_here, leaving)):
+            time.sleep(_LOOK_AGAIN)
+        network_lock.close()
+
+    roles.start("postcopy-lock", body, dies_with_parent=False, keep=network_lock.descriptors)
+    network_lock.leave()
+
+
+def _let_go_of_output() -> None:
+    """Whoever reads what our side prints is to see its end, though a process stays behind."""
+    with open(os.devnull, "r+b", buffering=0) as nowhere:
+        for stream in range(3):
+            os.dup2(nowhere.fileno(), stream)
+
+
+def _is_here(address: bytes) -> bool:
+    """Whether it is an address of this host."""
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as own:
+        try:
+            own.bind((socket.inet_ntop(family, address), 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
+def heal(pids: Iterable[int]) -> None:
+    """Give back, as they were, connections that somebody died over while taking them apart."""
+    for own in _tcp_sockets(pids):
+        with contextlib.suppress(OSError):
+            if tcp_repair.info(own).state != tcp_repair.LISTEN and tcp_repair.is_repairing(own):
+                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR_QUEUE, tcp_repair.NO_QUEUE)
+                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_OFF_WITHOUT_PROBE)
+
+
+def silence(pids: Iterable[int]) -> None:
+    """Let connections end without a word to their peers when their processes are killed: others go on with them."""
+    for own in _tcp_sockets(pids):
+        _silence(own)
+
+
+def keep_watch(network_lock: NetworkLock, pids: Sequence[int]) -> None:
+    """Hold the lock over processes that stay stopped until they end, or are made to go on."""
+    if not network_lock.is_locked:
+        return
+    _let_go_of_output()
+    held = list(_tcp_sockets(pids, keep=True))
+    while states := list(_states(pids)):
+        if any(state not in "Tt" for state in states):
+            break
+        time.sleep(_LOOK_AGAIN)
+    else:
+        # They have ended; their connections have not, as long as we hold them, and now end without a word.
+        for own in held:
+            _silence(own)
+    for own in held:
+        own.close()
+
+
+def _states(pids: Iterable[int]) -> Iterator[str]:
+    """What those that have not ended are doing (proc(5))."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if (state := procfs.stat(pid)[3]) not in "ZX":
+                yield state
+
+
+def _silence(own: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        if tcp_repair.info(own).state not in (tcp_repair.LISTEN, tcp_repair.CLOSE):
+            own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_ON)
+
+
+def _tcp_sockets(pids: Iterable[int], keep: bool = False) -> Iterator[socket.socket]:
+    """A duplicate of each TCP socket of the processes, closed when the next is asked for unless it is to be kept."""
+    seen: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            process = os.pidfd_open(pid)
+            try:
+                yield from _of_process(process, pid, seen, keep)
+            finally:
+                os.close(process)
+
+
+def _of_process(process: int, pid: int, seen: set[str], keep: bool) -> Iterator[socket.socket]:
+    for fd in procfs.descriptors(pid):
+        own = None
+        with contextlib.suppress(OSError):
+            link = procfs.link(pid, f"fd/{fd}")
+            if link.startswith("socket:[") and link not in seen:
+                own = socket.socket(fileno=pidfd.getfd(process, fd))
+                seen.add(link)
+        if own is None:
+            continue
+        is_tcp = own.family in (socket.AF_INET, socket.AF_INET6) and own.proto == socket.IPPROTO_TCP
+        if is_tcp:
+            yield own
+        if not (is_tcp and keep):
+            own.close()

@@ -1,0 +1,196 @@
+"""unix(7) sockets whose other ends are in the process too, with their names and with what is queued in them."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+
+from postcopy.dump_side import pipes
+from postcopy.dump_side.opened import Refused, Table, inner
+from postcopy.kernel.sock_diag import DEAD, UnixDiag
+from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_PEERCRED, SO_PEERGROUPS, SOL_SOCKET
+from postcopy.socket_kinds import PeerCredentials, Socket, UnixMessage, UnixName, UnixSocket
+
+_MESSAGE_SIZE = 1 << 24  # bytes; more than a message can have
+_SCM_PIDFD = 4
+_BOTH = 3  # RCV_SHUTDOWN and SEND_SHUTDOWN
+_CONTROL_SIZE = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12) + socket.CMSG_SPACE(256)
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_KINDS: dict[int, str] = {
+    socket.SOCK_STREAM: "stream",
+    socket.SOCK_DGRAM: "datagram",
+    socket.SOCK_SEQPACKET: "seqpacket",
+}
+
+
+def collect(table: Table, common: Socket, own: socket.socket) -> UnixSocket:
+    """The Unix socket ``own``, a duplicate of the program's. Its peer is checked by `check_peers`. Raises Refused."""
+    diag = table.unix_diag(common.inode)
+    if diag is None:
+        raise Refused(f"socket:[{common.inode}]: a Unix socket of another network namespace, which cannot be moved yet")
+    connected = bool(diag.peer) and common.type != socket.SOCK_DGRAM
+    if diag.listening and diag.queued:
+        raise Refused(f"{_title(diag)}: connections wait to be accepted ({diag.queued}), which cannot be moved yet")
+    if connected and diag.peer == DEAD and diag.shutdown != _BOTH:
+        raise Refused(f"{_title(diag)}: its connection has not been accepted yet, which cannot be moved yet")
+    # What accept(2) gives has the name of the listening socket, but the file is not its own.
+    accepted = connected and diag.vfs in table.listening_files
+    place, file = ("", None) if accepted else _place(table, diag, connected)
+    failed = _has_failed(own)
+    if failed and (common.type != socket.SOCK_STREAM or diag.peer != DEAD):
+        raise Refused(f"{_title(diag)}: it is about to report an error to the program, which cannot be moved yet")
+    found = UnixSocket(
+        socket=common,
+        name=diag.name,
+        place=place,
+        mode=file.st_mode & 0o7777 if file else 0,
+        file_owner=(file.st_uid, file.st_gid) if file else (0, 0),
+        peer=diag.peer,
+        made_by=_made_by(own),
+        backlog=diag.backlog if diag.listening else -1,
+        shutdown=diag.shutdown,
+        reset=failed,
+        queue=_queue(table, own, diag) if table.frozen and not diag.listening else [],
+    )
+    if diag.name:
+        table.unix_names.append(UnixName(diag.name, place))
+    return found
+
+
+def check_peers(table: Table, problems: list[str]) -> None:
+    """Once all tables have been collected: every connection must lead to a socket of the same process."""
+    found = {one.unix.socket.inode: one.unix for one in table.descriptors.descriptions if one.unix}
+    for inode, one in found.items():
+        if one.peer in found and one.made_by and one.made_by.pid != table.sockets[inode]:
+            problems.append(
+                f"socket:[{inode}]: a Unix socket connected by process {one.made_by.pid} and not by its owner, which "
+                "its other end could not be told any more (SO_PEERCRED)"
+            )
+        if one.peer <= 0:
+            continue
+        kind = f"socket:[{inode}]: a Unix {_KINDS[one.socket.type]} socket connected to"
+        peer = found.get(one.peer)
+        if peer is None:
+            there = table.unix_diag(one.peer)
+            name = _title(there) if there else "one"
+            holder = pipes.holder_outside(table, f"socket:[{one.peer}]") or "?"
+            problems.append(f"{kind} {name} of process {holder}, which is not moved along")
+        elif table.sockets[one.peer] != table.sockets[inode]:
+            other = table.sockets[one.peer]
+            problems.append(f"{kind} one that process {other} has alone, which cannot be moved yet")
+        elif one.socket.type == socket.SOCK_DGRAM and not peer.name and peer.peer != inode:
+            problems.append(f"{kind} one without a name that is not connected to it, which cannot be moved yet")
+    names = {(one.socket.type, one.name) for one in found.values()}
+    for inode, one in found.items():
+        for sender in sorted({message.sender for message in one.queue}):
+            if sender and not sender.startswith(b"\0") and (one.socket.type, sender) not in names:
+                text = os.fsdecode(sender.rstrip(b"\0"))
+                problems.append(f"socket:[{inode}]: a message of {text} is queued in it, which is not moved along")
+
+
+def _has_failed(own: socket.socket) -> bool:
+    """Whether an error waits to be told: asking for it, or looking at the queue, would take it away (sk_err)."""
+    poll = select.poll()
+    poll.register(own.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _title(diag: UnixDiag) -> str:
+    text = os.fsdecode(diag.name.rstrip(b"\0").replace(b"\0", b"@")) or "without a name"
+    return f"socket:[{diag.inode}] (Unix {_KINDS.get(diag.kind, '')} socket {text})"
+
+
+def _place(table: Table, diag: UnixDiag, connected: bool) -> tuple[str, os.stat_result | None]:
+    """Where the file of the socket lies, as the host sees it, and its status; "" where it has been deleted.
+
+    Raises Refused where it cannot be found but may well be there; that of a connected socket leads nowhere.
+    """
+    if diag.vfs is None:
+        return "", None
+    path = os.fsdecode(diag.name.rstrip(b"\0"))
+    base = "root" if path.startswith("/") else "cwd"
+    start = os.readlink(f"/proc/{table.pid}/{base}")
+    directory, name = os.path.split(os.path.normpath(os.path.join(start, path.lstrip("/"))))
+    seen: list[str] = [name]
+    with contextlib.suppress(OSError):
+        # Programs bind to another name and rename, so that the socket appears when it is ready.
+        seen += sorted(os.listdir(directory))
+    for candidate in seen:
+        with contextlib.suppress(OSError):
+            file = os.lstat(os.path.join(directory, candidate))
+            if (file.st_ino & 0xFFFF_FFFF, file.st_dev) == diag.vfs:
+                return os.path.join(directory, candidate), file
+    if base == "cwd" and not connected:
+        raise Refused(f"{_title(diag)}: its file cannot be found from the working directory, which may have changed")
+    return "", None
+
+
+def _made_by(own: socket.socket) -> PeerCredentials | None:
+    """SO_PEERCRED and SO_PEERGROUPS, where there is a peer."""
+    pid, uid, gid = struct.unpack("=iII", own.getsockopt(SOL_SOCKET, SO_PEERCRED, 12))
+    if not pid:
+        return None
+    groups = b""
+    with contextlib.suppress(OSError):
+        groups = own.getsockopt(SOL_SOCKET, SO_PEERGROUPS, 1024)
+    return PeerCredentials(pid, uid, gid, [each for (each,) in struct.iter_unpack("=I", groups)])
+
+
+def _queue(table: Table, own: socket.socket, diag: UnixDiag) -> list[UnixMessage]:
+    """What is queued; it stays there.
+
+    More than one message can be seen only with SO_PEEK_OFF, which belongs to the socket: it is put back at once.
+    """
+    before = own.getsockopt(SOL_SOCKET, SO_PEEK_OFF, 4)
+    own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        if diag.kind != socket.SOCK_STREAM:
+            return list(iter(lambda: _peek(table, own, diag), None))
+        # Never beyond the last byte: finding nothing, the kernel would tell, and forget, a pending error.
+        left = struct.unpack("=i", fcntl.ioctl(own, termios.FIONREAD, bytes(4)))[0]
+        found = []
+        while left and (piece := _peek(table, own, diag)):
+            found.append(piece)
+            left -= len(piece.content)
+        return found
+    finally:
+        own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
+
+
+def _peek(table: Table, own: socket.socket, diag: UnixDiag) -> UnixMessage | None:
+    try:
+        content, control, _, address = own.recvmsg(_MESSAGE_SIZE, _CONTROL_SIZE, _PEEK)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return None
+        raise
+    credentials = None
+    refusal = ""
+    for level, kind, value in control:
+        if level == SOL_SOCKET and kind in (socket.SCM_RIGHTS, _SCM_PIDFD):
+            for (fd,) in struct.iter_unpack("=i", value):
+                os.close(fd)
+            refusal = "descriptors are on their way in it (SCM_RIGHTS)" if kind == socket.SCM_RIGHTS else refusal
+        elif level == SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid, uid, gid = struct.unpack("=iII", value)
+            credentials = (inner(table.pid), uid, gid) if pid == table.pid else None
+            if pid not in (0, table.pid):
+                refusal = f"a message of process {pid} is queued in it, with its credentials (SCM_CREDENTIALS)"
+    if refusal:
+        raise Refused(f"{_title(diag)}: {refusal}, which cannot be moved yet")
+    if not content and diag.shutdown & 1:
+        return None  # the end, rather than an empty message
+    return UnixMessage(content, _raw_name(address), credentials)
+
+
+def _raw_name(address: object) -> bytes:
+    """A sender's address as bind(2) was given it."""
+    if isinstance(address, bytes):
+        return address
+    return os.fsencode(address) + b"\0" if isinstance(address, str) and address else b""

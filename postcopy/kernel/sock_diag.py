@@ -1,0 +1,98 @@
+"""sock_diag(7): what the kernel says of the Unix sockets of our network namespace (NETLINK_SOCK_DIAG, unix_diag)."""
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from postcopy.kernel.libc import refused
+
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_HEADER = struct.Struct("=IHHII")
+_UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_RQLEN = 1, 2, 4, 16
+_UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = 0, 1, 2, 4, 6
+_TCP_LISTEN = 10
+_RECEIVE_SIZE = 1 << 20
+
+DEAD = -1  # in place of a peer's inode: that socket has been closed
+
+
+@dataclass(frozen=True, slots=True)
+class UnixDiag:
+    """One Unix socket. ``name``: what follows the family in its address, as bind(2) was given it (a path with its NUL).
+
+    ``vfs``: inode and device (st_dev) of the socket's file, where it has one. ``peer``: an inode, 0 or `DEAD`.
+    ``shutdown``: RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2). ``queued``: bytes to read, or connections to be accepted.
+    """
+
+    inode: int
+    kind: int
+    listening: bool
+    name: bytes
+    vfs: tuple[int, int] | None
+    peer: int
+    shutdown: int
+    queued: int
+    backlog: int
+
+
+def unix_sockets() -> dict[int, UnixDiag]:
+    """Every Unix socket of the network namespace by its inode. Raises OSError."""
+    shown = _UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS | _UDIAG_SHOW_PEER | _UDIAG_SHOW_RQLEN
+    request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFF_FFFF, 0, shown, 0, 0)
+    return {found.inode: found for found in map(_unix, _dump(request))}
+
+
+def _dump(request: bytes) -> Iterator[bytes]:
+    """The bodies of the messages that answer a dump request."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as door:
+        flags = _NLM_F_REQUEST | _NLM_F_DUMP
+        door.send(_HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
+        while True:
+            answer = door.recv(_RECEIVE_SIZE)
+            place = 0
+            while place < len(answer):
+                length, kind, _, _, _ = _HEADER.unpack_from(answer, place)
+                body = answer[place + _HEADER.size : place + length]
+                if kind == _NLMSG_ERROR:
+                    raise refused("listing the sockets of this host (sock_diag)", -struct.unpack_from("=i", body)[0])
+                if kind == _NLMSG_DONE:
+                    return
+                yield body
+                place += (length + 3) & ~3
+
+
+def _unix(body: bytes) -> UnixDiag:
+    _, kind, state, _, inode, _, _ = struct.unpack_from("=BBBBIII", body)
+    attributes = dict(_attributes(body[16:]))
+    queued, backlog = struct.unpack("=II", attributes.get(_UNIX_DIAG_RQLEN, bytes(8)))
+    vfs = attributes.get(_UNIX_DIAG_VFS)
+    peer = attributes.get(_UNIX_DIAG_PEER)
+    return UnixDiag(
+        inode=inode,
+        kind=kind,
+        listening=state == _TCP_LISTEN,
+        name=attributes.get(_UNIX_DIAG_NAME, b""),
+        vfs=_file(vfs) if vfs else None,
+        peer=(struct.unpack("=I", peer)[0] or DEAD) if peer else 0,
+        shutdown=attributes.get(_UNIX_DIAG_SHUTDOWN, b"\0")[0],
+        queued=queued,
+        backlog=backlog,
+    )
+
+
+def _file(vfs: bytes) -> tuple[int, int]:
+    inode, device = struct.unpack("=II", vfs)
+    # The kernel's own dev_t: 12 bits of major, 20 of minor number.
+    return inode, os.makedev(device >> 20, device & 0xFFFFF)
+
+
+def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
+    place = 0
+    while place + 4 <= len(content):
+        length, kind = struct.unpack_from("=HH", content, place)
+        yield kind, content[place + 4 : place + length]
+        place += (length + 3) & ~3

@@ -1,0 +1,38 @@
+"""struct sockaddr_in and sockaddr_in6 (ip(7), ipv6(7))."""
+
+import ipaddress
+import socket
+import struct
+
+
+def pack(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> bytes:
+    """An address as Python's sockets give it."""
+    host, port, *rest = address
+    if family == socket.AF_INET:
+        return struct.pack("=H", family) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
+    flow, scope = rest or (0, 0)
+    packed = socket.inet_pton(family, host.partition("%")[0])
+    return struct.pack("=H", family) + struct.pack(">HI", port, flow) + packed + struct.pack("=I", scope)
+
+
+def unpack(address: bytes) -> tuple[bytes, int]:
+    """IP address (4 or 16 bytes) and port. An IPv4 address mapped into IPv6 is an IPv4 address to the network."""
+    (family,) = struct.unpack_from("=H", address)
+    (port,) = struct.unpack_from(">H", address, 2)
+    if family == socket.AF_INET:
+        return address[4:8], port
+    host = address[8:24]
+    mapped = ipaddress.IPv6Address(host).ipv4_mapped
+    return (mapped.packed if mapped else host), port
+
+
+def scope(address: bytes) -> int:
+    """The number of the interface that a link-local IPv6 address belongs to; 0 elsewhere."""
+    return int.from_bytes(address[24:28], "little") if len(address) == 28 else 0
+
+
+def text(address: bytes) -> str:
+    """``10.0.0.1:80`` or ``[::1]:80``."""
+    host, port = unpack(address)
+    shown = str(ipaddress.ip_address(host))
+    return f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"

@@ -1,0 +1,88 @@
+"""What sockets need beside the calls that make them: before the process is built, when it is, at commit, on failure."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import pidfd, socket_address, tcp_repair
+from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
+from postcopy.network_lock import NetworkLock, Traffic
+from postcopy.restore_side import unix_sockets
+from postcopy.socket_kinds import InetSocket, TcpConnection
+from postcopy.state import Tree
+
+log = logging.getLogger("postcopy")
+
+
+class Network:
+    """The sockets of a tree."""
+
+    def __init__(self, tree: Tree, lock: str) -> None:
+        """``lock``: how to lock the network."""
+        descriptions = tree.descriptors.descriptions
+        self._unix = [one.unix for one in descriptions if one.unix]
+        inet = [one.inet for one in descriptions if one.inet]
+        self._listeners = [one.local for one in inet if one.backlog >= 0]
+        where: dict[int, tuple[int, int]] = {}
+        for process in tree.processes:
+            for slot in process.slots:
+                where.setdefault(slot.description, (process.pid, slot.fd))
+        self._connections = [
+            (where[number], one.inet, one.inet.connection)
+            for number, one in enumerate(descriptions)
+            if one.inet and one.inet.connection and number in where
+        ]
+        self._lock = NetworkLock(lock, f"postcopy-{os.getpid()}") if self._connections else None
+
+    def prepare(self) -> None:
+        """Before the tree is built. Raises PostcopyError."""
+        unix_sockets.prepare(self._unix)
+        if self._lock is not None:
+            ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
+            listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
+            self._lock.lock(Traffic(ends, listeners))
+
+    def check(self, built: Mapping[int, int]) -> None:
+        """That the queues of what has been built hold every byte; ``built``: pidfds by PID. Raises RestoreError."""
+        for own, one, connection in self._held(built):
+            found = tcp_repair.unread(own), tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
+            unsent = len(connection.unsent)
+            if found != (len(connection.received), len(connection.sent) + unsent, unsent):
+                where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
+                raise RestoreError(f"the connection {where} could not be filled: its queues hold {found} bytes")
+
+    def settle(self, built: Mapping[int, int]) -> None:
+        """After commit, before the tree runs: names are put in place, connections speak again.
+
+        What the system refuses is logged: there is no way back.
+        """
+        unix_sockets.settle(self._unix)
+        if self._lock is not None:
+            self._lock.close()
+        for own, one, _ in self._held(built):
+            try:
+                # The peer is asked for its acknowledgement, which moves whatever waits in either direction.
+                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_OFF)
+                options = {(each.level, each.name): each.value for each in one.socket.options}
+                own.setsockopt(SOL_SOCKET, SO_REUSEADDR, options[SOL_SOCKET, SO_REUSEADDR])
+            except OSError as error:
+                log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
+
+    def give_up(self) -> None:
+        """Leave nothing here; the tree has ended."""
+        unix_sockets.clear_away(self._unix)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _held(self, built: Mapping[int, int]) -> Iterator[tuple[socket.socket, InetSocket, TcpConnection]]:
+        """A duplicate of each connection's socket for a while."""
+        for (pid, fd), one, connection in self._connections:
+            with contextlib.closing(socket.socket(fileno=pidfd.getfd(built[pid], fd))) as own:
+                yield own, one, connection
+
+
+def _end(address: bytes) -> tuple[bytes, int]:
+    return socket_address.unpack(address)

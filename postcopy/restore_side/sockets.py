@@ -1,0 +1,141 @@
+"""Sockets: the calls that those of all families need; each family's own module makes them."""
+
+import functools
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from postcopy.errors import RestoreError
+from postcopy.kernel import socket_options
+from postcopy.kernel.calls import Call, call
+from postcopy.kernel.socket_options import (
+    SO_ATTACH_FILTER,
+    SO_BUF_LOCK,
+    SO_PASSCRED,
+    SO_PASSPIDFD,
+    SO_PEEK_OFF,
+    SO_SNDBUF,
+    SO_SNDBUFFORCE,
+    SOL_SOCKET,
+    Option,
+)
+from postcopy.socket_kinds import InetSocket, Socket, UnixSocket
+from postcopy.state import Description, Slot
+
+if TYPE_CHECKING:
+    from postcopy.restore_side.descriptors import Plan
+
+_F_SETFL = 4
+_PER_SOCKET, _PER_MESSAGE = 8192, 1024  # bytes for the calls of a socket, and of a message in it
+_CHANGED = ((SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_BUF_LOCK))
+# With these, a socket without a name would be given one when a message is sent from it (unix(7), "Autobind").
+_GIVING_A_NAME = ((SOL_SOCKET, SO_PASSCRED), (SOL_SOCKET, SO_PASSPIDFD))
+_LATE = (*_CHANGED, *_GIVING_A_NAME, (SOL_SOCKET, SO_PEEK_OFF))
+
+
+def room(mine: Sequence[Description]) -> int:
+    """Bytes that the calls for the sockets among ``mine`` may need."""
+    messages = [message.content for one in mine if one.unix for message in one.unix.queue]
+    found = [one.inet.connection for one in mine if one.inet and one.inet.connection]
+    streams = [queue for one in found for queue in (one.sent, one.unsent, one.received)]
+    queued = sum(len(content) + _PER_MESSAGE for content in messages)
+    queued += sum(len(content) + _PER_MESSAGE * (1 + (len(content) >> 16)) for content in streams)
+    return queued + _PER_SOCKET * sum(one.unix is not None or one.inet is not None for one in mine)
+
+
+def numbers(mine: Sequence[Description]) -> int:
+    """How many descriptors making the sockets among ``mine`` may take at once, beside those of the program."""
+    return 2 * sum(one.unix is not None or one.inet is not None for one in mine) + 4
+
+
+def place(plan: "Plan", slot: Slot, made: UnixSocket | InetSocket) -> None:
+    """Add the call that gives ``slot`` a socket that has been made."""
+    purpose = f"placing a socket (descriptor {slot.fd})"
+    plan.duplicate(plan.sockets[made.socket.inode], slot.fd, slot.close_on_exec, purpose)
+
+
+class Workshop:
+    """Where sockets are made: with numbers that are known beforehand, parked until their slots come."""
+
+    def __init__(self, plan: "Plan") -> None:
+        self._plan = plan
+        self._placed: dict[bytes, int] = {}
+        self.batch = plan.batch
+
+    def add(self, made: Call, purpose: str) -> None:
+        """A call that must not be refused."""
+        self.batch.add(made, purpose)
+
+    def place(self, content: bytes) -> int:
+        """The address of bytes that no call changes; equal ones lie there once."""
+        if content not in self._placed:
+            self._placed[content] = self.batch.place(content)
+        return self._placed[content]
+
+    def parked(self, made: Call, purpose: str, many: int = 1) -> list[int]:
+        """Add a call that opens ``many`` descriptors, and put these out of the way; where they are then."""
+        opened = [self._plan.next_fd() for _ in range(many)]
+        self.add(made, purpose)
+        return [self._plan.park(fd, purpose) for fd in opened]
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        self.add(call("close", fd), f"closing descriptor {fd}")
+
+    def socket(self, common: Socket, purpose: str, but: frozenset[Option] = frozenset()) -> int:
+        """Make a socket with the options that must be there before it is used."""
+        (fd,) = self.parked(call("socket", common.family, common.type, common.protocol), purpose)
+        self.set_early(fd, common, but)
+        return fd
+
+    def set(self, fd: int, option: Option, value: bytes) -> None:
+        """setsockopt(2)."""
+        level, name, told = socket_options.setting(option, value)
+        what = f"setting socket option {name} of level {level}"
+        self.add(call("setsockopt", fd, level, name, self.place(told), len(told)), what)
+
+    def set_early(self, fd: int, common: Socket, but: frozenset[Option] = frozenset()) -> None:
+        """Set all options that can be set at the beginning, where they differ from what a new socket has."""
+        usual = _defaults(common.family, common.type, common.protocol)
+        for each in common.options:
+            option = each.level, each.name
+            if option in _LATE or option in but or usual.get(option) == each.value:
+                continue
+            try:
+                self.set(fd, option, each.value)
+            except OSError as error:
+                name = os.fsdecode(each.value)
+                raise RestoreError(f"network interface {name}, which a socket uses: {error.strerror}") from None
+
+    def widen(self, fd: int, size: int) -> None:
+        """Let the socket take ``size`` bytes from us, whatever its own limit; `finish` sets that."""
+        value = struct.pack("=i", min(size, 1 << 29))
+        what = "making room for what is queued in a socket"
+        self.add(call("setsockopt", fd, SOL_SOCKET, SO_SNDBUFFORCE, self.place(value), 4), what)
+
+    def finish(self, fd: int, common: Socket) -> None:
+        """What comes last: the sizes and locks of the buffers, the filter, the owner, the flags."""
+        given = {(each.level, each.name): each.value for each in common.options}
+        usual = _defaults(common.family, common.type, common.protocol)
+        for option in _LATE:
+            if option in given and (option in _CHANGED or given[option] != usual.get(option)):
+                self.set(fd, option, given[option])
+        if common.filter:
+            program = struct.pack("=HxxxxxxQ", len(common.filter) // 8, self.place(common.filter))
+            what = "attaching a socket's filter"
+            self.add(call("setsockopt", fd, SOL_SOCKET, SO_ATTACH_FILTER, self.place(program), 16), what)
+        if common.owner != (os.geteuid(), os.getegid()):
+            self.add(call("fchown", fd, *common.owner), f"giving a socket to user {common.owner[0]}")
+        if common.nonblocking:
+            self.add(call("fcntl", fd, _F_SETFL, os.O_RDWR | os.O_NONBLOCK), "making a socket non-blocking")
+
+
+@functools.cache
+def _defaults(family: int, kind: int, protocol: int) -> dict[Option, bytes]:
+    try:
+        return socket_options.defaults(family, kind, protocol)
+    except OSError as error:
+        name = socket.AddressFamily(family).name
+        raise RestoreError(f"sockets of family {name} cannot be made here: {error.strerror}") from None

@@ -1,0 +1,137 @@
+"""Sockets, as part of `postcopy.state`, which see."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from postcopy.integers import Pid, Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class SocketOption:
+    """A socket option as getsockopt(2) gave it."""
+
+    level: Unsigned
+    name: Unsigned
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """What sockets of all kinds have: socket(2)'s arguments, O_NONBLOCK, the owner (uid, gid), the options.
+
+    ``inode``: its number at the source, by which sockets of one tree refer to each other. ``filter``: a classic BPF
+    program (struct sock_filter, 8 bytes each), attached to what it receives.
+    """
+
+    family: Unsigned
+    type: Unsigned
+    protocol: Unsigned
+    inode: Unsigned
+    nonblocking: bool
+    owner: tuple[Unsigned, Unsigned]
+    options: list[SocketOption]
+    filter: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnixMessage:
+    """What is queued in a Unix socket: a datagram, or a piece of a stream. ``sender``: the name of the socket it came
+    from; ``credentials``: PID, UID and GID that came with it, if any."""
+
+    content: bytes
+    sender: bytes
+    credentials: tuple[Pid, Unsigned, Unsigned] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """Who made a connection, as SO_PEERCRED and SO_PEERGROUPS tell its other end; ``pid`` as ``dump`` sees it."""
+
+    pid: Unsigned
+    uid: Unsigned
+    gid: Unsigned
+    groups: list[Unsigned]
+
+
+@dataclass(frozen=True, slots=True)
+class UnixSocket:
+    """A Unix socket and what waits in it.
+
+    ``name``: as bind(2) was given it, behind the family (a path ends with NUL; an abstract name begins with it).
+    ``place``: where its file lies, with ``mode`` and ``file_owner``; empty where there is none. ``peer``: the inode of
+    the socket it is connected to (0: none, -1: one that has been closed). ``backlog``: of listen(2), -1 where it does
+    not listen. ``shutdown``: 1 (no more receiving) and 2 (no more sending). ``reset``: ECONNRESET is due.
+    """
+
+    socket: Socket
+    name: bytes
+    place: str
+    mode: Unsigned
+    file_owner: tuple[Unsigned, Unsigned]
+    peer: int
+    made_by: PeerCredentials | None
+    backlog: int
+    shutdown: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    reset: bool
+    queue: list[UnixMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class TcpConnection:
+    """An established TCP connection, as TCP_REPAIR (tcp(7)) takes it again.
+
+    ``sent``: what the peer has not acknowledged; ``unsent``: what follows it; ``received``: what the program has not
+    read. The sequence numbers are those of the first byte of ``sent`` and of ``received``. ``scales``: of the window,
+    when sending and receiving, None without scaling. ``timestamp``: None without timestamps. ``window``: struct
+    tcp_repair_window.
+    """
+
+    sent: bytes
+    unsent: bytes
+    received: bytes
+    send_sequence: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    receive_sequence: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    mss: Unsigned
+    scales: tuple[Unsigned, Unsigned] | None
+    sack: bool
+    timestamp: Unsigned | None
+    window: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A multicast group that a socket has joined on an interface; ``sources``: the only ones it listens to, or (with
+    ``excluding``) those it does not."""
+
+    group: bytes
+    interface: str
+    excluding: bool
+    sources: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class InetSocket:
+    """An IPv4 or IPv6 socket. ``local``, ``remote``: struct sockaddr, empty where it has none.
+
+    ``backlog``: of listen(2), -1 where it does not listen. ``ended``: a TCP connection that has ended, or (``aborted``)
+    whose end the program is yet to be told.
+    """
+
+    socket: Socket
+    local: bytes
+    remote: bytes
+    backlog: int
+    memberships: list[Membership]
+    connection: TcpConnection | None
+    ended: bool
+    aborted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnixName:
+    """A name that a Unix socket of the tree has, and where its file lies (empty: abstract, or deleted)."""
+
+    name: bytes
+    place: str

@@ -1,0 +1,121 @@
+"""What makes sense of sockets: the lines of `postcopy.soundness` for `postcopy.socket_kinds`."""
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from postcopy.socket_kinds import (
+    InetSocket,
+    Membership,
+    PeerCredentials,
+    Socket,
+    SocketOption,
+    TcpConnection,
+    UnixName,
+    UnixSocket,
+)
+from postcopy.state import Tree
+
+_UINT16, _INT32, _UINT32 = range(1 << 16), range(1 << 31), range(1 << 32)
+_NAME_SIZES = range(109)  # struct sockaddr_un, behind the family
+_ADDRESS_SIZES = {socket.AF_INET: 16, socket.AF_INET6: 28}
+_SCALES = range(15)  # RFC 7323, 2.3
+_MOST_OPTIONS = 512
+
+NUMBERS: Mapping[type, Mapping[str, range]] = {
+    InetSocket: {"backlog": range(-1, 1 << 31)},
+    PeerCredentials: {"uid": _UINT32, "gid": _UINT32},
+    Socket: {"family": range(64), "type": range(16), "protocol": _UINT16},
+    SocketOption: {"level": _INT32, "name": _INT32},
+    TcpConnection: {"mss": _UINT32},
+    UnixSocket: {"mode": range(0o10000), "peer": range(-1, 1 << 63), "backlog": range(-1, 1 << 31)},
+}
+
+LENGTHS: Mapping[type, Mapping[str, range]] = {
+    Membership: {"interface": range(1, 16)},  # IFNAMSIZ
+    PeerCredentials: {"groups": range(65537)},
+    Socket: {"options": range(_MOST_OPTIONS)},
+    SocketOption: {"value": range(1025)},
+    TcpConnection: {"window": range(20, 21)},
+    UnixName: {"name": range(1, 109)},
+    UnixSocket: {"name": _NAME_SIZES},
+}
+
+ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
+    PeerCredentials: {"groups": _UINT32},
+    Socket: {"owner": _UINT32},
+    UnixSocket: {"file_owner": _UINT32},
+}
+
+
+def _socket(state: Socket) -> Iterator[str]:
+    if len(state.filter) % 8:
+        yield f"filter: {len(state.filter)} bytes are no whole instructions"
+
+
+def _unix(state: UnixSocket) -> Iterator[str]:
+    if state.socket.family != socket.AF_UNIX:
+        yield f"socket.family: {state.socket.family} is not that of Unix sockets"
+    if state.place and (not state.place.startswith("/") or "\0" in state.place):
+        yield f"place: {state.place[:80]!r} is no absolute path"
+    if state.place and (not state.name or state.name.startswith(b"\0")):
+        yield f"place: {state.place[:80]!r} for a socket whose name is no path"
+    if state.backlog >= 0 and (state.peer or state.queue):
+        yield "backlog: it listens, and is connected or has messages"
+
+
+def _inet(state: InetSocket) -> Iterator[str]:
+    size = _ADDRESS_SIZES.get(socket.AddressFamily(state.socket.family)) if state.socket.family in (2, 10) else None
+    if size is None:
+        yield f"socket.family: {state.socket.family} is neither IPv4 nor IPv6"
+        return
+    family = state.socket.family.to_bytes(2, "little")
+    for name, address in (("local", state.local), ("remote", state.remote)):
+        if address and (len(address) != size or address[:2] != family):
+            yield f"{name}: {address.hex()} is no address of family {state.socket.family}"
+    if state.connection is not None and not (state.local and state.remote):
+        yield "connection: it has not two ends"
+    if state.backlog >= 0 and (state.connection is not None or not state.local):
+        yield "backlog: it listens, and is connected or has no address"
+
+
+def _connection(state: TcpConnection) -> Iterator[str]:
+    for scale in state.scales or ():
+        if scale not in _SCALES:
+            yield f"scales: {scale} is not within 0 to {_SCALES.stop - 1}"
+    if state.timestamp is not None and state.timestamp not in _UINT32:
+        yield f"timestamp: {state.timestamp} is not within 32 bits"
+
+
+def _membership(state: Membership) -> Iterator[str]:
+    for address in (state.group, *state.sources):
+        if len(address) not in (4, 16) or len(address) != len(state.group):
+            yield f"group: {address.hex()} is no address"
+
+
+def tree(whole: Tree) -> Iterator[str]:
+    """That sockets are known by their numbers, and that those that are connected agree about it."""
+    descriptions = whole.descriptors.descriptions
+    sockets = [each.socket for one in descriptions for each in (one.unix, one.inet) if each is not None]
+    seen: set[int] = set()
+    for each in sockets:
+        if each.inode in seen:
+            yield f"descriptors: two sockets have number {each.inode}"
+        seen.add(each.inode)
+    unix = {one.unix.socket.inode: one.unix for one in descriptions if one.unix is not None}
+    for inode, one in unix.items():
+        if one.peer > 0 and one.peer not in unix:
+            yield f"descriptors: socket {inode} is connected to {one.peer}, which is not there"
+        elif one.peer > 0 and one.socket.type != unix[one.peer].socket.type:
+            yield f"descriptors: sockets {inode} and {one.peer} are connected, and of two types"
+        elif one.peer > 0 and one.socket.type != socket.SOCK_DGRAM and unix[one.peer].peer != inode:
+            yield f"descriptors: socket {inode} is connected to {one.peer}, and that is not to it"
+
+
+CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
+    InetSocket: _inet,
+    Membership: _membership,
+    Socket: _socket,
+    TcpConnection: _connection,
+    UnixSocket: _unix,
+}

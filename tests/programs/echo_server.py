@@ -1,0 +1,79 @@
+"""Echoes what comes over TCP: ``python -m tests.programs.echo_server DIRECTORY ADDRESS...``.
+
+Listens at port 7000 of each address and then makes ``DIRECTORY/ready``. While ``DIRECTORY/hold`` is there it neither
+reads nor writes. Writes the errors that connections end with to ``DIRECTORY/errors``, one a line.
+"""
+
+import contextlib
+import selectors
+import socket
+import sys
+import time
+from pathlib import Path
+
+PORT = 7000
+_PIECE = 1 << 16
+
+
+class Connection:
+    """What has been read and not yet written back."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.pending = b""
+
+    def go_on(self, events: int) -> bool:
+        """Read and write what can be; False at the end."""
+        with contextlib.suppress(BlockingIOError):
+            if events & selectors.EVENT_READ:
+                piece = self.sock.recv(_PIECE)
+                if not piece:
+                    return False
+                self.pending += piece
+            if self.pending:
+                self.pending = self.pending[self.sock.send(self.pending) :]
+        return True
+
+    @property
+    def interest(self) -> int:
+        """What to wait for: no more is read than can be written."""
+        return selectors.EVENT_WRITE if self.pending else selectors.EVENT_READ
+
+
+def main() -> None:
+    """Serve."""
+    directory, addresses = Path(sys.argv[1]), sys.argv[2:]
+    selector = selectors.PollSelector()
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, PORT), family=family, backlog=1000)
+        listener.setblocking(False)
+        selector.register(listener, selectors.EVENT_READ)
+    (directory / "ready").touch()
+    while True:
+        while (directory / "hold").exists():
+            (directory / "holding").touch()
+            time.sleep(0.01)
+        for key, events in selector.select(0.05):
+            connection = key.data
+            if connection is None:
+                with contextlib.suppress(BlockingIOError):
+                    accepted = Connection(key.fileobj.accept()[0])  # type: ignore[union-attr]
+                    selector.register(accepted.sock, selectors.EVENT_READ, accepted)
+                continue
+            try:
+                alive = connection.go_on(events)
+            except OSError as error:
+                with open(directory / "errors", "a") as errors:
+                    errors.write(f"{type(error).__name__}\n")
+                alive = False
+            if alive:
+                selector.modify(connection.sock, connection.interest, connection)
+            else:
+                selector.unregister(connection.sock)
+                connection.sock.close()
+
+
+if __name__ == "__main__":
+    main()

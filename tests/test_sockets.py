@@ -1,0 +1,133 @@
+"""What a destination may have against the names and addresses of sockets, and what a move that fails leaves."""
+
+import sys
+from pathlib import Path
+
+from tests.hosts import Pair, Process, wait_until
+from tests.migrate import move, start_dump, start_restore
+
+PID = 6200
+SECONDS = 30
+#: Listens at the Unix name and the TCP address it is told, and echoes; then makes a directory.
+SERVER = """
+import os, select, socket, sys
+name, host, ready = sys.argv[1:]
+unix, tcp = socket.socket(socket.AF_UNIX), socket.socket()
+unix.bind(name.replace("@", chr(0))); unix.listen()
+tcp.bind((host, 7100)); tcp.listen()
+os.mkdir(ready)
+while True:
+    for listener in select.select([unix, tcp], [], [])[0]:
+        client = listener.accept()[0]
+        client.sendall(client.recv(100))
+        client.close()
+"""
+CLIENT = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1].replace("@", chr(0)))
+client.sendall(b"echo")
+print(client.recv(100).decode(), end="")
+"""
+
+
+def serve(hosts: Pair, directory: Path, name: str, host: str = "127.0.0.1") -> Process:
+    """Start the server on ``a``."""
+    ready = directory / "ready"
+    program = hosts.a.popen([sys.executable, "-c", SERVER, name, host, str(ready)], pid=PID)
+    wait_until(lambda: ready.exists() or program.poll() is not None, SECONDS, "the server listens")
+    return program
+
+
+def echoes(hosts: Pair, name: str, here: bool) -> bool:
+    """Whether the server answers on ``a`` (``here``) or on ``b``."""
+    host = hosts.a if here else hosts.b
+    return host.run([sys.executable, "-c", CLIENT, name]).stdout == b"echo"
+
+
+def refusal(hosts: Pair) -> str:
+    """What restore says; both commands end with the exit code of problems."""
+    migration = start_dump(hosts.a, hosts.b, PID)
+    restore = start_restore(migration, wait=False)
+    assert (migration.dump.wait(SECONDS), restore.wait(SECONDS)) == (5, 5), migration.logs()
+    assert not any(event["event"] == "frozen" for event in migration.dump_events)
+    return dict(migration.logs())[f"restore on {hosts.b.name}, stderr"]
+
+
+def own_directory(hosts: Pair, path: Path) -> None:
+    """Give ``b`` a filesystem of its own there."""
+    hosts.b.run(["mount", "-t", "tmpfs", "none", str(path)], check=True)
+
+
+def test_unix_name_is_made_on_a_filesystem_of_the_destination(hosts: Pair, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    name = str(own / "socket")
+    serve(hosts, tmp_path, name)
+    own_directory(hosts, own)
+    move(hosts.a, hosts.b, PID).wait_drained()
+    assert echoes(hosts, name, here=False)
+    assert hosts.b.run(["ls", "-A", str(own)], check=True).stdout == b"socket\n"
+
+
+def test_unix_name_on_a_shared_filesystem_leads_to_the_destination(hosts: Pair, tmp_path: Path) -> None:
+    name = str(tmp_path / "socket")
+    serve(hosts, tmp_path, name)
+    move(hosts.a, hosts.b, PID).wait_drained()
+    assert echoes(hosts, name, here=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ready", "socket"]
+
+
+def test_unix_name_that_is_taken(hosts: Pair, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    name = str(own / "socket")
+    serve(hosts, tmp_path, name)
+    own_directory(hosts, own)
+    taken = "import socket, time; s = socket.socket(1); s.bind({!r}); s.listen(); print(flush=True); time.sleep(1000)"
+    taker = hosts.b.popen([sys.executable, "-c", taken.format(name)])
+    there = hosts.b.proc.parent / name.lstrip("/")
+    wait_until(there.exists, SECONDS, "the name is taken")
+    assert f"the name {name} of a Unix socket is taken here: end the program that has it" in refusal(hosts)
+    taker.kill()
+    taker.wait()
+    # What is left is no socket of anybody, but a file could be of use to somebody.
+    there.unlink()
+    there.write_text("precious")
+    assert f"the name {name} of a Unix socket is taken here by a file that is none: move it away" in refusal(hosts)
+    assert there.read_text() == "precious"
+    hosts.b.run(["umount", str(own)], check=True)
+    assert echoes(hosts, name, here=True)
+
+
+def test_abstract_unix_name_that_is_taken(hosts: Pair, tmp_path: Path) -> None:
+    name = f"@postcopy {tmp_path}"[:100]
+    serve(hosts, tmp_path, name)
+    ready = tmp_path / "taken"
+    taken = f"import os, socket, time; s = socket.socket(1); s.bind(chr(0) + {name[1:]!r}); os.mkdir({str(ready)!r})"
+    hosts.b.popen([sys.executable, "-c", f"{taken}; time.sleep(1000)"])
+    wait_until(ready.exists, SECONDS, "the name is taken")
+    assert f"the name {name} of a Unix socket is taken here: end the program that has it" in refusal(hosts)
+    assert echoes(hosts, name, here=True)
+
+
+def test_directory_of_a_unix_name_that_is_missing(hosts: Pair, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    (own / "inner").mkdir(parents=True)
+    name = str(own / "inner" / "socket")
+    serve(hosts, tmp_path, name)
+    own_directory(hosts, own)
+    assert f"directory {own}/inner, for a Unix socket, is missing here: make it" in refusal(hosts)
+
+
+def test_move_that_fails_leaves_the_unix_name_alone(hosts: Pair, tmp_path: Path) -> None:
+    name = str(tmp_path / "socket")
+    serve(hosts, tmp_path, name, host=hosts.a.address)
+    migration = start_dump(hosts.a, hosts.b, PID)
+    restore = start_restore(migration, wait=False)
+    assert (migration.dump.wait(SECONDS), restore.wait(SECONDS)) == (10, 4), migration.logs()
+    said = dict(migration.logs())["restore on beta, stderr"]
+    where = f"{hosts.a.address}:7100"
+    assert f"binding a TCP socket to {where}, which must be an address of this host, with a free port" in said
+    assert echoes(hosts, name, here=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ready", "socket"]

@@ -1,0 +1,232 @@
+"""TCP services move with their clients connected: these check every byte, and see a pause and nothing else."""
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts import Host, Process, Trio, wait_until
+from tests.migrate import Migration, move, start_dump, start_restore
+
+PID = 6100
+SECONDS = 40
+ESTABLISHED = ["--tcp-established"]
+
+
+@dataclass
+class Service:
+    """An echo server on ``a``, and a client on ``c`` that keeps it busy."""
+
+    hosts: Trio
+    directory: Path
+    server: Process
+    client: Process
+
+    @property
+    def progress(self) -> int:
+        """Bytes that have come back on the slowest connection."""
+        return int((self.directory / "progress").read_text())
+
+    def goes_on(self) -> None:
+        """Every connection that is left brings more than what can be on its way."""
+        before = self.progress
+        wait_until(lambda: self.progress > before + 1_000_000, SECONDS, "every connection goes on")
+
+    def report(self) -> dict[str, Any]:
+        """Let the client come to an end; what it has seen."""
+        (self.directory / "stop").touch()
+        assert self.client.wait(2 * SECONDS) == 0
+        found: dict[str, Any] = json.loads((self.directory / "report.json").read_text())
+        return found
+
+    def errors(self) -> list[str]:
+        """What the server's connections ended with."""
+        path = self.directory / "errors"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def trio() -> Iterator[Trio]:
+    """Two hosts and a client's."""
+    with Trio() as hosts:
+        yield hosts
+
+
+def serve(hosts: Trio, directory: Path, count: int = 3, hold: bool = False) -> Service:
+    """Start both; returns when every connection is busy, or (with ``hold``) waits for a server that does not read."""
+    hosts.add_service(hosts.a)
+    addresses = [hosts.service, hosts.service6]
+    command = [sys.executable, "-m", "tests.programs.echo_server", str(directory), *addresses]
+    with open(directory / "server.err", "wb") as stderr:
+        server = hosts.a.popen(command, pid=PID, stderr=stderr)
+    wait_until(lambda: (directory / "ready").exists() or server.poll() is not None, SECONDS, "the server listens")
+    command = [sys.executable, "-m", "tests.programs.echo_client", str(directory), str(count), *addresses]
+    with open(directory / "client.err", "wb") as stderr:
+        client = hosts.c.popen(command, stderr=stderr)
+    service = Service(hosts, directory, server, client)
+    wait_until(lambda: (directory / "progress").exists() and service.progress > 0, SECONDS, "the client is connected")
+    service.goes_on()
+    if hold:
+        (directory / "hold").touch()
+        wait_until(lambda: (directory / "holding").exists(), SECONDS, "the server does not read")
+    return service
+
+
+def locks(host: Host) -> str:
+    """The rules that drop packets on a host."""
+    if shutil.which("nft", path="/usr/sbin:/usr/bin") is None:
+        pytest.skip("nft(8) is not installed")
+    return host.run(["nft", "list", "ruleset"], check=True).stdout.decode()
+
+
+def event(migration: Migration, name: str) -> bool:
+    """Whether dump has told of it."""
+    return any(each["event"] == name for each in migration.dump_events)
+
+
+def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path, count=5)
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    service.goes_on()
+    # And back, to a host that has forgotten it.
+    trio.add_service(trio.a)
+    again = move(trio.b, trio.a, PID, dump_options=ESTABLISHED)
+    trio.announce_service(trio.b, trio.a)
+    again.wait_drained()
+    service.goes_on()
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+    assert [locks(host) for host in trio] == ["", "", ""]
+    print(f"the longest pause of a connection: {report['longest']:.3f} s")
+
+
+def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path, hold=True)
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    (tmp_path / "hold").unlink()
+    service.goes_on()
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
+def test_peer_that_resets_during_the_standstill(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    restore = start_restore(migration, wait=False)
+    wait_until(lambda: event(migration, "frozen"), SECONDS, "the server stands still")
+    (tmp_path / "reset").touch()
+    wait_until(lambda: (tmp_path / "was_reset").exists(), SECONDS, "the client has reset a connection")
+    wait_until(lambda: event(migration, "resumed"), SECONDS, "the server runs again")
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    service.goes_on()
+    wait_until(service.errors, SECONDS, "the server hears of the reset")
+    report = service.report()
+    assert (report["errors"], report["missing"]) == (["reset by us"], 0)
+    assert restore.poll() is None
+
+
+def test_destination_without_the_address_is_told_so_and_nobody_notices(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    restore = start_restore(migration, wait=False)
+    assert (restore.wait(SECONDS), migration.dump.wait(SECONDS)) == (4, 10), migration.logs()
+    said = dict(migration.logs())["restore on beta, stderr"]
+    assert f"binding a TCP socket to {trio.service}:7000, which must be an address of this host" in said
+    assert "EADDRNOTAVAIL" in said
+    service.goes_on()
+    assert [locks(host) for host in trio] == ["", "", ""]
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
+@pytest.mark.parametrize("moment", ["frozen", "collected", "state"])
+def test_connections_go_on_when_dump_is_killed_before_commit(trio: Trio, tmp_path: Path, moment: str) -> None:
+    service = serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    restore = start_restore(migration, wait=False)
+    wait_until(lambda: event(migration, moment), SECONDS, moment)
+    migration.dump.kill()
+    if restore.wait(SECONDS) == 0:
+        pytest.skip("killed too late")
+    service.goes_on()
+    wait_until(lambda: not locks(trio.a) and not locks(trio.b), SECONDS, "the network is unlocked")
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
+def test_connections_go_on_when_restore_is_killed_before_commit(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    restore = start_restore(migration, wait=False)
+    wait_until(lambda: event(migration, "frozen"), SECONDS, "the server stands still")
+    restore.kill()
+    assert migration.dump.wait(SECONDS) == 7, migration.logs()
+    service.goes_on()
+    assert [locks(host) for host in (trio.a, trio.b)] == ["", ""]
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
+@pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
+def test_network_stays_locked_as_long_as_the_source_is_left_stopped(trio: Trio, tmp_path: Path, then: int) -> None:
+    serve(trio, tmp_path, hold=True)
+    trio.add_service(trio.b)
+    options = ["--background", "off"]
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED, restore_options=options)
+    migration.dump.kill()
+    wait_until(lambda: not trio.b.alive(PID), SECONDS, "the program is killed at the destination")
+    assert trio.a.proc_state(PID) == "T"
+    assert "drop" in locks(trio.a)
+    trio.a.kill(PID, then)
+    wait_until(lambda: not locks(trio.a), SECONDS, "the network is unlocked")
+    guards = [pid for pid in trio.a.pids() if _name(trio.a, pid).startswith("postcopy")]
+    wait_until(lambda: not any(trio.a.alive(pid) for pid in guards), SECONDS, "nobody is left")
+
+
+def _name(host: Host, pid: int) -> str:
+    try:
+        return (host.proc / str(pid) / "comm").read_text()
+    except OSError:
+        return ""
+
+
+def test_connections_are_closed_on_demand(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=["--tcp-close"])
+    migration.wait_drained()
+    trio.announce_service(trio.a, trio.b)
+    wait_until(lambda: len(service.errors()) == 6, SECONDS, "the server finds its connections aborted")
+    assert set(service.errors()) == {"ConnectionAbortedError"}
+    assert len(service.report()["errors"]) == 6
+
+
+def test_network_is_locked_by_iptables(trio: Trio, tmp_path: Path) -> None:
+    if shutil.which("iptables-restore", path="/usr/sbin:/usr/bin") is None:
+        pytest.skip("iptables(8) is not installed")
+    service = serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    options = ["--network-lock", "iptables"]
+    migration = move(trio.a, trio.b, PID, dump_options=[*ESTABLISHED, *options], restore_options=options)
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    service.goes_on()
+    assert all("postcopy" not in locks(host) for host in trio)
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
