@@ -4,6 +4,7 @@ dropped rather than answered, and so are new connections to its listening socket
 
 import contextlib
 import ipaddress
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ class NetworkLock:
     has it ends; what is made for iptables has to be removed by somebody.
 
     ``is_locked``: whether there may be something to take away; a process forked before `lock` has to be told.
+    ``mark``: packets that carry it (SO_MARK) are let through.
     """
 
     def __init__(self, mode: str, name: str) -> None:
@@ -40,6 +42,7 @@ class NetworkLock:
         self._name = name
         self._table: DropTable | None = None
         self.is_locked = False
+        self.mark = secrets.randbits(31) | 1
         if mode == "nftables":
             with contextlib.suppress(OSError):
                 # Now, so that every process forked from here on shares it.
@@ -56,7 +59,7 @@ class NetworkLock:
             elif self._table is None:
                 raise OSError("this kernel has no nf_tables")
             else:
-                self._table.drop(traffic.connections, traffic.listeners)
+                self._table.drop(traffic.connections, traffic.listeners, self.mark)
         except OSError as error:
             self.unlock()
             raise CannotRun(
@@ -101,7 +104,8 @@ class NetworkLock:
         chain = self._name
         for command, size in _COMMANDS.items():
             if rules := list(_rules(chain, traffic, size)):
-                _feed(command, [f":{chain} - [0:0]", *rules, f"-I INPUT -j {chain}", f"-I OUTPUT -j {chain}"])
+                ours = f"-A {chain} -m mark --mark {self.mark} -j ACCEPT"
+                _feed(command, [f":{chain} - [0:0]", ours, *rules, f"-I INPUT -j {chain}", f"-I OUTPUT -j {chain}"])
 
 
 def _rules(chain: str, traffic: Traffic, size: int) -> Iterator[str]:

@@ -85,7 +85,7 @@ class TcpConnection:
     ``sent``: what the peer has not acknowledged; ``unsent``: what follows it; ``received``: what the program has not
     read. The sequence numbers are those of the first byte of ``sent`` and of ``received``. ``scales``: of the window,
     when sending and receiving, None without scaling. ``timestamp``: None without timestamps. ``window``: struct
-    tcp_repair_window.
+    tcp_repair_window. ``finished``: the peer will send no more (its FIN has come: CLOSE_WAIT).
     """
 
     sent: bytes
@@ -98,6 +98,7 @@ class TcpConnection:
     sack: bool
     timestamp: Unsigned | None
     window: bytes
+    finished: bool
 
 
 @dataclass(frozen=True, slots=True)

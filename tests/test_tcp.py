@@ -121,6 +121,22 @@ def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path:
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
 
 
+def test_connections_that_their_peers_have_closed_half(trio: Trio, tmp_path: Path) -> None:
+    service = serve(trio, tmp_path, hold=True)
+    (tmp_path / "finish").touch()
+    wait_until(lambda: (tmp_path / "finished").exists(), SECONDS, "the client writes no more")
+    closed = ["ss", "-Htn", "state", "close-wait"]
+    wait_until(lambda: len(trio.a.run(closed).stdout.splitlines()) == 6, SECONDS, "the server's kernel knows")
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    assert len(trio.b.run(closed).stdout.splitlines()) == 6
+    (tmp_path / "hold").unlink()
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
 def test_peer_that_resets_during_the_standstill(trio: Trio, tmp_path: Path) -> None:
     service = serve(trio, tmp_path)
     trio.add_service(trio.b)

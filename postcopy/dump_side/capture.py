@@ -75,8 +75,10 @@ class Capture:
         self.frozen.freeze()
         self._smaps.begin(self.frozen.pids)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
-        self._guard.locking(self.frozen.pids)
-        self._traffic = network.lock(self._lock, self.frozen.pids, self._choices)
+        self._traffic = network.traffic(self.frozen.pids, self._choices)
+        if self._traffic:
+            self._guard.locking(self.frozen.pids)
+            network.lock(self._lock, self._traffic)
         self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}

@@ -47,8 +47,8 @@ def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
         where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
         if table.choices.connections != MOVED:
             raise Refused(f"{where} can be moved with --tcp-established, or closed with --tcp-close")
-        if info.state != tcp_repair.ESTABLISHED:
-            raise Refused(f"{where} is half open or half closed ({STATES[info.state]}), which cannot be moved yet")
+        if info.state not in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT):
+            raise Refused(f"{where} is half open or closed from here ({STATES[info.state]}), which cannot be moved yet")
         if table.frozen:
             connection = tcp_connections.collect(own, info)
     return InetSocket(

@@ -21,8 +21,8 @@ _LOOK_AGAIN = 0.1  # seconds
 _OUTLAST_SECONDS = 60
 
 
-def lock(network_lock: NetworkLock, pids: Iterable[int], choices: Choices) -> Traffic:
-    """Lock the network for the processes; what is locked. Raises PostcopyError."""
+def traffic(pids: Iterable[int], choices: Choices) -> Traffic:
+    """What is to be locked for these processes."""
     connections, listeners = [], []
     for own in _tcp_sockets(pids):
         state = tcp_repair.info(own).state
@@ -30,28 +30,31 @@ def lock(network_lock: NetworkLock, pids: Iterable[int], choices: Choices) -> Tr
         if state == tcp_repair.LISTEN:
             host, port = socket_address.unpack(local)
             listeners.append((host if any(host) else b"", port))
-        elif state == tcp_repair.ESTABLISHED and choices.connections == MOVED:
+        elif state in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT) and choices.connections == MOVED:
             # Who has been reset meanwhile has no peer any more.
             with contextlib.suppress(OSError):
                 remote = socket_address.pack(own.family, own.getpeername())
                 connections.append((socket_address.unpack(local), socket_address.unpack(remote)))
-    traffic = Traffic(connections, listeners)
+    return Traffic(connections, listeners)
+
+
+def lock(network_lock: NetworkLock, found: Traffic) -> None:
+    """Lock the network. Raises PostcopyError."""
     try:
-        network_lock.lock(traffic)
+        network_lock.lock(found)
     except PostcopyError as error:
-        if connections:
+        if found.connections:
             raise
         log.warning("new connections may be made in vain while the process stands still: %s", error.message)
-    return traffic
 
 
-def outlast(network_lock: NetworkLock, traffic: Traffic) -> None:
+def outlast(network_lock: NetworkLock, found: Traffic) -> None:
     """Once the process has ended: keep its connections locked until their addresses have left this host, too.
 
     What their peers send would else be answered with a reset. A process of its own waits for that, some time long.
     """
     # What stays within a host has no address to take along.
-    leaving = {local[0] for local, remote in traffic.connections if not _is_here(remote[0])}
+    leaving = {local[0] for local, remote in found.connections if not _is_here(remote[0])}
     if not network_lock.is_locked or not any(map(_is_here, leaving)):
         network_lock.close()
         return

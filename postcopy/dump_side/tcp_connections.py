@@ -20,15 +20,18 @@ def collect(own: socket.socket, info: Info) -> TcpConnection:
         next_read, received = tcp_repair.queue(own, RECEIVE_QUEUE, tcp_repair.unread(own))
         next_written, written = tcp_repair.queue(own, SEND_QUEUE, outstanding)
         sent = outstanding - unsent
+        finished = info.state == tcp_repair.CLOSE_WAIT
         return TcpConnection(
             sent=written[:sent],
             unsent=written[sent:],
             received=received,
             send_sequence=(next_written - outstanding) % _SEQUENCES,
-            receive_sequence=(next_read - len(received)) % _SEQUENCES,
+            # A FIN has a number, too.
+            receive_sequence=(next_read - len(received) - finished) % _SEQUENCES,
             mss=own.getsockopt(SOL_TCP, socket.TCP_MAXSEG),
             scales=info.scales,
             sack=info.sack,
             timestamp=tcp_repair.timestamp(own) if info.timestamps else None,
             window=tcp_repair.window(own),
+            finished=finished,
         )

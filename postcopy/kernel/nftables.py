@@ -24,7 +24,8 @@ _NFPROTO_INET = 1
 _BEFORE_CONNECTION_TRACKING = -400
 _INPUT, _OUTPUT = ("input", 1), ("output", 3)
 _REGISTER = 8  # NFT_REG32_00; each register has four bytes
-_META_NFPROTO, _META_L4PROTO = 15, 16
+_META_MARK, _META_NFPROTO, _META_L4PROTO = 3, 15, 16
+_NF_DROP, _NF_ACCEPT = 0, 1
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
 _SYN, _ACKNOWLEDGED = 2, 16
 _ELEMENTS_A_MESSAGE = 500  # a nested attribute is shorter than 64 KiB
@@ -73,15 +74,19 @@ class DropTable:
         """Give our descriptor of the socket back; with the last one the table goes."""
         self._door.close()
 
-    def drop(self, connections: Sequence[tuple[Address, Address]], listeners: Sequence[Address]) -> None:
+    def drop(self, connections: Sequence[tuple[Address, Address]], listeners: Sequence[Address], mark: int = 0) -> None:
         """From now on drop what belongs to ``connections`` (local, remote) and every SYN to ``listeners``.
 
-        Once for a table. Raises OSError, and then nothing is dropped.
+        Not what carries ``mark`` (SO_MARK), where it is not 0. Once for a table. Raises OSError, and then nothing is
+        dropped.
         """
         messages = [_message(_NEWTABLE, self._table, _word(2, _NFT_TABLE_F_OWNER))]
         for name, hook in (_INPUT, _OUTPUT):
             place = _nest(4, _word(1, hook), _word(2, _BEFORE_CONNECTION_TRACKING))
             messages.append(_message(_NEWCHAIN, self._table, _text(3, name), place, _word(5, 1), _text(7, "filter")))
+            if mark:
+                marked = [_meta(_META_MARK), _equal(struct.pack("=I", mark))]
+                self._add_rule((name, hook), marked, messages, _NF_ACCEPT)
         for family in _FAMILIES:
             ends = [_key(local) + _key(remote) for local, remote in connections if len(local[0]) == family.size]
             if ends:
@@ -113,9 +118,15 @@ class DropTable:
             messages.append(_message(_NEWSETELEM, self._table, name, _word(4, number), _nest(3, *elements)))
         return _expression("lookup", _text(1, f"set{number}"), _word(2, _REGISTER), _word(4, number))
 
-    def _add_rule(self, chain: tuple[str, int], expressions: list[bytes], messages: list[tuple[int, bytes]]) -> None:
-        drop = _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, 0))))
-        messages.append(_message(_NEWRULE, self._table, _text(2, chain[0]), _nest(4, *expressions, drop)))
+    def _add_rule(
+        self,
+        chain: tuple[str, int],
+        expressions: list[bytes],
+        messages: list[tuple[int, bytes]],
+        verdict: int = _NF_DROP,
+    ) -> None:
+        decide = _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, verdict))))
+        messages.append(_message(_NEWRULE, self._table, _text(2, chain[0]), _nest(4, *expressions, decide)))
 
     def _commit(self, messages: list[tuple[int, bytes]]) -> None:
         """All of it or nothing."""

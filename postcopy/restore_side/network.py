@@ -10,7 +10,7 @@ from postcopy.errors import RestoreError
 from postcopy.kernel import pidfd, socket_address, tcp_repair
 from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
-from postcopy.restore_side import unix_sockets
+from postcopy.restore_side import tcp_connections, unix_sockets
 from postcopy.socket_kinds import InetSocket, TcpConnection
 from postcopy.state import Tree
 
@@ -45,13 +45,21 @@ class Network:
             listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
             self._lock.lock(Traffic(ends, listeners))
 
-    def check(self, built: Mapping[int, int]) -> None:
-        """That the queues of what has been built hold every byte; ``built``: pidfds by PID. Raises RestoreError."""
+    def complete(self, built: Mapping[int, int]) -> None:
+        """Close what peers had closed, and see that every queue holds every byte; ``built``: pidfds by PID.
+
+        Raises RestoreError.
+        """
         for own, one, connection in self._held(built):
+            where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
+            if connection.finished and self._lock is not None:
+                try:
+                    tcp_connections.finish(own, one, connection, self._lock.mark)
+                except OSError as error:
+                    raise RestoreError(f"the connection {where}: {error}") from None
             found = tcp_repair.unread(own), tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
             unsent = len(connection.unsent)
             if found != (len(connection.received), len(connection.sent) + unsent, unsent):
-                where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
                 raise RestoreError(f"the connection {where} could not be filled: its queues hold {found} bytes")
 
     def settle(self, built: Mapping[int, int]) -> None:

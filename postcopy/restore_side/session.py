@@ -197,7 +197,7 @@ class _Takeover:
             self._network = Network(tree, self._options.network_lock)
             self._network.prepare()
             self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
-            self._network.check(self._pidfds())
+            self._network.complete(self._pidfds())
             self._boot_bytes = len(pages)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)

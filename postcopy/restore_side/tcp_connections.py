@@ -2,9 +2,10 @@
 
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
-from postcopy.kernel import socket_address, tcp_repair
+from postcopy.kernel import socket_address, tcp_repair, tcp_segment
 from postcopy.kernel.calls import call
 from postcopy.kernel.socket_options import (
     IP_OPTIONS,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from postcopy.restore_side.sockets import Workshop
 
 _RCVBUF_LOCK = 2
+_SEQUENCES = 1 << 32
+_FIN_SECONDS, _LOOK_AGAIN = 1.0, 0.0005
 _PIECE = 1 << 16  # bytes; one packet of the receive queue takes no more
 _SPARE = 1 << 20
 _SEND = 0x40 | 0x4000  # MSG_DONTWAIT, MSG_NOSIGNAL
@@ -89,7 +92,8 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
         work.repair(REPAIR_OFF_WITHOUT_PROBE)
         work.write(connection.unsent)
         work.repair(REPAIR_ON)
-    work.set(TCP_REPAIR_WINDOW, connection.window)
+    if not connection.finished:
+        work.set(TCP_REPAIR_WINDOW, connection.window)
     # Setting no options makes the kernel count again how much fits into a packet: repair leaves it at 536 bytes
     # (net/ipv4/ip_sockglue.c, IP_OPTIONS; of IPv6 sockets too).
     shop.add(call("setsockopt", fd, SOL_IP, IP_OPTIONS, 0, 0), f"repairing the connection {name}")
@@ -97,6 +101,26 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
         shop.set(fd, _RECEIVE_BUFFER, given[_RECEIVE_BUFFER])
     shop.finish(fd, common)
     return fd
+
+
+def finish(own: socket.socket, one: InetSocket, connection: TcpConnection, mark: int) -> None:
+    """Let the FIN of the peer come (once more) to a connection that has been made. Raises OSError."""
+    sequence = connection.receive_sequence + len(connection.received)
+    numbers = sequence % _SEQUENCES, connection.send_sequence
+    tcp_segment.send(
+        socket_address.unpack(one.remote),
+        socket_address.unpack(one.local),
+        numbers,
+        tcp_segment.FIN | tcp_segment.ACK,
+        mark,
+    )
+    deadline = time.monotonic() + _FIN_SECONDS
+    while tcp_repair.info(own).state != tcp_repair.CLOSE_WAIT:
+        if time.monotonic() > deadline:
+            raise TimeoutError("its peer had closed it, which could not be repeated here")
+        time.sleep(_LOOK_AGAIN)
+    own.setsockopt(SOL_TCP, TCP_REPAIR_WINDOW, connection.window)
+    own.setsockopt(SOL_IP, IP_OPTIONS, b"")
 
 
 def abort(shop: "Workshop", fd: int, family: int) -> None:

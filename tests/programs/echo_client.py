@@ -3,7 +3,8 @@
 Opens COUNT connections to port 7000 of each address and keeps each of them busy until ``DIRECTORY/stop`` is there,
 then lets all come back, and writes ``DIRECTORY/report.json``. ``DIRECTORY/progress`` tells how many bytes have come
 back on the connection that is behind all others. With ``DIRECTORY/reset`` it resets the first connection, and makes
-``DIRECTORY/was_reset``.
+``DIRECTORY/was_reset``. With ``DIRECTORY/finish`` it writes no more, tells the server so, and makes
+``DIRECTORY/finished``; then it stops by itself when all has come back.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ class Connection:
             with contextlib.suppress(BlockingIOError):
                 piece = self.sock.recv(_PIECE)
                 if not piece:
-                    self.error = self.error or "closed"
+                    self.error = self.error or ("" if stopping and self.read == self.written else "closed")
                 elif piece != self.expected(self.read, len(piece)):
                     self.error = f"wrong bytes at {self.read}"
                 self.read += len(piece)
@@ -77,6 +78,11 @@ def main() -> None:
             connections[0].sock.close()
             connections[0].error = "reset by us"
             (directory / "was_reset").touch()
+        if (directory / "finish").exists() and not stopping_since:
+            stopping_since = time.monotonic()
+            for connection in connections:
+                connection.sock.shutdown(socket.SHUT_WR)
+            (directory / "finished").touch()
         for key, _ in selector.select(0.02):
             key.data.go_on(bool(stopping_since))
             full = key.data.written - key.data.read >= _AHEAD or stopping_since

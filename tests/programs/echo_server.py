@@ -22,18 +22,18 @@ class Connection:
         sock.setblocking(False)
         self.sock = sock
         self.pending = b""
+        self.ended = False
 
     def go_on(self, events: int) -> bool:
         """Read and write what can be; False at the end."""
         with contextlib.suppress(BlockingIOError):
             if events & selectors.EVENT_READ:
                 piece = self.sock.recv(_PIECE)
-                if not piece:
-                    return False
+                self.ended = not piece
                 self.pending += piece
             if self.pending:
                 self.pending = self.pending[self.sock.send(self.pending) :]
-        return True
+        return bool(self.pending) or not self.ended
 
     @property
     def interest(self) -> int:

@@ -263,8 +263,8 @@ class DescriptorTable(Snapshot):
                 target = os.readlink(f"/proc/self/fd/{fd}")
             except FileNotFoundError:
                 continue
-            # A pipe has another inode number on another host; a file may be found by another of its names.
+            # A pipe or socket has another inode number on another host; a file may be found by another of its names.
             if target.endswith((" (deleted)", "/another link")):
                 target = "without this name"
-            table[fd] = "pipe" if target.startswith("pipe:") else target
+            table[fd] = target.partition("[")[0] if target.startswith(("pipe:", "socket:")) else target
         return table
