@@ -1,8 +1,12 @@
 """Real services move with their clients connected, their address with them; the clients check every answer."""
 
+import hashlib
 import json
+import random
 import shutil
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,3 +107,55 @@ def test_redis_moves_under_clients_that_check_every_answer(trio: Trio, tmp_path:
     report = service.report()
     assert report["errors"] == []
     print(f"{report['answers']} answers; the longest pause of a connection: {report['longest']:.3f} s")
+
+
+NGINX = """
+worker_processes 3;
+daemon off;
+pid {directory}/nginx.pid;
+error_log {directory}/error.log notice;
+events {{ worker_connections 256; }}
+http {{
+    access_log {directory}/access.log;
+    keepalive_requests 1000000;
+    sendfile on;
+    proxy_temp_path {directory}/proxy; fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi; client_body_temp_path {directory}/body;
+    limit_conn_zone $binary_remote_addr zone=counted:1m;
+    server {{
+        listen {address}:8080 backlog=64;
+        root {directory}/files;
+        limit_conn counted 100;
+    }}
+}}
+"""
+
+
+def test_nginx_moves_with_its_workers_under_downloads(trio: Trio, tmp_path: Path) -> None:
+    nginx = program("nginx", "nginx-light")
+    trio.add_service(trio.a)
+    # The workers run as another user, who cannot look into tmp_path.
+    with tempfile.TemporaryDirectory(prefix="postcopy-nginx-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        (directory / "files").mkdir()
+        sums = {}
+        for number, size in enumerate((100, 5_000, 70_000, 1_000_000, 5_000_000)):
+            content = random.Random(number).randbytes(size)
+            (directory / "files" / f"{number}").write_bytes(content)
+            sums[f"{number}"] = hashlib.sha256(content).hexdigest()
+        (tmp_path / "sums.json").write_text(json.dumps(sums))
+        (directory / "nginx.conf").write_text(NGINX.format(directory=directory, address=trio.service))
+        with open(tmp_path / "nginx.err", "wb") as stderr:
+            trio.a.popen([nginx, "-c", f"{directory}/nginx.conf"], pid=PID, stderr=stderr)
+        listens(trio, 8080)
+        service = connect(trio, tmp_path, ["tests.programs.http_client", str(tmp_path), "6", trio.service], 5)
+        service.travel()
+        report = service.report()
+        assert report["errors"] == []
+        print(f"{report['answers']} files; the longest pause of a connection: {report['longest']:.3f} s")
+        # The master still has its workers: told to, it ends them and itself.
+        trio.a.kill(PID, signal.SIGQUIT)
+        wait_until(lambda: not trio.a.alive(PID), SECONDS, "nginx ends")
+        log = (directory / "error.log").read_text()
+        assert [line for line in log.splitlines() if "[notice]" not in line] == []
