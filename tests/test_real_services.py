@@ -159,3 +159,19 @@ def test_nginx_moves_with_its_workers_under_downloads(trio: Trio, tmp_path: Path
         wait_until(lambda: not trio.a.alive(PID), SECONDS, "nginx ends")
         log = (directory / "error.log").read_text()
         assert [line for line in log.splitlines() if "[notice]" not in line] == []
+
+
+def test_asyncio_server_moves_with_its_clients_and_children(trio: Trio, tmp_path: Path) -> None:
+    trio.add_service(trio.a)
+    command = [sys.executable, "-m", "tests.programs.asyncio_service", str(tmp_path), trio.service]
+    with open(tmp_path / "server.err", "wb") as stderr:
+        trio.a.popen(command, pid=PID, stderr=stderr)
+    listens(trio, 7100)
+    service = connect(trio, tmp_path, ["tests.programs.line_client", str(tmp_path), "5", trio.service], 20)
+    service.travel()
+    before = int((tmp_path / "local").read_text())
+    wait_until(lambda: int((tmp_path / "local").read_text()) > before + 20, SECONDS, "the local clients go on")
+    report = service.report()
+    assert report["errors"] == []
+    assert not (tmp_path / "failed").exists()
+    print(f"{report['answers']} answers; the longest pause of a connection: {report['longest']:.3f} s")

@@ -1,53 +1,35 @@
 """Checks every answer of a Redis server: ``... -m tests.programs.redis_client DIRECTORY COUNT KEYS ADDRESS``.
 
-Opens COUNT connections to port 6379, each with keys of its own, and writes KEYS values on each, some of them several
-times. Then each connection sets, reads, counts and appends, a question after the answer to the one before, and compares
-each answer with what it must be, until ``DIRECTORY/stop`` is there. At last all that was ever acknowledged is read
-again, and ``DIRECTORY/report.json`` written. ``DIRECTORY/progress`` tells how many answers the slowest connection has.
+COUNT connections to port 6379 have keys of their own, and write KEYS values each. Then each of them sets, reads, counts
+and appends, a question after the answer to the one before, and compares each answer with what it must be. At last all
+that was ever acknowledged is read again. See `tests.programs.checking`.
 """
 
-import json
-import os
-import random
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
+
+from tests.programs import checking
 
 PORT = 6379
 _VALUE = 1000
 _PIPELINE = 500
-_PATIENCE = 60.0
 
 Answer = bytes | int | None
 
 
-class Connection:
+class Connection(checking.Connection):
     """One connection, and what the server must have of it."""
 
-    def __init__(self, number: int, address: str, keys: int, stop: threading.Event) -> None:
-        self.sock = socket.create_connection((address, PORT), timeout=_PATIENCE)
+    def __init__(self, number: int, address: str, keys: int) -> None:
+        super().__init__(number)
+        self.sock = socket.create_connection((address, PORT), timeout=checking.PATIENCE)
         self.file = self.sock.makefile("rb")
-        self.number, self.keys = number, keys
-        self.stop = stop
-        self.random = random.Random(number)
+        self.keys = keys
         self.values: dict[bytes, bytes] = {}
-        self.answers = 0
-        self.longest = 0.0
-        self.error = ""
 
-    def run(self) -> None:
-        """Fill, work, read everything again."""
-        try:
-            self._fill()
-            while not self.stop.is_set():
-                self._step()
-            self._read_all()
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
-
-    def _fill(self) -> None:
+    def begin(self) -> None:
+        """Write all values."""
         for first in range(0, self.keys, _PIPELINE):
             names = [self._key(key) for key in range(first, min(first + _PIPELINE, self.keys))]
             for name in names:
@@ -56,9 +38,9 @@ class Connection:
             for _ in names:
                 self._expect(b"OK")
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Ask something."""
         name = self._key(self.random.randrange(self.keys))
-        begin = time.monotonic()
         match self.random.randrange(4):
             case 0:
                 value = self._new_value()
@@ -75,10 +57,9 @@ class Connection:
                 self.values[counter] = b"%d" % count
             case _:
                 self._ask(self.values[name], b"GET", name)
-        self.longest = max(self.longest, time.monotonic() - begin)
-        self.answers += 1
 
-    def _read_all(self) -> None:
+    def end(self) -> None:
+        """Read all that was acknowledged."""
         names = list(self.values)
         for first in range(0, len(names), _PIPELINE):
             some = names[first : first + _PIPELINE]
@@ -122,24 +103,7 @@ def _command(*words: bytes) -> bytes:
 def main() -> None:
     """Connect, work, report."""
     directory, count, keys, address = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    stop = threading.Event()
-    connections = [Connection(number, address, keys, stop) for number in range(count)]
-    threads = [threading.Thread(target=connection.run) for connection in connections]
-    for thread in threads:
-        thread.start()
-    while not (directory / "stop").exists() and all(thread.is_alive() for thread in threads):
-        (directory / "progress.new").write_text(str(min(connection.answers for connection in connections)))
-        os.replace(directory / "progress.new", directory / "progress")
-        time.sleep(0.01)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    report = {
-        "errors": [connection.error for connection in connections if connection.error],
-        "answers": sum(connection.answers for connection in connections),
-        "longest": max(connection.longest for connection in connections),
-    }
-    (directory / "report.json").write_text(json.dumps(report))
+    checking.run(directory, [Connection(number, address, keys) for number in range(count)])
 
 
 if __name__ == "__main__":
