@@ -16,6 +16,8 @@ test: lint
 	@$(call need,nft,nftables)
 	@$(call need,iptables-restore,iptables)
 	@$(call need,xz,xz-utils)
+	@$(call need,redis-server,redis-server)
+	@$(call need,nginx,nginx-light)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)

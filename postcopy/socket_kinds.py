@@ -63,6 +63,7 @@ class UnixSocket:
     ``place``: where its file lies, with ``mode`` and ``file_owner``; empty where there is none. ``peer``: the inode of
     the socket it is connected to (0: none, -1: one that has been closed). ``backlog``: of listen(2), -1 where it does
     not listen. ``shutdown``: 1 (no more receiving) and 2 (no more sending). ``reset``: ECONNRESET is due.
+    ``maker``: the process that makes it and its peer for others, 0 where the first that has it does.
     """
 
     socket: Socket
@@ -76,6 +77,7 @@ class UnixSocket:
     shutdown: Annotated[int, msgspec.Meta(ge=0, le=3)]
     reset: bool
     queue: list[UnixMessage]
+    maker: Unsigned = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,12 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     Socket: {"family": range(64), "type": range(16), "protocol": _UINT16},
     SocketOption: {"level": _INT32, "name": _INT32},
     TcpConnection: {"mss": _UINT32},
-    UnixSocket: {"mode": range(0o10000), "peer": range(-1, 1 << 63), "backlog": range(-1, 1 << 31)},
+    UnixSocket: {
+        "mode": range(0o10000),
+        "peer": range(-1, 1 << 63),
+        "backlog": range(-1, 1 << 31),
+        "maker": range(1 << 22),
+    },
 }
 
 LENGTHS: Mapping[type, Mapping[str, range]] = {
@@ -110,6 +115,30 @@ def tree(whole: Tree) -> Iterator[str]:
             yield f"descriptors: sockets {inode} and {one.peer} are connected, and of two types"
         elif one.peer > 0 and one.socket.type != socket.SOCK_DGRAM and unix[one.peer].peer != inode:
             yield f"descriptors: socket {inode} is connected to {one.peer}, and that is not to it"
+    yield from _makers(whole, unix)
+
+
+def _makers(whole: Tree, unix: Mapping[int, UnixSocket]) -> Iterator[str]:
+    """Who makes a pair for others makes both ends, and is built before those who take them."""
+    order = {process.pid: place for place, process in enumerate(whole.processes)}
+    first: dict[int, int] = {}
+    for place, process in enumerate(whole.processes):
+        for slot in process.slots:
+            if slot.description < len(whole.descriptors.descriptions):
+                one = whole.descriptors.descriptions[slot.description].unix
+                if one is not None:
+                    first.setdefault(one.socket.inode, place)
+    for inode, one in unix.items():
+        peer = unix.get(one.peer)
+        if peer is None or peer.peer != inode:
+            if one.maker:
+                yield f"descriptors: socket {inode}, which process {one.maker} makes for others, has no peer"
+        elif one.maker != peer.maker:
+            yield f"descriptors: sockets {inode} and {one.peer}, a pair, are made by two processes"
+        elif not one.maker and first.get(inode) != first.get(one.peer):
+            yield f"descriptors: sockets {inode} and {one.peer}, a pair, have nobody who makes both"
+        elif one.maker and not order.get(one.maker, len(order)) <= first.get(inode, 0):
+            yield f"descriptors: process {one.maker}, maker of socket {inode}, is not built before those that have it"
 
 
 CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {

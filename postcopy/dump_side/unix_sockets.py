@@ -1,6 +1,7 @@
 """unix(7) sockets whose other ends are in the process too, with their names and with what is queued in them."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -62,9 +63,13 @@ def collect(table: Table, common: Socket, own: socket.socket) -> UnixSocket:
 
 
 def check_peers(table: Table, problems: list[str]) -> None:
-    """Once all tables have been collected: every connection must lead to a socket of the same process."""
+    """Once all tables have been collected: every connection must lead to a socket of the same process,
+    or of one that the maker of the pair can give it to."""
     found = {one.unix.socket.inode: one.unix for one in table.descriptors.descriptions if one.unix}
+    shared = _pairs_for_others(table, found)
     for inode, one in found.items():
+        if inode in shared:
+            continue
         if one.peer in found and one.made_by and one.made_by.pid != table.sockets[inode]:
             problems.append(
                 f"socket:[{inode}]: a Unix socket connected by process {one.made_by.pid} and not by its owner, which "
@@ -90,6 +95,30 @@ def check_peers(table: Table, problems: list[str]) -> None:
             if sender and not sender.startswith(b"\0") and (one.socket.type, sender) not in names:
                 text = os.fsdecode(sender.rstrip(b"\0"))
                 problems.append(f"socket:[{inode}]: a message of {text} is queued in it, which is not moved along")
+
+
+def _pairs_for_others(table: Table, found: dict[int, UnixSocket]) -> set[int]:
+    """The pairs of socketpair(2) whose maker has not both ends itself: it makes them again, and gives them away.
+
+    It must be built before all who take them from it. Sockets without names alone: accept(2) makes those of servers.
+    """
+    order = {pid: place for place, pid in enumerate(table.slots)}
+    makers: dict[int, int] = {}
+    for inode, one in found.items():
+        peer = found.get(one.peer)
+        if peer is None or peer.peer != inode or one.made_by is None or peer.made_by is None:
+            continue
+        maker = one.made_by.pid
+        holders = {table.sockets[inode], table.sockets[one.peer]}
+        if peer.made_by.pid != maker or maker not in order or holders == {maker} or one.name or peer.name:
+            continue
+        if all(order[maker] <= order[holder] for holder in holders):
+            makers[inode] = inner(maker)
+    for number, description in enumerate(table.descriptors.descriptions):
+        if description.unix and description.unix.socket.inode in makers:
+            unix = dataclasses.replace(description.unix, maker=makers[description.unix.socket.inode])
+            table.descriptors.descriptions[number] = dataclasses.replace(description, unix=unix)
+    return set(makers)
 
 
 def _has_failed(own: socket.socket) -> bool:

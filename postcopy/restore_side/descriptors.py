@@ -57,11 +57,18 @@ class Shared:
         self.descriptions: dict[int, tuple[int, int]] = {}
         self.pipes: dict[int, tuple[int, int]] = {}
         self.ghosts: dict[int, tuple[int, int]] = {}
+        # Sockets that one process makes for others, and where it keeps them until these have them.
+        self._for_others: dict[int, list[int]] = {}
+        self.kept: dict[int, list[int]] = {}
         for process in tree.processes:
             for slot in process.slots:
                 where = process.pid, slot.fd
-                self.descriptions.setdefault(slot.description, where)
                 description = self.descriptors.descriptions[slot.description]
+                maker = description.unix.maker if description.unix is not None else 0
+                if maker not in (0, process.pid) and slot.description not in self.descriptions:
+                    self._for_others.setdefault(maker, []).append(slot.description)
+                    where = maker, -1
+                self.descriptions.setdefault(slot.description, where)
                 if description.pipe is not None:
                     self.pipes.setdefault(description.pipe.pipe, where)
                 elif description.ghost is not None:
@@ -69,8 +76,26 @@ class Shared:
 
     def made_by(self, process: Process) -> list[Description]:
         """The descriptions that a process makes itself."""
-        mine = (slot for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd))
-        return [self.descriptors.descriptions[slot.description] for slot in mine]
+        mine = [
+            slot.description for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd)
+        ]
+        return [self.descriptors.descriptions[number] for number in (*mine, *self._for_others.get(process.pid, ()))]
+
+    def keep(self, process: Process, sockets: Mapping[int, int]) -> list[int]:
+        """Where the process keeps what it has made for others, out of ``sockets`` (by inode)."""
+        for number in self._for_others.get(process.pid, ()):
+            unix = self.descriptors.descriptions[number].unix
+            if unix is not None:
+                at = sockets[unix.socket.inode]
+                self.descriptions[number] = process.pid, at
+                self.kept.setdefault(process.pid, []).append(at)
+        return self.kept.get(process.pid, [])
+
+    def taken(self, description: int, process: Process, fd: int) -> None:
+        """From now on the process is the one that others take ``description`` from, if it was made for others."""
+        pid, at = self.descriptions[description]
+        if at in self.kept.get(pid, ()):
+            self.descriptions[description] = process.pid, fd
 
     def pipes_made_by(self, process: Process) -> list[Pipe]:
         """The pipes that a process makes itself."""
@@ -289,6 +314,8 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
     mine = shared.made_by(process)
     plan.sockets |= unix_sockets.rebuild(plan, [one.unix for one in mine if one.unix])
     plan.sockets |= inet_sockets.rebuild(plan, [one.inet for one in mine if one.inet])
+    kept = shared.keep(process, plan.sockets)
+    plan.parked = [place for place in plan.parked if place not in kept]
     first: dict[int, int] = {}
     for slot in process.slots:
         if slot.description in first:
@@ -299,6 +326,7 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
         if holder != process.pid:
             purpose = f"taking descriptor {slot.fd} from process {holder}"
             plan.settle(plan.borrow(holder, fd, purpose), slot.fd, slot.close_on_exec, purpose)
+            shared.taken(slot.description, process, slot.fd)
             continue
         description = shared.descriptors.descriptions[slot.description]
         for kind, opener in _KINDS.items():
@@ -342,6 +370,8 @@ def connect(
         return made
 
     connecting = plan()
+    for fd in shared.kept.pop(process.pid, ()):
+        connecting.batch.add(call("close", fd), "closing what others have got")
     clocks = timerfd.Clocks.ask(connecting)
     armed = epoll.connect(connecting)
     connecting.end()

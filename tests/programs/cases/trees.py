@@ -6,6 +6,8 @@ import mmap
 import os
 import select
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -582,6 +584,68 @@ class PipesBetween(Case):
         return first_problem(problem, unlike("content", True, complete), unlike("late", "late", self.reader.hear()))
 
 
+class PairsBetween(Case):
+    """Unix pairs made before the fork: one end in a child; the two ends in two children, and one of these twice."""
+
+    def setup(self) -> None:
+        """Two children, a child of the first, two pairs; something is queued in each direction."""
+        self.ours, theirs = socket.socketpair()
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ours.send(b"to the child")
+
+        def first(line: Line) -> None:
+            theirs.send(b"from the child")
+            grandchild = Child(second, theirs.fileno())
+            grandchild.hear()
+            one.send(b"between")
+            line.say("there")
+            line.wait()
+            grandchild.say("again")
+            line.say([grandchild.hear(), maker_of(one), one.recv(100).decode()])
+            line.wait()
+
+        def second(line: Line) -> None:
+            line.say("there")
+            line.wait()
+            told = [maker_of(theirs), theirs.recv(100).decode()]
+            theirs.send(b", and later")
+            line.say(told)
+            line.wait()
+
+        def third(line: Line) -> None:
+            other.send(b"back")
+            line.say("there")
+            line.wait()
+            line.say([maker_of(other), other.recv(100).decode()])
+            line.wait()
+
+        self.first = Child(first, theirs.fileno(), one.fileno())
+        self.third = Child(third, other.fileno())
+        for end in (theirs, one, other):
+            end.close()
+        self.first.hear()
+        self.third.hear()
+
+    def verify(self) -> str | None:
+        """What was queued has come; each end is told who made it."""
+        own = os.getpid()
+        self.first.say("again")
+        of_first = self.first.hear()
+        self.third.say("again")
+        of_third = self.third.hear()
+        return first_problem(
+            unlike("told by the first and its child", [[own, "to the child"], own, "back"], of_first),
+            unlike("told by the third", [own, "between"], of_third),
+            unlike("maker of our own end", own, maker_of(self.ours)),
+            unlike("what came", b"from the child, and later", self.ours.recv(100)),
+        )
+
+
+def maker_of(end: socket.socket) -> int:
+    """SO_PEERCRED's process."""
+    return int(struct.unpack("=iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
 class OwnMemory(Case):
     """What a child has written since the fork is its own; what it has not is as its parent had it."""
 
@@ -690,6 +754,7 @@ CASES: tuple[type[Case], ...] = (
     DeathOfParent,
     SharedOffset,
     PipesBetween,
+    PairsBetween,
     OwnMemory,
     ThreadsOfChild,
     Credentials,
