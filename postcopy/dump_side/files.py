@@ -3,6 +3,7 @@
 import os
 import stat
 
+from postcopy.dump_side import names
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
 from postcopy.dump_side.shared_memory import DELETED
 from postcopy.kernel import procfs
@@ -68,17 +69,14 @@ def _live(table: Table, opened: Opened) -> Description:
 def _name(opened: Opened) -> str:
     """A name under which the file is found; its last one, or another in the same directory."""
     try:
-        if _is(opened, os.lstat(opened.link)):
+        if os.path.samestat(opened.stat, os.lstat(opened.link)):
             return opened.link
     except OSError:
         pass
     if opened.link.endswith(DELETED):
-        directory = os.path.dirname(opened.link)
         try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    if entry.inode() == opened.stat.st_ino and _is(opened, entry.stat(follow_symlinks=False)):
-                        return entry.path
+            if other := names.in_same_directory(opened.link, opened.stat):
+                return other
         except OSError as error:
             raise Refused(f"{opened.link}: its directory cannot be searched: {error.strerror}") from None
         what = "this name of it was deleted, and no other is in the same directory"
@@ -88,7 +86,3 @@ def _name(opened: Opened) -> str:
     if os.path.lexists(opened.link):
         raise Refused(f"{opened.link}: another file has this name now")
     raise Refused(f"{opened.link}: the file cannot be found under this name any more")
-
-
-def _is(opened: Opened, found: os.stat_result) -> bool:
-    return (found.st_dev, found.st_ino) == (opened.stat.st_dev, opened.stat.st_ino)

@@ -37,17 +37,20 @@ def problems(pid: int, frozen: bool = False) -> list[str]:
 def _of_thread(pid: int, tid: int) -> Iterator[str]:
     """What a thread does not share with its process."""
     try:
-        if not kcmp.same_table(pid, tid) and not _is_ending(pid, tid):
+        if not kcmp.same_table(pid, tid) and not is_ending(pid, tid):
             yield f"thread {tid} has a descriptor table of its own (unshare), which cannot be moved yet"
-        if not kcmp.same_places(pid, tid) and not _is_ending(pid, tid):
+        if not kcmp.same_places(pid, tid) and not is_ending(pid, tid):
             yield f"thread {tid} has a working directory of its own (unshare), which cannot be moved yet"
     except OSError:
         return  # it has ended while we looked
 
 
-def _is_ending(pid: int, tid: int) -> bool:
+def is_ending(pid: int, tid: int) -> bool:
     """Whether a thread is in exit(2), where it first gives up what it shares and only then is seen to be gone."""
-    return bool(int(procfs.stat(pid, tid)[9]) & _PF_EXITING)
+    try:
+        return bool(int(procfs.stat(pid, tid)[9]) & _PF_EXITING)
+    except OSError:
+        return True
 
 
 def shared(pids: Iterable[int]) -> Iterator[str]:

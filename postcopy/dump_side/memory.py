@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from postcopy import roles
-from postcopy.dump_side import shared_memory
+from postcopy.dump_side import names, shared_memory
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.shared_memory import DELETED, SharedObjects
 from postcopy.errors import DumpError
@@ -100,7 +100,7 @@ class SmapsReader:
 
 
 # What has been found out about mapped files of a tree, by device, inode and name: what backs them, or what is wrong.
-Checked = dict[tuple[tuple[int, int], int, str], "str | _Problem"]
+Checked = dict[tuple[tuple[int, int], int, str], "str | _OtherName | _Problem"]
 
 
 def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked: Checked | None = None) -> Layout:
@@ -120,9 +120,11 @@ def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked:
         if isinstance(backing, _Problem):
             found.problems.append(f"memory at {line.start:#x} ({line.name or 'anonymous'}): {backing.text}")
             continue
-        number = -1
+        name, number = line.name, -1
+        if isinstance(backing, _OtherName):
+            name, backing = backing.path, "file"
         if backing == "file":
-            mapped = MappedFile(line.name, writable=line.shared and "mw" in line.flags)
+            mapped = MappedFile(name, writable=line.shared and "mw" in line.flags)
             number = numbers.setdefault(mapped, len(numbers))
         elif backing == "object":
             with contextlib.suppress(FileNotFoundError):  # a running process has changed its layout meanwhile
@@ -139,7 +141,7 @@ def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked:
                 offset=line.offset if number >= 0 else 0,
                 writable="mw" in line.flags,
                 flags=sorted(line.flags & _CARRIED_FLAGS),
-                name=line.name,
+                name=name,
             )
         )
     found.files = list(numbers)
@@ -153,7 +155,14 @@ class _Problem:
     text: str
 
 
-def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _Problem:
+@dataclass(frozen=True)
+class _OtherName:
+    """A file that has lost the name that maps shows: sem_open(3) gives a semaphore its name by link and unlink."""
+
+    path: str
+
+
+def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _OtherName | _Problem:
     if line.name in _KERNEL_MAPPINGS:
         return _KERNEL_MAPPINGS[line.name]
     for flag in sorted(line.flags & _REFUSED_FLAGS.keys()):
@@ -175,7 +184,7 @@ def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _Problem:
     return checked[key]
 
 
-def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
+def _file_backing(pid: int, line: MapsLine) -> str | _OtherName | _Problem:
     try:
         mapped = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
     except OSError:
@@ -185,13 +194,20 @@ def _file_backing(pid: int, line: MapsLine) -> str | _Problem:
         named = os.stat(line.name)
     except OSError:
         if line.name.endswith(DELETED) and stat.S_ISREG(mapped.st_mode):
-            return _Problem("the file has lost this name, but has others") if mapped.st_nlink else "object"
+            return _other_name(line.name, mapped) if mapped.st_nlink else "object"
         return _Problem("the file cannot be found under this name any more")
     if not stat.S_ISREG(mapped.st_mode):
         return _Problem("mappings of devices cannot be moved")
     if (mapped.st_dev, mapped.st_ino) != (named.st_dev, named.st_ino):
         return _Problem("another file has this name now")
     return "file"
+
+
+def _other_name(deleted: str, mapped: os.stat_result) -> _OtherName | _Problem:
+    with contextlib.suppress(OSError):
+        if other := names.in_same_directory(deleted, mapped):
+            return _OtherName(other)
+    return _Problem("this name of the file was deleted, and no other is in the same directory")
 
 
 def identities(found: Layout, known: Mapping[str, FileIdentity] = MappingProxyType({})) -> list[FileIdentity]:

@@ -72,7 +72,7 @@ def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, Trusted]
         check_target(pid)
         return _survey(pid, choices or Choices())
     except OSError as error:
-        if not procfs.exists(pid) or procfs.stat(pid)[3] in "ZX":
+        if _has_ended(pid):
             raise DumpError(f"process {pid} ended while it was being looked at") from None
         raise DumpError(f"process {pid} cannot be looked at: {error.strerror}") from None
 
@@ -106,6 +106,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         except OSError:
             if not _has_ended(pid):
                 raise
+        if _has_ended(pid):
             # What it had, it has no longer.
             del found.problems[own:]
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
@@ -176,9 +177,9 @@ def _vdso(pid: int, layout: memory.Layout) -> bytes:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a process has; its parent may have to be told yet."""
+    """Whether a process has, or is about to: in exit(2) it gives up what it has before it is seen to be gone."""
     try:
-        return procfs.stat(pid)[3] in "ZX" and len(procfs.tids(pid)) == 1
+        return all(lineage.is_ending(pid, tid) for tid in procfs.tids(pid))
     except OSError:
         return True
 

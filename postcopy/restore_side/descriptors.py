@@ -134,6 +134,7 @@ class Plan:
     ghosts: dict[int, int] = field(default_factory=dict)
     sockets: dict[int, int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
+    _passed: list[int] = field(default_factory=list)
     _places: dict[int, int] = field(default_factory=dict)
     _holders: dict[int, int] = field(default_factory=dict)
 
@@ -185,10 +186,17 @@ class Plan:
 
     def parking(self) -> int:
         """A number where nothing of the program's is."""
-        # What has just been opened may lie there, too, where the numbers below are all taken.
-        place = next((number for number in self.spaces if number not in self.used), None)
-        if place is None:
-            raise ValueError("it leaves no descriptor number free")
+        # What has just been opened may lie here too, for a while: behind what is parked already.
+        place = next((number for number in self._passed if number not in self.used), None)
+        if place is not None:
+            self._passed.remove(place)
+        else:
+            for place in self.spaces:
+                if place not in self.used:
+                    break
+                self._passed.append(place)
+            else:
+                raise ValueError("it leaves no descriptor number free")
         self.used.add(place)
         self.parked.append(place)
         return place
