@@ -70,7 +70,7 @@ class Service:
         """A child whose standard streams are one end of a Unix pair."""
         ours, theirs = socket.socketpair()
         with theirs:
-            await asyncio.create_subprocess_exec("cat", stdin=theirs, stdout=theirs)
+            await asyncio.create_subprocess_exec("cat", stdin=theirs.fileno(), stdout=theirs.fileno())
         reader, writer = await asyncio.open_connection(sock=ours)
         count = 0
         while True:
