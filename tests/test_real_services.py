@@ -140,7 +140,7 @@ def test_nginx_moves_with_its_workers_under_downloads(trio: Trio, tmp_path: Path
         directory.chmod(0o755)
         (directory / "files").mkdir()
         sums = {}
-        for number, size in enumerate((100, 5_000, 70_000, 1_000_000, 5_000_000)):
+        for number, size in enumerate((100, 5_000, 70_000, 1_000_000, 3_000_000)):
             content = random.Random(number).randbytes(size)
             (directory / "files" / f"{number}").write_bytes(content)
             sums[f"{number}"] = hashlib.sha256(content).hexdigest()
