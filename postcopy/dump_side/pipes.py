@@ -27,8 +27,10 @@ def collect(table: Table, opened: Opened) -> Description | None:
                 "stream to a file and start the program again, or let restore give it another: "
                 f"--external '{opened.link}' here, and --inherit-fd 'fd[N]:{opened.link}' there"
             )
+        # Looking fails where a running process closes it meanwhile: then it has no number.
+        looked_at = _look(opened, path)
         table.pipe_numbers[inode] = len(table.descriptors.pipes)
-        table.descriptors.pipes.append(_look(opened, path))
+        table.descriptors.pipes.append(looked_at)
         if path:
             table.needed.append(FileIdentity.named(path, "fifo"))
     number = table.pipe_numbers[inode]
