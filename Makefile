@@ -18,6 +18,8 @@ test: lint
 	@$(call need,xz,xz-utils)
 	@$(call need,redis-server,redis-server)
 	@$(call need,nginx,nginx-light)
+	@$(call need,gcc,gcc libc6-dev)
+	@$(call need,node,nodejs)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
@@ -37,7 +39,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-# need COMMAND,PACKAGE: the command, or the Debian package it comes in.
+# need COMMAND,PACKAGES: the command, or the Debian packages it comes in.
 need = command -v $(1) >/dev/null || PATH=$$PATH:/usr/sbin:/sbin command -v $(1) >/dev/null || { \
-	echo "the command $(1) is missing: installing the package $(2) with apt-get"; \
+	echo "the command $(1) is missing: installing $(2) with apt-get"; \
 	apt-get update -q && apt-get install -y -q $(2); }

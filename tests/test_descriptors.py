@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from postcopy.dump_side import ghosts, pipes
+from postcopy.dump_side.opened import Opened, Table
+from postcopy.dump_side.shared_memory import SharedObjects
 from tests.hosts import Host, Pair, postcopy_command
-from tests.migrate import MigrationFailed, start_dump, start_restore
+from tests.migrate import MigrationFailed, move, start_dump, start_restore
 from tests.test_states import PID, run_program
 
 
@@ -278,3 +282,44 @@ def test_shell_in_script_goes_on_with_its_terminal_and_its_jobs(hosts: Pair) -> 
     os.close(our_output)
     assert restore.wait(30) in (0, 7)
     os.close(our_input)
+
+
+LONE_END = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+reading, writing = os.pipe()
+os.close(writing)
+signal.sigwait({signal.SIGTERM})
+os._exit(0 if os.read(reading, 1) == b"" else 1)
+"""
+
+
+def test_reading_end_without_another_as_the_last_descriptor(hosts: Pair) -> None:
+    hosts.a.popen([sys.executable, "-c", LONE_END], pid=PID)
+    table = hosts.a.proc / str(PID) / "fd"
+
+    def is_ready() -> bool:
+        return sorted(os.listdir(table)) == ["0", "1", "2", "3"] and os.readlink(table / "3").startswith("pipe:")
+
+    hosts.a.wait_until(is_ready, what="only the reading end is open")
+    migration = move(hosts.a, hosts.b, PID)
+    hosts.b.kill(PID, signal.SIGTERM)
+    assert migration.restore is not None
+    assert migration.restore.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "ghost"])
+def test_what_is_closed_while_it_is_looked_at_gets_no_number(kind: str, tmp_path: Path) -> None:
+    table = Table(frozenset({os.getpid()}), SharedObjects())
+    if kind == "pipe":
+        fd, other = os.pipe()
+        os.close(other)
+    else:
+        fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+        (tmp_path / "file").unlink()
+    table.pid = os.getpid()
+    opened = Opened.look(os.getpid(), fd)
+    os.close(fd)
+    with pytest.raises(OSError):
+        (pipes if kind == "pipe" else ghosts).collect(table, opened)
+    assert not table.pipe_numbers and not table.ghost_numbers

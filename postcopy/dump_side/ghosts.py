@@ -27,9 +27,10 @@ def collect(table: Table, opened: Opened) -> Description | None:
         number = table.shared.of_memfd(table.pid, opened.fd, opened.link, opened.stat)
         return Description(memory=OpenMemory(number, opened.flags, opened.position))
     if key not in table.ghost_numbers:
-        ghost = _file(table, opened)
+        # Looking fails where a running process closes it meanwhile: then it has no number.
+        looked_at = _file(table, opened)
         table.ghost_numbers[key] = len(table.descriptors.ghosts)
-        table.descriptors.ghosts.append(ghost)
+        table.descriptors.ghosts.append(looked_at)
     return Description(ghost=GhostOpening(table.ghost_numbers[key], opened.flags, opened.position))
 
 

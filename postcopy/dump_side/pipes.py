@@ -27,6 +27,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
                 "stream to a file and start the program again, or let restore give it another: "
                 f"--external '{opened.link}' here, and --inherit-fd 'fd[N]:{opened.link}' there"
             )
+        # Looking fails where a running process closes it meanwhile: then it has no number.
         found = _look(opened, path)
         table.pipe_numbers[inode] = len(table.descriptors.pipes)
         table.descriptors.pipes.append(found)
