@@ -18,8 +18,20 @@ class SocketOption:
 
 
 @dataclass(frozen=True, slots=True)
+class SocketDefaults:
+    """The options of a new socket at the source: what those of this family, type and protocol have where their own
+    state says nothing else."""
+
+    family: Unsigned
+    type: Unsigned
+    protocol: Unsigned
+    options: list[SocketOption]
+
+
+@dataclass(frozen=True, slots=True)
 class Socket:
-    """What sockets of all kinds have: socket(2)'s arguments, O_NONBLOCK, the owner (uid, gid), the options.
+    """What sockets of all kinds have: socket(2)'s arguments, O_NONBLOCK, the owner (uid, gid), the options that differ
+    from `SocketDefaults`.
 
     ``inode``: its number at the source, by which sockets of one tree refer to each other. ``filter``: a classic BPF
     program (struct sock_filter, 8 bytes each), attached to what it receives.

@@ -9,6 +9,7 @@ from postcopy.socket_kinds import (
     Membership,
     PeerCredentials,
     Socket,
+    SocketDefaults,
     SocketOption,
     TcpConnection,
     UnixName,
@@ -26,6 +27,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     InetSocket: {"backlog": range(-1, 1 << 31)},
     PeerCredentials: {"uid": _UINT32, "gid": _UINT32},
     Socket: {"family": range(64), "type": range(16), "protocol": _UINT16},
+    SocketDefaults: {"family": range(64), "type": range(16), "protocol": _UINT16},
     SocketOption: {"level": _INT32, "name": _INT32},
     TcpConnection: {"mss": _UINT32},
     UnixSocket: {
@@ -40,6 +42,7 @@ LENGTHS: Mapping[type, Mapping[str, range]] = {
     Membership: {"interface": range(1, 16)},  # IFNAMSIZ
     PeerCredentials: {"groups": range(65537)},
     Socket: {"options": range(_MOST_OPTIONS)},
+    SocketDefaults: {"options": range(_MOST_OPTIONS)},
     SocketOption: {"value": range(1025)},
     TcpConnection: {"window": range(20, 21)},
     UnixName: {"name": range(1, 109)},

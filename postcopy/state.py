@@ -32,7 +32,7 @@ from postcopy.open_kinds import (
     SignalDescriptor,
     TimerDescriptor,
 )
-from postcopy.socket_kinds import InetSocket, UnixName, UnixSocket
+from postcopy.socket_kinds import InetSocket, SocketDefaults, UnixName, UnixSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,6 +454,7 @@ class Descriptors:
     deliveries: list[Delivery] = field(default_factory=list)
     locks: list[Lock] = field(default_factory=list)
     ptys: list[Pty] = field(default_factory=list)
+    socket_defaults: list[SocketDefaults] = field(default_factory=list)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

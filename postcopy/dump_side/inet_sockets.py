@@ -44,11 +44,9 @@ def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
         ended = aborted = True
     else:
         remote = _remote(common, own)
-        where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
-        if table.choices.connections != MOVED:
-            raise Refused(f"{where} can be moved with --tcp-established, or closed with --tcp-close")
-        if info.state not in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT):
-            raise Refused(f"{where} is half open or closed from here ({STATES[info.state]}), which cannot be moved yet")
+        if reason := _unmovable(table, info):
+            where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
+            raise Refused(f"{where} {reason}")
         if table.frozen:
             connection = tcp_connections.collect(own, info)
     return InetSocket(
@@ -61,6 +59,15 @@ def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
         ended=ended,
         aborted=aborted,
     )
+
+
+def _unmovable(table: Table, info: tcp_repair.Info) -> str:
+    """What is against moving a connection, if anything."""
+    if table.choices.connections != MOVED:
+        return "can be moved with --tcp-established, or closed with --tcp-close"
+    if info.state not in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT):
+        return f"is half open or closed from here ({STATES[info.state]}), which cannot be moved yet"
+    return ""
 
 
 def _udp(table: Table, common: Socket, own: socket.socket) -> InetSocket:

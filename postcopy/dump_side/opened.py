@@ -129,6 +129,7 @@ class Table:
     holders: dict[str, int] | None = None
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
     sockets: dict[int, int] = field(default_factory=dict)
+    socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     unix_names: list[UnixName] = field(default_factory=list)
     _unix: dict[int, sock_diag.UnixDiag] = field(default_factory=dict)
     _mapped: set[Key] | None = None

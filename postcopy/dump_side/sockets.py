@@ -9,7 +9,7 @@ import struct
 from postcopy.dump_side import inet_sockets, pipes, unix_sockets
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import socket_options
-from postcopy.socket_kinds import Socket, SocketOption
+from postcopy.socket_kinds import Socket, SocketDefaults, SocketOption
 from postcopy.state import Description
 
 _FAMILIES = {
@@ -39,9 +39,9 @@ def collect(table: Table, opened: Opened) -> Description | None:
 
 def _describe(table: Table, opened: Opened, own: socket.socket) -> Description:
     if own.family == socket.AF_UNIX:
-        return Description(unix=unix_sockets.collect(table, _common(opened, own), own))
+        return Description(unix=unix_sockets.collect(table, _common(table, opened, own), own))
     if own.family in (socket.AF_INET, socket.AF_INET6):
-        inet = inet_sockets.collect(table, _common(opened, own), own)
+        inet = inet_sockets.collect(table, _common(table, opened, own), own)
         if inet is not None:
             return Description(inet=inet)
     family = _FAMILIES.get(own.family, f"family {own.family}")
@@ -49,13 +49,14 @@ def _describe(table: Table, opened: Opened, own: socket.socket) -> Description:
     raise Refused(f"{opened.link}: {family} {kind} sockets (protocol {own.proto}) cannot be moved yet")
 
 
-def _common(opened: Opened, own: socket.socket) -> Socket:
+def _common(table: Table, opened: Opened, own: socket.socket) -> Socket:
     try:
         program = socket_options.read_filter(own)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
         raise Refused(f"{opened.link}: an eBPF program is attached to it, which cannot be moved yet") from None
+    usual = _defaults(table, own)
     options = socket_options.read(own)
     if struct.unpack("=i", own.getsockopt(socket_options.SOL_SOCKET, socket_options.SO_LOCK_FILTER, 4))[0]:
         raise Refused(f"{opened.link}: its filter is locked (SO_LOCK_FILTER), which cannot be moved yet")
@@ -66,6 +67,16 @@ def _common(opened: Opened, own: socket.socket) -> Socket:
         inode=opened.stat.st_ino,
         nonblocking=bool(opened.flags & os.O_NONBLOCK),
         owner=(opened.stat.st_uid, opened.stat.st_gid),
-        options=[SocketOption(*option, value) for option, value in options.items()],
+        options=[SocketOption(*option, value) for option, value in options.items() if usual.get(option) != value],
         filter=program,
     )
+
+
+def _defaults(table: Table, own: socket.socket) -> dict[socket_options.Option, bytes]:
+    """The options of a new socket like ``own``; added to the table once."""
+    kind = own.family, own.type, own.proto
+    if kind not in table.socket_defaults:
+        found = table.socket_defaults[kind] = socket_options.defaults(*kind)
+        options = [SocketOption(*option, value) for option, value in found.items()]
+        table.descriptors.socket_defaults.append(SocketDefaults(*kind, options))
+    return table.socket_defaults[kind]

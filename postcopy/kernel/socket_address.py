@@ -1,8 +1,9 @@
 """struct sockaddr_in and sockaddr_in6 (ip(7), ipv6(7))."""
 
-import ipaddress
 import socket
 import struct
+
+_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
 
 def pack(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> bytes:
@@ -22,8 +23,7 @@ def unpack(address: bytes) -> tuple[bytes, int]:
     if family == socket.AF_INET:
         return address[4:8], port
     host = address[8:24]
-    mapped = ipaddress.IPv6Address(host).ipv4_mapped
-    return (mapped.packed if mapped else host), port
+    return (host[12:] if host.startswith(_MAPPED) else host), port
 
 
 def scope(address: bytes) -> int:
@@ -34,5 +34,6 @@ def scope(address: bytes) -> int:
 def text(address: bytes) -> str:
     """``10.0.0.1:80`` or ``[::1]:80``."""
     host, port = unpack(address)
-    shown = str(ipaddress.ip_address(host))
-    return f"[{shown}]:{port}" if ":" in shown else f"{shown}:{port}"
+    if len(host) == 4:
+        return f"{socket.inet_ntop(socket.AF_INET, host)}:{port}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, host)}]:{port}"

@@ -4,6 +4,7 @@ include/uapi/asm-generic/socket.h, linux/in.h, linux/in6.h, linux/tcp.h, linux/u
 """
 
 import contextlib
+import functools
 import os
 import socket
 import struct
@@ -80,14 +81,32 @@ def levels(family: int, kind: int, protocol: int) -> Iterator[tuple[int, dict[in
         yield SOL_UDP, _OF_UDP
 
 
+@functools.cache
+def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, int], ...]:
+    """Level, number and size of each option that a new socket tells of."""
+    found = []
+    with socket.socket(family, kind, protocol) as fresh:
+        for level, options in levels(family, kind, protocol):
+            for name, size in options.items():
+                with contextlib.suppress(OSError):
+                    fresh.getsockopt(level, name, size)
+                    found.append((level, name, size))
+    return tuple(found)
+
+
 def read(sock: socket.socket) -> dict[Option, bytes]:
     """Every option that the kernel tells of ``sock``, with its value."""
     found: dict[Option, bytes] = {}
-    for level, options in levels(sock.family, sock.type, sock.proto):
-        for name, size in options.items():
-            with contextlib.suppress(OSError):
-                value = sock.getsockopt(level, name, size)
-                found[level, name] = _named(value, _INTERFACES[level, name]) if (level, name) in _INTERFACES else value
+    ask = sock.getsockopt
+    for level, name, size in _readable(sock.family, sock.type, sock.proto):
+        # In the stand-still, and some eighty times for each socket.
+        try:
+            found[level, name] = ask(level, name, size)
+        except OSError:
+            continue
+    for option, network_order in _INTERFACES.items():
+        if option in found:
+            found[option] = _named(found[option], network_order)
     return found
 
 

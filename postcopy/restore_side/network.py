@@ -51,16 +51,13 @@ class Network:
         Raises RestoreError.
         """
         for own, one, connection in self._held(built):
-            where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
-            if connection.finished and self._lock is not None:
-                try:
+            try:
+                if connection.finished and self._lock is not None:
                     tcp_connections.finish(own, one, connection, self._lock.mark)
-                except OSError as error:
-                    raise RestoreError(f"the connection {where}: {error}") from None
-            found = tcp_repair.unread(own), tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
-            unsent = len(connection.unsent)
-            if found != (len(connection.received), len(connection.sent) + unsent, unsent):
-                raise RestoreError(f"the connection {where} could not be filled: its queues hold {found} bytes")
+                tcp_connections.check(own, connection)
+            except OSError as error:
+                where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
+                raise RestoreError(f"the connection {where}: {error}") from None
 
     def settle(self, built: Mapping[int, int]) -> None:
         """After commit, before the tree runs: names are put in place, connections speak again.
@@ -75,7 +72,8 @@ class Network:
                 # The peer is asked for its acknowledgement, which moves whatever waits in either direction.
                 own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_OFF)
                 options = {(each.level, each.name): each.value for each in one.socket.options}
-                own.setsockopt(SOL_SOCKET, SO_REUSEADDR, options[SOL_SOCKET, SO_REUSEADDR])
+                if (reuse := options.get((SOL_SOCKET, SO_REUSEADDR))) is not None:
+                    own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
             except OSError as error:
                 log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
 

@@ -16,6 +16,7 @@ from postcopy.kernel.socket_options import (
     SO_PASSCRED,
     SO_PASSPIDFD,
     SO_PEEK_OFF,
+    SO_RCVBUF,
     SO_SNDBUF,
     SO_SNDBUFFORCE,
     SOL_SOCKET,
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 _F_SETFL = 4
 _PER_SOCKET, _PER_MESSAGE = 8192, 1024  # bytes for the calls of a socket, and of a message in it
-_CHANGED = ((SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_BUF_LOCK))
+_SIZES = ((SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF), (SOL_SOCKET, SO_BUF_LOCK))
 # With these, a socket without a name would be given one when a message is sent from it (unix(7), "Autobind").
 _GIVING_A_NAME = ((SOL_SOCKET, SO_PASSCRED), (SOL_SOCKET, SO_PASSPIDFD))
-_LATE = (*_CHANGED, *_GIVING_A_NAME, (SOL_SOCKET, SO_PEEK_OFF))
+_LATE = {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_BUF_LOCK), (SOL_SOCKET, SO_PEEK_OFF), *_GIVING_A_NAME}
 
 
 def room(mine: Sequence[Description]) -> int:
@@ -62,6 +63,12 @@ class Workshop:
     def __init__(self, plan: "Plan") -> None:
         self._plan = plan
         self._placed: dict[bytes, int] = {}
+        self._usual = {
+            (each.family, each.type, each.protocol): {(one.level, one.name): one.value for one in each.options}
+            for each in plan.state.socket_defaults
+        }
+        self._wanted: dict[tuple[int, int, int], dict[Option, bytes]] = {}
+        self._widened: set[int] = set()
         self.batch = plan.batch
 
     def add(self, made: Call, purpose: str) -> None:
@@ -96,31 +103,59 @@ class Workshop:
         what = f"setting socket option {name} of level {level}"
         self.add(call("setsockopt", fd, level, name, self.place(told), len(told)), what)
 
-    def set_early(self, fd: int, common: Socket, but: frozenset[Option] = frozenset()) -> None:
-        """Set all options that can be set at the beginning, where they differ from what a new socket has."""
-        usual = _defaults(common.family, common.type, common.protocol)
+    def given(self, common: Socket) -> dict[Option, bytes]:
+        """The options that a socket is to have and a new one here has not."""
+        kind = common.family, common.type, common.protocol
+        here = _defaults(*kind)
+        if kind not in self._wanted:
+            usual = self._usual.get(kind, here)
+            self._wanted[kind] = {option: value for option, value in usual.items() if here.get(option) != value}
+        own = {(each.level, each.name): each.value for each in common.options}
+        wanted = {**self._wanted[kind], **own}
+        return {option: value for option, value in wanted.items() if here.get(option) != value}
+
+    def value(self, common: Socket, option: Option) -> bytes:
+        """An option's value at the source; Raises ValueError where it is not known."""
         for each in common.options:
-            option = each.level, each.name
-            if option in _LATE or option in but or usual.get(option) == each.value:
+            if (each.level, each.name) == option:
+                return each.value
+        usual = self._usual.get((common.family, common.type, common.protocol), {})
+        if option not in usual:
+            raise ValueError(f"socket option {option} is not told")
+        return usual[option]
+
+    def set_early(self, fd: int, common: Socket, but: frozenset[Option] = frozenset()) -> None:
+        """Set all options that can be set at the beginning."""
+        for option, value in self.given(common).items():
+            if option in _LATE or option in but:
                 continue
             try:
-                self.set(fd, option, each.value)
+                self.set(fd, option, value)
             except OSError as error:
-                name = os.fsdecode(each.value)
+                name = os.fsdecode(value)
                 raise RestoreError(f"network interface {name}, which a socket uses: {error.strerror}") from None
 
     def widen(self, fd: int, size: int) -> None:
         """Let the socket take ``size`` bytes from us, whatever its own limit; `finish` sets that."""
+        self.resized(fd)
         value = struct.pack("=i", min(size, 1 << 29))
         what = "making room for what is queued in a socket"
         self.add(call("setsockopt", fd, SOL_SOCKET, SO_SNDBUFFORCE, self.place(value), 4), what)
 
+    def resized(self, fd: int) -> None:
+        """Take note that the sizes of the buffers are not those of a new socket any more."""
+        self._widened.add(fd)
+
     def finish(self, fd: int, common: Socket) -> None:
         """What comes last: the sizes and locks of the buffers, the filter, the owner, the flags."""
-        given = {(each.level, each.name): each.value for each in common.options}
-        usual = _defaults(common.family, common.type, common.protocol)
-        for option in _LATE:
-            if option in given and (option in _CHANGED or given[option] != usual.get(option)):
+        given = self.given(common)
+        if fd in self._widened or (SOL_SOCKET, SO_SNDBUF) in given:
+            self.set(fd, (SOL_SOCKET, SO_SNDBUF), self.value(common, (SOL_SOCKET, SO_SNDBUF)))
+        if fd in self._widened or any(option in given for option in _SIZES):
+            # Setting a size locks it.
+            self.set(fd, (SOL_SOCKET, SO_BUF_LOCK), self.value(common, (SOL_SOCKET, SO_BUF_LOCK)))
+        for option in (*_GIVING_A_NAME, (SOL_SOCKET, SO_PEEK_OFF)):
+            if option in given:
                 self.set(fd, option, given[option])
         if common.filter:
             program = struct.pack("=HxxxxxxQ", len(common.filter) // 8, self.place(common.filter))

@@ -59,12 +59,11 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
     """Add the calls that make the connection; where it is parked."""
     common = one.socket
     name = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
-    given = {(each.level, each.name): each.value for each in common.options}
     (fd,) = shop.parked(call("socket", common.family, common.type, common.protocol), f"making the connection {name}")
     work = _Work(shop, fd, name)
     work.repair(REPAIR_ON)
     # The window's limit follows a size that the program has set, and only that (net/ipv4/tcp_output.c).
-    fixed = bool(int.from_bytes(given.get((SOL_SOCKET, SO_BUF_LOCK), bytes(4)), "little") & _RCVBUF_LOCK)
+    fixed = bool(int.from_bytes(shop.value(common, (SOL_SOCKET, SO_BUF_LOCK)), "little") & _RCVBUF_LOCK)
     shop.set_early(fd, common, _NOT_NOW if fixed else _NOT_NOW | {_RECEIVE_BUFFER})
     for queue, sequence in ((RECEIVE_QUEUE, connection.receive_sequence), (SEND_QUEUE, connection.send_sequence)):
         work.choose(queue)
@@ -98,7 +97,8 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
     # (net/ipv4/ip_sockglue.c, IP_OPTIONS; of IPv6 sockets too).
     shop.add(call("setsockopt", fd, SOL_IP, IP_OPTIONS, 0, 0), f"repairing the connection {name}")
     if connection.received or not fixed:
-        shop.set(fd, _RECEIVE_BUFFER, given[_RECEIVE_BUFFER])
+        shop.set(fd, _RECEIVE_BUFFER, shop.value(common, _RECEIVE_BUFFER))
+        shop.resized(fd)
     shop.finish(fd, common)
     return fd
 
@@ -121,6 +121,14 @@ def finish(own: socket.socket, one: InetSocket, connection: TcpConnection, mark:
         time.sleep(_LOOK_AGAIN)
     own.setsockopt(SOL_TCP, TCP_REPAIR_WINDOW, connection.window)
     own.setsockopt(SOL_IP, IP_OPTIONS, b"")
+
+
+def check(own: socket.socket, connection: TcpConnection) -> None:
+    """That the queues hold every byte: a call may take less than it is given. Raises OSError."""
+    found = tcp_repair.unread(own), tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
+    unsent = len(connection.unsent)
+    if found != (len(connection.received), len(connection.sent) + unsent, unsent):
+        raise OSError(f"could not be filled: its queues hold {found} bytes")
 
 
 def abort(shop: "Workshop", fd: int, family: int) -> None:
