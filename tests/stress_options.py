@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run this seed instead of the suite's own; may be repeated",
     )
     group.addoption("--tree-processes", type=int, default=100, help="of the largest tree that is moved (default: 100)")
+    group.addoption("--connections", type=int, default=60, help="of the service that is moved with many (default: 60)")
     group.addoption(
         "--stress-without", default="", metavar="OPERATIONS", help="leave operations out: op_lock,op_fork,…"
     )

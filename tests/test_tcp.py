@@ -1,6 +1,7 @@
 """TCP services move with their clients connected: these check every byte, and see a pause and nothing else."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -33,10 +34,10 @@ class Service:
         """Bytes that have come back on the slowest connection."""
         return int((self.directory / "progress").read_text())
 
-    def goes_on(self) -> None:
+    def goes_on(self, beyond: int = 1_000_000) -> None:
         """Every connection that is left brings more than what can be on its way."""
         before = self.progress
-        wait_until(lambda: self.progress > before + 1_000_000, SECONDS, "every connection goes on")
+        wait_until(lambda: self.progress > before + beyond, SECONDS, "every connection goes on")
 
     def report(self) -> dict[str, Any]:
         """Let the client come to an end; what it has seen."""
@@ -58,8 +59,11 @@ def trio() -> Iterator[Trio]:
         yield hosts
 
 
-def serve(hosts: Trio, directory: Path, count: int = 3, hold: bool = False) -> Service:
-    """Start both; returns when every connection is busy, or (with ``hold``) waits for a server that does not read."""
+def serve(hosts: Trio, directory: Path, count: int = 3, hold: bool = False, ahead: int = 200_000) -> Service:
+    """Start both; returns when every connection is busy, or (with ``hold``) waits for a server that does not read.
+
+    ``count``: connections to each of two addresses; ``ahead``: bytes that may be on their way on each.
+    """
     hosts.add_service(hosts.a)
     addresses = [hosts.service, hosts.service6]
     command = [sys.executable, "-m", "tests.programs.echo_server", str(directory), *addresses]
@@ -68,10 +72,10 @@ def serve(hosts: Trio, directory: Path, count: int = 3, hold: bool = False) -> S
     wait_until(lambda: (directory / "ready").exists() or server.poll() is not None, SECONDS, "the server listens")
     command = [sys.executable, "-m", "tests.programs.echo_client", str(directory), str(count), *addresses]
     with open(directory / "client.err", "wb") as stderr:
-        client = hosts.c.popen(command, stderr=stderr)
+        client = hosts.c.popen(command, stderr=stderr, env={**os.environ, "ECHO_AHEAD": str(ahead)})
     service = Service(hosts, directory, server, client)
     wait_until(lambda: (directory / "progress").exists() and service.progress > 0, SECONDS, "the client is connected")
-    service.goes_on()
+    service.goes_on(5 * ahead)
     if hold:
         (directory / "hold").touch()
         wait_until(lambda: (directory / "holding").exists(), SECONDS, "the server does not read")
@@ -107,6 +111,20 @@ def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> Non
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
     assert [locks(host) for host in trio] == ["", "", ""]
     print(f"the longest pause of a connection: {report['longest']:.3f} s")
+
+
+def test_many_connections(trio: Trio, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    count = request.config.getoption("--connections")
+    service = serve(trio, tmp_path, count=count // 2, ahead=1000)
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.announce_service(trio.a, trio.b)
+    migration.wait_drained()
+    service.goes_on(5000)
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+    standstill = next(event["standstill_ns"] for event in migration.dump_events if event["event"] == "resumed")
+    print(f"{count} connections: stand-still {standstill / 1e6:.0f} ms, longest pause {report['longest']:.3f} s")
 
 
 def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ back on the connection that is behind all others. With ``DIRECTORY/reset`` it re
 import contextlib
 import json
 import os
+import resource
 import selectors
 import socket
 import struct
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 PORT = 7000
-_AHEAD = 200_000  # bytes that may be on their way
+_AHEAD = int(os.environ.get("ECHO_AHEAD", "200000"))  # bytes that may be on their way
 _PATTERN = bytes(number * 167 % 251 for number in range(251 * 1000))
 _PIECE = 20_000
 _PATIENCE = 60.0
@@ -46,7 +47,7 @@ class Connection:
         try:
             with contextlib.suppress(BlockingIOError):
                 while not stopping and self.written - self.read < _AHEAD:
-                    self.written += self.sock.send(self.expected(self.written, _PIECE))
+                    self.written += self.sock.send(self.expected(self.written, min(_PIECE, _AHEAD)))
             with contextlib.suppress(BlockingIOError):
                 piece = self.sock.recv(_PIECE)
                 if not piece:
@@ -62,6 +63,7 @@ class Connection:
 
 def main() -> None:
     """Connect, work, report."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     directory, count, addresses = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     connections = [Connection(number, address) for address in addresses for number in range(count)]
     selector = selectors.PollSelector()

@@ -5,6 +5,7 @@ reads nor writes. Writes the errors that connections end with to ``DIRECTORY/err
 """
 
 import contextlib
+import resource
 import selectors
 import socket
 import sys
@@ -44,6 +45,7 @@ class Connection:
 def main() -> None:
     """Serve."""
     directory, addresses = Path(sys.argv[1]), sys.argv[2:]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     selector = selectors.PollSelector()
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
