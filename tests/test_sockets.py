@@ -131,3 +131,46 @@ def test_move_that_fails_leaves_the_unix_name_alone(hosts: Pair, tmp_path: Path)
     assert f"binding a TCP socket to {where}, which must be an address of this host, with a free port" in said
     assert echoes(hosts, name, here=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ready", "socket"]
+
+
+#: A parent that listens, and children that accept, each with a Unix pair of its own and one that all of them have.
+PREFORKED = """
+import os, socket, sys
+listener = socket.socket()
+listener.bind(("127.0.0.1", 7200)); listener.listen()
+ours = socket.socketpair()
+for _ in range(2):
+    if not os.fork():
+        own = socket.socketpair()
+        own[0].send(b"mine")
+        while True:
+            client = listener.accept()[0]
+            ours[0].send(b"+")
+            client.sendall(b"%d %s" % (os.getpid(), own[1].recv(100, socket.MSG_PEEK)))
+            client.close()
+os.mkdir(sys.argv[1])
+told = 0
+while True:
+    told += len(ours[1].recv(100))
+    with open(sys.argv[1] + "/told", "w") as file:
+        file.write(str(told))
+"""
+ASK = """
+import socket
+client = socket.create_connection(("127.0.0.1", 7200))
+print(client.recv(100).decode(), end="")
+"""
+
+
+def test_sockets_that_a_tree_shares(hosts: Pair, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    hosts.a.popen([sys.executable, "-c", PREFORKED, str(ready)], pid=PID)
+    wait_until(ready.exists, SECONDS, "the children accept")
+    assert hosts.a.run([sys.executable, "-c", ASK]).stdout.endswith(b" mine")
+    wait_until(lambda: (ready / "told").exists(), SECONDS, "the parent has been told")
+    migration = move(hosts.a, hosts.b, PID)
+    migration.wait_drained()
+    answers = [hosts.b.run([sys.executable, "-c", ASK]).stdout for _ in range(4)]
+    children = {pid for pid in hosts.b.pids() if pid > PID}
+    assert all(answer.endswith(b" mine") and int(answer.split()[0]) in children for answer in answers)
+    wait_until(lambda: (ready / "told").read_text() == "5", SECONDS, "the parent has been told of all")
