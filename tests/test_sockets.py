@@ -143,11 +143,13 @@ for _ in range(2):
     if not os.fork():
         own = socket.socketpair()
         own[0].send(b"mine")
+        ours[1].close()
         while True:
             client = listener.accept()[0]
             ours[0].send(b"+")
             client.sendall(b"%d %s" % (os.getpid(), own[1].recv(100, socket.MSG_PEEK)))
             client.close()
+ours[0].close()
 os.mkdir(sys.argv[1])
 told = 0
 while True:
