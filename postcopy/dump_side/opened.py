@@ -149,7 +149,8 @@ class Table:
     def found_ranks(self) -> dict[tuple[int, int], int]:
         """The `ranks` for a later look."""
         places = {number: place for among in self.alike.values() for place, (_, _, number) in enumerate(among)}
-        return {(pid, slot.fd): places[slot.description] for pid, slots in self.slots.items() for slot in slots}
+        slots = ((pid, slot) for pid, slots in self.slots.items() for slot in slots)
+        return {(pid, slot.fd): places[slot.description] for pid, slot in slots if slot.description in places}
 
     def holder_of(self, tid: int) -> int | None:
         """The process of the tree that has this thread."""
