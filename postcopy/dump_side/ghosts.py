@@ -7,6 +7,7 @@ import stat
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.dump_side.shared_memory import DELETED
 from postcopy.kernel import procfs
+from postcopy.kernel.holes import data_ranges
 from postcopy.open_kinds import Extent, Ghost, GhostOpening
 from postcopy.state import Description, FileIdentity, OpenMemory
 
@@ -77,7 +78,7 @@ def _content(table: Table, opened: Opened) -> list[Extent]:
     """What is in the file; read only when the process is frozen. Holes stay holes: lseek(2), SEEK_DATA."""
     own = os.open(f"/proc/{opened.pid}/fd/{opened.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        ranges = _data(own, os.fstat(own).st_size)
+        ranges = data_ranges(own, os.fstat(own).st_size)
         held, most = sum(map(len, ranges)), table.choices.ghost_limit
         if held > most:
             raise Refused(
@@ -89,19 +90,3 @@ def _content(table: Table, opened: Opened) -> list[Extent]:
         return [Extent(each.start, os.pread(own, len(each), each.start)) for each in ranges]
     finally:
         os.close(own)
-
-
-def _data(fd: int, size: int) -> list[range]:
-    """The ranges of bytes that are not in holes."""
-    found = []
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        found.append(range(start, end))
-    return found

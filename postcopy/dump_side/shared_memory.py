@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from postcopy.dump_side.page_source import OpenMemory
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, system_v
+from postcopy.kernel.holes import data_ranges
 from postcopy.kernel.page import page_down, page_up
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
@@ -186,18 +187,7 @@ def _collect(each: Found, space: int, fd: int) -> SharedMemory:
 
 def _data(fd: int, size: int) -> PageRanges:
     """The pages that exist (lseek(2), SEEK_DATA)."""
-    pairs = []
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        pairs.append((page_down(start), page_up(at)))
-    return PageRanges.from_pairs(pairs)
+    return PageRanges.from_pairs((page_down(each.start), page_up(each.stop)) for each in data_ranges(fd, size))
 
 
 def _holders(keys: set[Key], but: set[int]) -> dict[Key, int]:
