@@ -1,11 +1,13 @@
 """The fixtures of the suite: a pair of hosts, or one."""
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import migrate
 from tests.hosts import Host, Pair
+from tests.stage import Stage
 from tests.stress_options import pytest_addoption  # noqa: F401 (pytest finds options here)
 
 
@@ -14,6 +16,21 @@ def hosts() -> Iterator[Pair]:
     """Two joined hosts, ``a`` and ``b``; everything in them ends with the test."""
     with Pair() as pair:
         yield pair
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """Two joined hosts for all tests of a module."""
+    with Pair() as both:
+        yield both
+
+
+@pytest.fixture
+def stage(pair: Pair, tmp_path: Path) -> Iterator[Stage]:
+    """The two hosts of the module, with nothing on them afterwards."""
+    new = Stage(pair, tmp_path)
+    yield new
+    new.clear()
 
 
 @pytest.fixture

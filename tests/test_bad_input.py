@@ -42,13 +42,6 @@ CAPABILITIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    """Two hosts for all tests."""
-    with Pair() as both:
-        yield both
-
-
 @dataclass
 class Target:
     """A program on the first host that must not notice anything."""

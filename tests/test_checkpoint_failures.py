@@ -7,7 +7,7 @@ restored is refused before there is a process; what is found out later ends the 
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -15,26 +15,11 @@ import pytest
 
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.kernel.page import PAGE_SIZE
-from tests.hosts import Pair, Process, wait_until
+from tests.hosts import Process, wait_until
 from tests.sides import SECONDS, Side
 from tests.stage import Patient, Stage, Witness, Work, untouched
 
 USAGE, DUMP_FAILED, RESTORE_FAILED, GONE, LOST, CANNOT_RUN, BAD_CHECKPOINT, INTERRUPTED = 2, 3, 4, 7, 8, 9, 12, 130
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    """Two hosts for all tests."""
-    with Pair() as both:
-        yield both
-
-
-@pytest.fixture
-def stage(pair: Pair, tmp_path: Path) -> Iterator[Stage]:
-    """The two hosts, with nothing on them afterwards."""
-    new = Stage(pair, tmp_path)
-    yield new
-    new.clear()
 
 
 def dumped(stage: Stage, kind: type[Work]) -> tuple[Work, Process]:

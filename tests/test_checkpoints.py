@@ -1,7 +1,6 @@
 """Every way to and from a checkpoint directory, with real programs in the middle of their work."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -15,21 +14,6 @@ from tests.stage import DictChurn, Patient, SqliteBank, Stage, Work, Xz
 KINDS: list[type[Work]] = [Xz, DictChurn, SqliteBank]
 DEFAULT_IDLE_DELAY = 5.0
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    """Two hosts for all tests."""
-    with Pair() as both:
-        yield both
-
-
-@pytest.fixture
-def stage(pair: Pair, tmp_path: Path) -> Iterator[Stage]:
-    """The two hosts, with nothing on them afterwards."""
-    new = Stage(pair, tmp_path)
-    yield new
-    new.clear()
 
 
 def dumped(stage: Stage, kind: type[Work], *options: str) -> Work:

@@ -21,13 +21,6 @@ PORT = 27500
 SECONDS = 20
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    """Two hosts for all tests."""
-    with Pair() as both:
-        yield both
-
-
 @pytest.fixture
 def empty(pair: Pair) -> Iterator[Pair]:
     """The two hosts, with nothing in them afterwards."""

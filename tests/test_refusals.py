@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +22,6 @@ from tests.programs import immovable, witness
 PID = 8000
 PORT = 27400
 SECONDS = 20
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    """Two hosts for all tests."""
-    with Pair() as both:
-        yield both
 
 
 def dump(host: Host, pid: int, *options: str) -> subprocess.CompletedProcess[bytes]:

@@ -191,7 +191,10 @@ def _check_owner(path: str, found: os.stat_result) -> None:
     if found.st_uid not in (0, os.geteuid()):
         raise CheckpointError(f"{path} belongs to user {found.st_uid}, who could have put anything there")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CheckpointError(f"{path} can be written by others than its owner", f"chmod go-w {path}")
+        raise CheckpointError(
+            f"{path} can be written by others than its owner, who could have put anything there",
+            "a checkpoint directory has mode 0700 and its files 0600",
+        )
 
 
 def _check_host(path: str, about: About) -> None:
