@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,33 @@ def test_hundred_processes_move(hosts: Pair, tmp_path: Path, pytestconfig: pytes
     migration.wait_drained()
     clan.all_count("the clan counts on", hosts.b.name)
     clan.nothing_is_wrong()
+
+
+def test_tree_moves_while_others_look_at_how_its_processes_were_started(hosts: Pair, tmp_path: Path) -> None:
+    """As ps(1) does: the kernel reads arguments and environment in the memory of the process."""
+    clan = Clan(hosts.a, tmp_path, 25, "--interval", "0.05")
+    seen: Counter[str] = Counter()
+    drained = threading.Event()
+
+    def look() -> None:
+        while not drained.is_set():
+            for pid in hosts.b.pids():
+                for name in ("cmdline", "environ"):
+                    with contextlib.suppress(OSError):
+                        seen[name] += len((hosts.b.proc / str(pid) / name).read_bytes())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        move(hosts.a, hosts.b, clan.pid).wait_drained()
+    finally:
+        drained.set()
+        looking.join()
+    assert min(seen.values()) > 0
+    clan.all_count("the clan counts on", hosts.b.name)
+    clan.nothing_is_wrong()
+    started = [(hosts.b.proc / str(pid) / "cmdline").read_bytes() for pid in clan.members()]
+    assert all(b"tests.programs.clan" in each for each in started)
 
 
 def test_tree_runs_on_untouched_after_dump_is_killed_at_any_step(tmp_path: Path) -> None:

@@ -268,6 +268,7 @@ class _Builder:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             batch = executor.batch()
             if executor is self._executors[0]:
+                memory.show_arguments(self._state.memory, batch)
                 limits.rebuild(self._state.limits, batch)
             threads.rebuild(thread, self._state.pid, self._current, self._parent_stays, batch)
             batches.append(batch)

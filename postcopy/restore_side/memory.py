@@ -3,10 +3,11 @@
 import os
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import procfs
-from postcopy.kernel.calls import call
+from postcopy.kernel.calls import Call, call
 from postcopy.kernel.executor import Batch
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
@@ -191,8 +192,24 @@ def _advise(batch: Batch, vma: Vma) -> None:
 
 
 def _set_mm(memory: Memory, batch: Batch, exe: int) -> None:
+    """All but the ranges of arguments and environment: see `show_arguments`."""
+    hidden = replace(memory, arg_end=memory.arg_start, env_end=memory.env_start)
+    made = _mm_map(hidden, batch, memory.auxv, exe)
+    batch.add(made, f"setting the mm fields and the exe link to {memory.exe}")
+
+
+def show_arguments(memory: Memory, batch: Batch) -> None:
+    """Let others read the arguments and the environment, once userfaultfd is armed.
+
+    Whoever reads ``/proc/PID/cmdline`` before would get zeros, and leave pages of zeros where lazy ones are to come.
+    """
+    batch.add(_mm_map(memory, batch, b"", -1), "setting the mm fields")
+
+
+def _mm_map(memory: Memory, batch: Batch, auxv: bytes, exe: int) -> Call:
+    """PR_SET_MM_MAP; an empty ``auxv`` and an ``exe`` of -1 leave these as they are (prctl(2))."""
     fields = struct.pack(
-        "<12QII",
+        "<12QIi",
         memory.start_code,
         memory.end_code,
         memory.start_data,
@@ -204,12 +221,11 @@ def _set_mm(memory: Memory, batch: Batch, exe: int) -> None:
         memory.arg_end,
         memory.env_start,
         memory.env_end,
-        batch.place(memory.auxv),
-        len(memory.auxv),
+        batch.place(auxv) if auxv else 0,
+        len(auxv),
         exe,
     )
-    made = call("prctl", PR_SET_MM, PR_SET_MM_MAP, batch.place(fields), len(fields), 0)
-    batch.add(made, f"setting the mm fields and the exe link to {memory.exe}")
+    return call("prctl", PR_SET_MM, PR_SET_MM_MAP, batch.place(fields), len(fields), 0)
 
 
 STAGING_SIZE = 64 * PAGE_SIZE
