@@ -20,7 +20,7 @@ test: lint
 	@$(call need,nginx,nginx-light)
 	@$(call need,gcc,gcc libc6-dev)
 	@$(call need,node,nodejs)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
 	@$(call need,ip,iproute2)

@@ -6,7 +6,10 @@ and, where that is not enough, a function in `_CHECKS`. `check` walks the whole 
 """
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +17,7 @@ from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, plan
-from postcopy.page_ranges import PageRanges
+from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.state import (
     Attributes,
     Clocks,
@@ -175,48 +178,91 @@ _KERNEL_BACKINGS = frozenset({"vvar", "vdso"})
 def check(tree: Tree, manifest: Manifest) -> None:
     """Raises ProtocolError with the field, its value and what is wrong with it."""
     for name, value in (("manifest", manifest), ("state", tree)):
-        for problem in _walk(name, value):
-            raise ProtocolError(problem)
+        for problem in _walk(value):
+            raise ProtocolError(f"{name}.{problem}")
     if manifest.pid not in [process.pid for process in tree.processes]:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
 
 
-def _walk(where: str, value: Any) -> Iterator[str]:
+def prepare() -> None:
+    """Find the rules of every type now, which takes milliseconds."""
+    remaining: list[Any] = [Manifest, Tree]
+    for kind in remaining:
+        hints = typing.get_type_hints(kind)
+        remaining += [
+            each for name in _rules(kind).inner for each in _dataclasses(hints[name]) if each not in remaining
+        ]
+
+
+def _walk(value: Any) -> Iterator[str]:
     """The problems of a dataclass and of all that are in it, each with its path."""
-    kind = type(value)
-    for problem in (*_of_fields(value), *_CHECKS.get(kind, _nothing)(value)):
-        yield f"{where}.{problem}"
-    for field in dataclasses.fields(kind):
-        inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
-            yield from _walk(f"{where}.{field.name}", inner)
-        elif isinstance(inner, list) and inner and dataclasses.is_dataclass(inner[0]):
+    kind: type = type(value)
+    rules = _rules(kind)
+    for rule in rules.own:
+        yield from rule(value)
+    for name in rules.inner:
+        inner = getattr(value, name)
+        if isinstance(inner, list):
             for number, each in enumerate(inner):
-                yield from _walk(f"{where}.{field.name}[{number}]", each)
+                for problem in _walk(each):
+                    yield f"{name}[{number}].{problem}"
+        elif inner is not None:
+            for problem in _walk(inner):
+                yield f"{name}.{problem}"
 
 
-def _of_fields(value: Any) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Rules:
+    """What is looked at in a dataclass: rules of its own, and the fields that hold dataclasses or lists of them."""
+
+    own: tuple[Callable[[Any], Iterable[str]], ...]
+    inner: tuple[str, ...]
+
+
+@functools.cache
+def _rules(kind: type) -> _Rules:
+    hints = typing.get_type_hints(kind)
+    tables = (_NUMBERS, _LENGTHS, _ITEM_LENGTHS, _ITEM_NUMBERS, _CHOICES, _PATHS)
+    named = any(kind in table for table in tables)
+    own: list[Callable[[Any], Iterable[str]]] = [functools.partial(_of_fields, kind)] if named else []
+    own += [_CHECKS[kind]] if kind in _CHECKS else []
+    return _Rules(tuple(own), tuple(name for name, hint in hints.items() if any(_dataclasses(hint))))
+
+
+def _dataclasses(hint: Any) -> Iterator[type]:
+    """Those of which a field of this type may hold some."""
+    if dataclasses.is_dataclass(hint):
+        yield hint if isinstance(hint, type) else type(hint)
+    for each in typing.get_args(hint):
+        yield from _dataclasses(each)
+
+
+def _of_fields(kind: type, value: Any) -> list[str]:
     """What the tables find of one dataclass."""
-    kind = type(value)
-    for name, allowed in _NUMBERS.get(kind, {}).items():
+    found = []
+    for name, allowed in _NUMBERS.get(kind, _EMPTY).items():
         if (number := getattr(value, name)) not in allowed:
-            yield f"{name}: {number} is not within {_text(allowed)}"
-    for name, allowed in _LENGTHS.get(kind, {}).items():
+            found.append(f"{name}: {number} is not within {_text(allowed)}")
+    for name, allowed in _LENGTHS.get(kind, _EMPTY).items():
         if (length := len(getattr(value, name))) not in allowed:
-            yield f"{name}: a length of {length} is not within {_text(allowed)}"
-    for name, wanted in _ITEM_LENGTHS.get(kind, {}).items():
+            found.append(f"{name}: a length of {length} is not within {_text(allowed)}")
+    for name, wanted in _ITEM_LENGTHS.get(kind, _EMPTY).items():
         for at, item in enumerate(getattr(value, name)):
             if len(item) != wanted:
-                yield f"{name}[{at}]: {len(item)} bytes; it must have {wanted}"
-    for name, allowed in _ITEM_NUMBERS.get(kind, {}).items():
+                found.append(f"{name}[{at}]: {len(item)} bytes; it must have {wanted}")
+    for name, allowed in _ITEM_NUMBERS.get(kind, _EMPTY).items():
         for at, number in enumerate(getattr(value, name)):
             if number not in allowed:
-                yield f"{name}[{at}]: {number} is not within {_text(allowed)}"
-    for name, choices in _CHOICES.get(kind, {}).items():
+                found.append(f"{name}[{at}]: {number} is not within {_text(allowed)}")
+    for name, choices in _CHOICES.get(kind, _EMPTY).items():
         if (choice := getattr(value, name)) not in choices:
-            yield f"{name}: {choice[:80]!r} is none of {', '.join(sorted(choices))}"
+            found.append(f"{name}: {choice[:80]!r} is none of {', '.join(sorted(choices))}")
     for name in _PATHS.get(kind, ()):
-        yield from _path(name, getattr(value, name))
+        found += _path(name, getattr(value, name))
+    return found
+
+
+_EMPTY: Mapping[str, Any] = {}
 
 
 def _text(allowed: range) -> str:
@@ -226,10 +272,6 @@ def _text(allowed: range) -> str:
 def _path(name: str, path: str) -> Iterator[str]:
     if not path.startswith("/") or "\0" in path or len(path) >= _PATH_MAX:
         yield f"{name}: {path[:80]!r} is not an absolute path of less than {_PATH_MAX} characters"
-
-
-def _nothing(_: Any) -> Iterator[str]:
-    yield from ()
 
 
 def _repeated(values: Iterable[int]) -> Iterator[int]:
@@ -351,11 +393,16 @@ def _pages(memory: Memory) -> Iterator[str]:
         for outside in sets[name].subtract(place):
             yield f"{name}: {outside.start:#x}-{outside.end:#x} is outside of the mappings that can have such pages"
     for name, other in (("lazy", "sent"), ("guards", "sent"), ("guards", "lazy")):
-        for both in sets[name].subtract(sets[name].subtract(sets[other])):
+        for both in _common(sets[name], sets[other]):
             yield f"{name}: {both.start:#x}-{both.end:#x} is in {other} as well"
     total = sum(each.total_pages for each in sets.values()) * PAGE_SIZE
     if total > _MOST_MEMORY:
         yield f"lazy: {total} bytes of memory are more than any host has"
+
+
+def _common(one: PageRanges, other: PageRanges) -> Iterable[PageRange]:
+    rest = one.subtract(other)
+    return one.subtract(rest) if rest.total_pages != one.total_pages else ()
 
 
 def _places(vmas: Iterable[Vma]) -> PageRanges:
@@ -377,7 +424,7 @@ def _shared_memory(memory: SharedMemory) -> Iterator[str]:
         for each in sets[name]:
             if each.end > page_up(memory.size):
                 yield f"{name}: {each.start:#x}-{each.end:#x} is behind the end, {memory.size:#x}"
-    for both in sets["lazy"].subtract(sets["lazy"].subtract(sets["sent"])):
+    for both in _common(sets["lazy"], sets["sent"]):
         yield f"lazy: {both.start:#x}-{both.end:#x} is in sent as well"
 
 

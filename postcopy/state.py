@@ -8,6 +8,7 @@ Structures that only the kernel reads again (register sets, siginfo, sigaction, 
 gave. Addresses and lengths are bytes unless the name says pages.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -567,3 +568,9 @@ def decode(kind: type[T], content: bytes | memoryview) -> T:
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         # msgpack raises these for bad UTF-8, keys that cannot be one, times out of range, depth and announced lengths.
         raise ProtocolError(f"not a {kind.__name__}: {error}") from None
+
+
+def prepare_to_decode(kind: type[Any]) -> None:
+    """Make what `decode` makes of a type when it first meets it, which takes milliseconds."""
+    with contextlib.suppress(msgspec.ValidationError):
+        msgspec.convert(None, kind)

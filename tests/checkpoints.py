@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from postcopy.checkpoint.writer import Writer
-from postcopy.dump_side import memory
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.shared_memory import SharedObjects
+from postcopy.dump_side.smaps import SmapsReader
 from postcopy.dump_side.survey import survey
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
@@ -105,11 +105,11 @@ def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, Space]]:
     """A process, frozen while inside, and its state."""
     manifest, trusted = survey(pid)
     frozen = FrozenTree(pid)
-    smaps = memory.SmapsReader()
+    smaps = SmapsReader(trusted.layouts)
     try:
         frozen.freeze()
-        smaps.begin(frozen.pids)
         tree = collect(frozen, smaps, trusted, {}, SharedObjects())
+        smaps.verify()
         yield frozen.root, manifest, tree, spaces_of(tree)[SPACE]
     finally:
         frozen.thaw()

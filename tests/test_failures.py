@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from postcopy.dump_side import freeze, memory, sleepers
+from postcopy.dump_side import freeze, sleepers
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
+from postcopy.dump_side.smaps import SmapsReader
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.process_memory import ProcessMemory
 from tests.hosts import Host, Pair, wait_until
@@ -311,10 +312,9 @@ def freeze_and_die(pid: int, steps: int) -> None:
         counter.count(owner, name)
     frozen = FrozenTree(pid)
     guard = Guard()
-    smaps = memory.SmapsReader()
+    smaps = SmapsReader({})
     sleeping = sleepers.observe(pid)
     frozen.freeze()
-    smaps.begin(frozen.pids)
     collect(frozen, smaps, Trusted(), sleeping, SharedObjects())
     guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()

@@ -9,15 +9,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from postcopy.dump_side import collect, freeze, memory
+from postcopy.dump_side import collect, freeze
+from postcopy.dump_side.capture import Capture
+from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.signals import late
+from postcopy.dump_side.smaps import SmapsReader
+from postcopy.dump_side.survey import survey
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.calls import call
+from postcopy.reporting import Silent
 from tests.hosts import wait_until
 
 # pbkdf2 lets go of the interpreter's lock: all the threads really run.
@@ -37,6 +42,17 @@ print("ready", flush=True)
 begin = time.monotonic()
 time.sleep(1.5)
 print(time.monotonic() - begin >= 1.5, flush=True)
+"""
+
+ADVISING = """
+import mmap, sys
+# Of one kind: neither the flag nor the lack of it makes or ends a mapping.
+memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+print("ready", flush=True)
+sys.stdin.readline()
+memory.madvise(mmap.MADV_DONTFORK)
+print("done", flush=True)
+sys.stdin.read()
 """
 
 
@@ -160,13 +176,32 @@ def test_executor_leaves_neither_memory_nor_registers_changed() -> None:
             frozen.close()
 
 
+def test_flag_that_changes_between_survey_and_freeze_is_not_overlooked() -> None:
+    with program(ADVISING) as process:
+        assert process.stdin is not None and process.stdout is not None
+        choices = Choices(external=frozenset(os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1)))
+        _, before = survey(process.pid, choices)
+        process.stdin.write(b"now\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"done\n"
+        with Capture(process.pid, before, Silent(), choices) as capture:
+            capture.take()
+            with pytest.raises(DumpError, match="changed the flags of its mappings"):
+                capture.verify()
+        _, after = survey(process.pid, choices)
+        with Capture(process.pid, after, Silent(), choices) as capture:
+            capture.take()
+            capture.verify()
+            (found,) = capture.tree.processes
+            assert [vma.start for vma in found.memory.vmas if "dc" in vma.flags]
+
+
 def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
     with program(SPINNING) as process:
         tree = FrozenTree(process.pid)
         tree.freeze()
         try:
-            smaps = memory.SmapsReader()
-            smaps.begin(tree.pids)
+            smaps = SmapsReader({})
             # The program's own pipes lead to this test: what cannot be moved is not the point here.
             pipes = frozenset(os.stat(f"/proc/{process.pid}/fd/{fd}").st_ino for fd in (0, 1))
             (collected,) = collect.collect(tree, smaps, Trusted(pipes), {}, SharedObjects()).processes

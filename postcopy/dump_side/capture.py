@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from postcopy.dump_side import memory, network, signals, sleepers
+from postcopy.dump_side import network, signals, sleepers
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -15,6 +15,7 @@ from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
 from postcopy.dump_side.shared_memory import SharedObjects
+from postcopy.dump_side.smaps import SmapsReader
 from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.page_ranges import PageRanges
@@ -44,8 +45,10 @@ class Capture:
         # Before anything is forked that is to share it.
         self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
         self._guard = Guard(self._lock)
-        self._smaps = memory.SmapsReader()
+        self._smaps = SmapsReader(trusted.layouts)
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
+        # The forks have made our own memory copy-on-write; this touches most of it now, and not while the tree waits.
+        gc.collect()
 
     def __enter__(self) -> "Capture":
         return self
@@ -73,7 +76,6 @@ class Capture:
         gc.disable()
         self.began = time.monotonic_ns()
         self.frozen.freeze()
-        self._smaps.begin(self.frozen.pids)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
         self._traffic = network.traffic(self.frozen.pids, self._choices)
         if self._traffic:
@@ -84,6 +86,10 @@ class Capture:
         self.sent = {space.number: space.sent for space in self._spaces}
         self.lazy = {space.number: space.lazy for space in self._spaces}
         self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
+
+    def verify(self) -> None:
+        """To be called once before the tree is given away. Raises DumpError where ``tree`` is not how it is."""
+        self._smaps.verify()
 
     @property
     def sources(self) -> dict[int, PageSource]:

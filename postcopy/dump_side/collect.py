@@ -25,6 +25,7 @@ from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.opened import Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
+from postcopy.dump_side.smaps import SmapsReader
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
@@ -35,7 +36,7 @@ Sleepers = dict[int, Observation]
 
 def collect(
     frozen: FrozenTree,
-    smaps: memory.SmapsReader,
+    smaps: SmapsReader,
     trusted: Trusted,
     sleepers: Sleepers,
     shared: SharedObjects,
@@ -43,8 +44,8 @@ def collect(
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
-    ``smaps`` is being read meanwhile, in the same order; ``sleepers`` were observed before the freeze. The memory that
-    its processes may share is added to ``shared``, which must stay open as long as its content is needed.
+    ``smaps`` reads meanwhile, and is to verify in the end; ``sleepers`` were observed before the freeze. The memory
+    that its processes may share is added to ``shared``, which must stay open as long as its content is needed.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -92,7 +93,7 @@ def _check_death_signals(state: Process, parent_thread: int | None, frozen: Froz
 def _process(
     frozen: Frozen,
     space: int,
-    smaps: memory.SmapsReader,
+    smaps: SmapsReader,
     table: Table,
     kin: lineage.Kin,
     stops: lineage.Stops,
@@ -106,12 +107,20 @@ def _process(
     problems += namespaces.problems_of_member(pid, kin.root)
     places = filesystem.collect(pid, problems)
     lines = list(procfs.for_each_vma(pid))
+    flagged = smaps.foresee(pid, lines)
+    if flagged is None:
+        smaps.begin(pid)
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
     pages = memory.scan(pid, lines, boot_set)
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
-    # Before the executors have memory of their own in the process, which is not to be found in the layout.
-    layout = memory.layout(pid, table.shared, smaps.result(), checked)
+    if flagged is None:
+        # Before the executors have memory of their own in the process, which is not to be found in the layout.
+        flagged = smaps.result(pid)
+    else:
+        # Not before the page tables have been walked: two at a time take each twice as long.
+        smaps.begin(pid)
+    layout = memory.layout(pid, table.shared, flagged, checked)
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")

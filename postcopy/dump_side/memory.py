@@ -3,16 +3,13 @@
 import contextlib
 import os
 import stat
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from postcopy import roles
 from postcopy.dump_side import names, shared_memory
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.shared_memory import DELETED, SharedObjects
-from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
@@ -23,7 +20,6 @@ from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
-_NUMBER = struct.Struct("=Q")
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
@@ -58,62 +54,19 @@ class Layout:
         return next((range(v.start, v.end) for v in self.vmas if v.backing == "vdso"), range(0))
 
 
-class SmapsReader:
-    """A process that reads ``smaps`` while we do other things: the kernel walks all page tables for it."""
-
-    def __init__(self) -> None:
-        """Fork it; it waits for `begin`."""
-        begin_read, self._begin = os.pipe()
-        self._content, content_write = os.pipe()
-
-        def body() -> None:
-            os.close(self._begin)
-            with open(begin_read, "rb") as asked, open(content_write, "wb") as stream:
-                while pid := asked.read(_NUMBER.size):
-                    content = procfs.read(_NUMBER.unpack(pid)[0], "smaps")
-                    stream.write(_NUMBER.pack(len(content)) + content)
-                    stream.flush()
-
-        self._role = roles.start("postcopy-smaps", body, dies_with_parent=True)
-        os.close(begin_read)
-        os.close(content_write)
-        self._stream = open(self._content, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
-
-    def begin(self, pids: Iterable[int]) -> None:
-        """Let it read now, of these processes."""
-        os.write(self._begin, b"".join(map(_NUMBER.pack, pids)))
-
-    def result(self) -> bytes:
-        """What it has read of the next of them. Raises DumpError when it cannot read any more."""
-        size = self._stream.read(_NUMBER.size)
-        if not size:
-            raise DumpError("the memory layout of a process cannot be read")
-        return self._stream.read(*_NUMBER.unpack(size))
-
-    def close(self) -> None:
-        """End it, whether it has read or not."""
-        # Killed rather than waited for: what it has still to write, nobody reads any more.
-        self._role.kill()
-        os.close(self._begin)
-        self._stream.close()
-        os.close(self._content)
-
-
 # What has been found out about mapped files of a tree, by device, inode and name: what backs them, or what is wrong.
 Checked = dict[tuple[tuple[int, int], int, str], "str | _OtherName | _Problem"]
 
 
-def layout(pid: int, shared: SharedObjects, smaps: bytes | None = None, checked: Checked | None = None) -> Layout:
-    """The layout of a process, stopped or not; ``smaps``: its content, where it has been read already.
+def layout(pid: int, shared: SharedObjects, lines: Iterable[MapsLine], checked: Checked) -> Layout:
+    """The layout of a process, stopped or not; ``lines``: its mappings with their flags.
 
     What it may share with other processes is added to ``shared``. ``checked``: what the layouts of the other processes
     of the tree have found.
     """
     found = Layout()
     numbers: dict[MappedFile, int] = {}
-    content = procfs.read(pid, "smaps") if smaps is None else smaps
-    checked = {} if checked is None else checked
-    for line in procfs.parse_smaps(content):
+    for line in lines:
         if line.name == "[vsyscall]":
             continue
         backing = _backing(pid, line, checked)

@@ -84,6 +84,7 @@ def dump_to_directory(
     try:
         with _errors_named(pid), Capture(pid, trusted, reporter, choices) as capture:
             capture.take()
+            capture.verify()
             for space, source in capture.sources.items():
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
             writer.finish(manifest, replace(capture.tree, late_signals=capture.late_signals()))
@@ -120,6 +121,7 @@ def dump_state_to_directory(
         try:
             with _errors_named(pid), Capture(pid, trusted, reporter, options.choices) as capture:
                 capture.take()
+                capture.verify()
                 for space, source in capture.sources.items():
                     writer.write_space(space, source, capture.sent[space], PageRanges())
                 checkpoint = writer.finish(manifest, capture.tree)
@@ -203,6 +205,7 @@ def _offer(
 def _await_go(capture: Capture, giving: Giving, reporter: Reporter) -> control.Go:
     """Once the destination is ready: the order to go. The process is then stopped durably."""
     giving.await_ready()
+    capture.verify()
     capture.stop()
     go = control.Go(capture.late_signals())
     reporter.event("stopped")
@@ -218,6 +221,8 @@ def _commit(options: Options, capture: Capture, giving: Giving, go: control.Go) 
         with uninterrupted():
             capture.commit()
             giving.go(go)
+        # The program's faults come first now, which other processes answer.
+        scheduling()
         giving.await_resumed(capture.began)
         drained = giving.await_drained(capture.frozen.stay_stopped)
         disregard_signals()

@@ -25,6 +25,7 @@ from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, page_down
+from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.filling import Cause, Filling, Lost, Mm
 from postcopy.restore_side.latency import LatencyHistogram
@@ -130,6 +131,8 @@ class FaultHandler:
         waits to be killed, by someone who has killed the tree before.
         """
         gc.disable()
+        # A thread that waits for a page waits for this process.
+        scheduling(nice=-10)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:

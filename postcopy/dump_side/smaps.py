@@ -1,0 +1,99 @@
+"""The flags of mappings, which only ``smaps`` has: for it the kernel walks all page tables, some 10 ms for a GiB.
+
+So what the survey has read is taken where the layout of the frozen process is the same, and a process of its own finds
+out meanwhile whether a flag has changed in between.
+"""
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+
+from postcopy import roles
+from postcopy.errors import DumpError
+from postcopy.kernel import procfs
+from postcopy.kernel.procfs import MapsLine
+
+_ASKED = struct.Struct("=Q")
+_ANSWER = struct.Struct("=QQ?")
+
+Layouts = Mapping[int, Sequence[MapsLine]]
+
+
+def read(pid: int) -> list[MapsLine]:
+    """The mappings of a process with their flags. Raises OSError."""
+    return list(procfs.parse_smaps(procfs.read(pid, "smaps")))
+
+
+class SmapsReader:
+    """A process that reads ``smaps`` while we do other things. ``known``: by PID, what has been read before."""
+
+    def __init__(self, known: Layouts) -> None:
+        """Fork it; it waits for `begin`."""
+        self._known = known
+        self._foreseen: list[int] = []
+        self._found: dict[int, bytes | None] = {}
+        asked_read, self._asked = os.pipe()
+        self._answers, answers_write = os.pipe()
+
+        def body() -> None:
+            os.close(self._asked)
+            with open(asked_read, "rb") as asked, open(answers_write, "wb") as stream:
+                while words := asked.read(_ASKED.size):
+                    (pid,) = _ASKED.unpack(words)
+                    content = procfs.read(pid, "smaps")
+                    same = list(procfs.parse_smaps(content)) == known.get(pid)
+                    content = b"" if same else content
+                    stream.write(_ANSWER.pack(pid, len(content), same) + content)
+                    stream.flush()
+
+        self._role = roles.start("postcopy-smaps", body, dies_with_parent=True)
+        os.close(asked_read)
+        os.close(answers_write)
+        self._stream = open(self._answers, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
+
+    def foresee(self, pid: int, present: Sequence[MapsLine]) -> Sequence[MapsLine] | None:
+        """The mappings of a frozen process as they were known, if they are ``present`` still; to be `verify`-ed."""
+        known = self._known.get(pid)
+        if known is None or [_without_flags(line) for line in known] != [_without_flags(line) for line in present]:
+            return None
+        self._foreseen.append(pid)
+        return known
+
+    def begin(self, pid: int) -> None:
+        """Let it read now, of this process."""
+        os.write(self._asked, _ASKED.pack(pid))
+
+    def result(self, pid: int) -> Sequence[MapsLine]:
+        """The mappings of a process for which `begin` was called. Raises DumpError when it cannot read any more."""
+        while pid not in self._found:
+            words = self._stream.read(_ANSWER.size)
+            if not words:
+                raise DumpError("the memory layout of a process cannot be read")
+            other, size, same = _ANSWER.unpack(words)
+            content = self._stream.read(size)
+            self._found[other] = None if same else content
+        found = self._found.pop(pid)
+        return self._known[pid] if found is None else list(procfs.parse_smaps(found))
+
+    def verify(self) -> None:
+        """That what was foreseen is so. Raises DumpError where a program has changed a flag just before the freeze."""
+        for pid in self._foreseen:
+            # What it has read may show memory that our executors had there meanwhile; now they have none.
+            if self.result(pid) != self._known[pid] and read(pid) != self._known[pid]:
+                raise DumpError(
+                    f"process {pid} has changed the flags of its mappings (madvise, mlock) while it was being frozen",
+                    "it runs on: try again",
+                )
+        self._foreseen = []
+
+    def close(self) -> None:
+        """End it, whether it has read or not."""
+        # Killed rather than waited for: what it has still to write, nobody reads any more.
+        self._role.kill()
+        os.close(self._asked)
+        self._stream.close()
+        os.close(self._answers)
+
+
+def _without_flags(line: MapsLine) -> tuple[object, ...]:
+    return line.start, line.end, line.permissions, line.offset, line.device, line.inode, line.name
