@@ -105,7 +105,7 @@ def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, Space]]:
     """A process, frozen while inside, and its state."""
     manifest, trusted = survey(pid)
     frozen = FrozenTree(pid)
-    smaps = SmapsReader(trusted.layouts)
+    smaps = SmapsReader(trusted.known)
     try:
         frozen.freeze()
         tree = collect(frozen, smaps, trusted, {}, SharedObjects())

@@ -7,7 +7,7 @@ import struct
 import sys
 from array import array
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TypeVar
 
 import xxhash
@@ -110,7 +110,7 @@ class Index:
     Piece p has the ordinals from ``firsts[p]`` up to ``firsts[p + 1]`` and the checksum ``checksums[p]``.
     """
 
-    __slots__ = ("checksums", "firsts", "held", "zero")
+    __slots__ = ("_firsts", "_pages", "checksums", "held", "zero")
 
     def __init__(self, held: PageRanges, zero: PageRanges, pages: bytes, checksums: "array[int]") -> None:
         """``pages``: how many pages each piece has. Raises ProtocolError where these do not belong together."""
@@ -118,15 +118,23 @@ class Index:
             raise ProtocolError(f"checksums: {len(checksums)} for {len(pages)} pieces")
         if pages.translate(None, _PIECE_SIZES):
             raise ProtocolError(f"pages: a piece has 1 to {PIECE_PAGES} pages, not {min(pages)} or {max(pages)}")
-        firsts = array("Q", accumulate(pages, initial=0))
-        if firsts[-1] != held.total_pages:
-            raise ProtocolError(f"pages: the pieces have {firsts[-1]} pages and held has {held.total_pages}")
+        total = sum(size * pages.count(size) for size in _PIECE_SIZES)
+        if total != held.total_pages:
+            raise ProtocolError(f"pages: the pieces have {total} pages and held has {held.total_pages}")
         if zero.subtract(held) != zero:
             raise ProtocolError("zero: names pages that are held as well")
         self.held = held
         self.zero = zero
-        self.firsts = firsts
         self.checksums = checksums
+        self._pages = pages
+        self._firsts: array[int] | None = None
+
+    @property
+    def firsts(self) -> "array[int]":
+        """The first ordinal of each piece, and how many there are. Made when asked for: it takes 1 ms for each GiB."""
+        if self._firsts is None:
+            self._firsts = array("Q", accumulate(self._pages, initial=0))
+        return self._firsts
 
     @property
     def page_bytes(self) -> int:
@@ -135,8 +143,7 @@ class Index:
 
     def pack(self) -> PackedIndex:
         """As the body of an index file."""
-        sizes = bytes(after - before for before, after in pairwise(self.firsts))
-        return PackedIndex(self.held.pack(), self.zero.pack(), sizes, _little_endian(self.checksums).tobytes())
+        return PackedIndex(self.held.pack(), self.zero.pack(), self._pages, _little_endian(self.checksums).tobytes())
 
     @classmethod
     def unpack(cls, packed: PackedIndex) -> "Index":

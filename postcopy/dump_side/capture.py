@@ -45,7 +45,7 @@ class Capture:
         # Before anything is forked that is to share it.
         self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
         self._guard = Guard(self._lock)
-        self._smaps = SmapsReader(trusted.layouts)
+        self._smaps = SmapsReader(trusted.known)
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
         # The forks have made our own memory copy-on-write; this touches most of it now, and not while the tree waits.
         gc.collect()

@@ -106,21 +106,25 @@ def _process(
     # It may have been born since the survey.
     problems += namespaces.problems_of_member(pid, kin.root)
     places = filesystem.collect(pid, problems)
-    lines = list(procfs.for_each_vma(pid))
-    flagged = smaps.foresee(pid, lines)
-    if flagged is None:
+    maps = procfs.read(pid, "maps")
+    known = smaps.foresee(pid, maps)
+    if known is None:
         smaps.begin(pid)
+    lines = list(procfs.parse_maps(maps)) if known is None else known.lines
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
     pages = memory.scan(pid, lines, boot_set)
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
-    if flagged is None:
+    if known is None:
         # Before the executors have memory of their own in the process, which is not to be found in the layout.
-        flagged = smaps.result(pid)
+        lines = smaps.result(pid)
     else:
         # Not before the page tables have been walked: two at a time take each twice as long.
         smaps.begin(pid)
-    layout = memory.layout(pid, table.shared, flagged, checked)
+    if known is not None and not known.layout.has_objects:
+        layout = known.layout
+    else:
+        layout = memory.layout(pid, table.shared, lines, checked)
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")

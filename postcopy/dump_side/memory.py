@@ -1,10 +1,12 @@
 """Memory: the layout of a process, which of its pages exist, and what of them travels with the state."""
 
 import contextlib
+import functools
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 
 from postcopy.dump_side import names, shared_memory
@@ -15,12 +17,13 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SIZE, page_down
-from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap
+from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap, PageRegion
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
 from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
+_LARGE = 4 << 20  # bytes
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
@@ -47,6 +50,11 @@ class Layout:
     vmas: list[Vma] = field(default_factory=list)
     files: list[MappedFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether any of it is memory that is numbered anew at each look."""
+        return any(vma.backing == "object" for vma in self.vmas)
 
     @property
     def vdso(self) -> range:
@@ -93,7 +101,7 @@ def layout(pid: int, shared: SharedObjects, lines: Iterable[MapsLine], checked: 
                 file=number,
                 offset=line.offset if number >= 0 else 0,
                 writable="mw" in line.flags,
-                flags=sorted(line.flags & _CARRIED_FLAGS),
+                flags=_carried(line.flags),
                 name=name,
             )
         )
@@ -101,6 +109,11 @@ def layout(pid: int, shared: SharedObjects, lines: Iterable[MapsLine], checked: 
     if not found.vdso:
         found.problems.append("it has no vdso, which the executor needs")
     return found
+
+
+@functools.cache
+def _carried(flags: frozenset[str]) -> list[str]:
+    return sorted(flags & _CARRIED_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -184,27 +197,24 @@ class Pages:
     guards: PageRanges
 
 
-def scan(pid: int, lines: Iterable[MapsLine], boot_set: Iterable[int]) -> Pages:
+def scan(pid: int, lines: Sequence[MapsLine], boot_set: Iterable[int]) -> Pages:
     """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along.
 
     Missing-mode userfaultfd covers private anonymous memory; of private mappings of files the copied pages are sent.
     """
-    pagemap = Pagemap(pid)
     anonymous: list[tuple[int, int]] = []
     copied: list[tuple[int, int]] = []
     guards: list[tuple[int, int]] = []
+    pagemap = Pagemap(pid)
     try:
-        for line in lines:
-            if line.shared or line.name in _KERNEL_MAPPINGS or line.name == "[vsyscall]":
-                continue
-            of_file = line.inode != 0
-            for region in pagemap.for_each_region(line.start, line.end, files=of_file):
-                if region.categories & PAGE_IS_GUARD:
-                    guards.append((region.start, region.end))
-                elif of_file and not region.categories & PAGE_IS_FILE:
-                    copied.append((region.start, region.end))
-                elif not of_file and not region.categories & PAGE_IS_PFNZERO:
-                    anonymous.append((region.start, region.end))
+        for line, region in _private_regions(pagemap, lines):
+            place = max(line.start, region.start), min(line.end, region.end)
+            if region.categories & PAGE_IS_GUARD:
+                guards.append(place)
+            elif line.inode and not region.categories & PAGE_IS_FILE:
+                copied.append(place)
+            elif not line.inode and not region.categories & PAGE_IS_PFNZERO:
+                anonymous.append(place)
     finally:
         pagemap.close()
     existing = PageRanges.from_pairs(anonymous)
@@ -217,9 +227,50 @@ def scan(pid: int, lines: Iterable[MapsLine], boot_set: Iterable[int]) -> Pages:
     )
 
 
+def _private_regions(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Iterator[tuple[MapsLine, PageRegion]]:
+    """The existing pages of the private mappings, region by region; a region may lie in several of them.
+
+    A call for each mapping would take longer than the walk where they are small: so those between two large ones are
+    walked at once, and of the large ones only those that are wanted.
+    """
+    few: list[MapsLine] = []
+    for line in lines:
+        if line.name == "[vsyscall]":
+            continue
+        if line.end - line.start < _LARGE:
+            few.append(line)
+            continue
+        yield from _regions_of(pagemap, few)
+        few = []
+        if _is_private(line):
+            for region in pagemap.for_each_region(line.start, line.end, files=line.inode != 0):
+                yield line, region
+    yield from _regions_of(pagemap, few)
+
+
+def _regions_of(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Iterator[tuple[MapsLine, PageRegion]]:
+    if not lines:
+        return
+    at = 0
+    for region in pagemap.for_each_region(lines[0].start, lines[-1].end, files=True):
+        while lines[at].end <= region.start:
+            at += 1
+        for line in islice(lines, at, None):
+            if line.start >= region.end:
+                break
+            if _is_private(line):
+                yield line, region
+
+
+def _is_private(line: MapsLine) -> bool:
+    return not line.shared and line.name not in _KERNEL_MAPPINGS
+
+
 def keep_together(pages: Pages, found: Layout) -> Pages:
     """Send the pages of mappings that fork must wipe along: a page fetched later would be there in the child."""
     wiped = PageRanges.from_pairs([(vma.start, vma.end) for vma in found.vmas if "wf" in vma.flags])
+    if not wiped.total_pages:
+        return pages
     left = pages.lazy.subtract(wiped)
     sent = [(r.start, r.end) for r in (*pages.sent, *pages.lazy.subtract(left))]
     return Pages(left, PageRanges.from_pairs(sorted(sent)), pages.guards)

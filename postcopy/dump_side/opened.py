@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
-from postcopy.dump_side.smaps import Layouts
+from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
 from postcopy.socket_kinds import UnixName
 from postcopy.state import Descriptors, FileIdentity, Slot
@@ -91,12 +91,12 @@ class Opened:
 @dataclass(frozen=True)
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
-    memory. ``ranks``: see `Table`. ``layouts``: the mappings of each process as they were."""
+    memory. ``ranks``: see `Table`. ``known``: the mappings of each process as they were."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    layouts: Layouts = field(default_factory=dict)
+    known: Mapping[int, Known] = field(default_factory=dict)
 
 
 @dataclass

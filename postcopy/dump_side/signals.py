@@ -17,26 +17,29 @@ _SIGSTOP = 19
 
 ACTION_SIZE = 32  # struct kernel_sigaction of x86-64: handler, flags, restorer, mask
 _SIGNALS = 64
+_PURPOSES = [f"reading the action of signal {number}" for number in range(1, _SIGNALS + 1)]
 
 
 @dataclass
 class Question:
     """Where the answers about the signal actions will lie."""
 
-    actions: list[int]
+    actions: int
 
     @classmethod
     def ask(cls, batch: Batch) -> "Question":
         """Add the calls to a batch of the leader's."""
-        rooms = [batch.room(ACTION_SIZE) for _ in range(_SIGNALS)]
-        for number, room in enumerate(rooms, start=1):
-            batch.add(call("rt_sigaction", number, 0, room, 8), f"reading the action of signal {number}")
-        return cls(rooms)
+        room = batch.room(_SIGNALS * ACTION_SIZE)
+        for number in range(_SIGNALS):
+            made = call("rt_sigaction", number + 1, 0, room + number * ACTION_SIZE, 8)
+            batch.add(made, _PURPOSES[number])
+        return cls(room)
 
     def answered(self, answers: Answers, pid: int) -> Signals:
         """The signals of the frozen process ``pid``."""
-        actions = [answers.read(room, ACTION_SIZE) for room in self.actions]
-        return Signals(actions, ptrace.pending_signals(pid, shared=True))
+        actions = answers.read(self.actions, _SIGNALS * ACTION_SIZE)
+        each = [actions[at : at + ACTION_SIZE] for at in range(0, len(actions), ACTION_SIZE)]
+        return Signals(each, ptrace.pending_signals(pid, shared=True))
 
 
 def late(frozen: Frozen, collected: Process) -> list[LateSignal]:

@@ -7,27 +7,40 @@ out meanwhile whether a flag has changed in between.
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from postcopy import roles
+from postcopy.dump_side.memory import Checked, Layout, layout
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.procfs import MapsLine
+from postcopy.kernel.sched import scheduling
 
 _ASKED = struct.Struct("=Q")
 _ANSWER = struct.Struct("=QQ?")
 
-Layouts = Mapping[int, Sequence[MapsLine]]
+
+@dataclass(frozen=True)
+class Known:
+    """The mappings of a process as they once were: what ``maps`` says, the same with flags, the layout made of that."""
+
+    maps: bytes
+    lines: Sequence[MapsLine]
+    layout: Layout
 
 
-def read(pid: int) -> list[MapsLine]:
-    """The mappings of a process with their flags. Raises OSError."""
-    return list(procfs.parse_smaps(procfs.read(pid, "smaps")))
+def look(pid: int, shared: SharedObjects, checked: Checked) -> Known:
+    """Read and judge the mappings of a process, as `memory.layout`. Raises OSError."""
+    content = procfs.read(pid, "smaps")
+    lines = list(procfs.parse_smaps(content))
+    return Known(procfs.maps_in_smaps(content), lines, layout(pid, shared, lines, checked))
 
 
 class SmapsReader:
     """A process that reads ``smaps`` while we do other things. ``known``: by PID, what has been read before."""
 
-    def __init__(self, known: Layouts) -> None:
+    def __init__(self, known: Mapping[int, Known]) -> None:
         """Fork it; it waits for `begin`."""
         self._known = known
         self._foreseen: list[int] = []
@@ -37,11 +50,13 @@ class SmapsReader:
 
         def body() -> None:
             os.close(self._asked)
+            # The tree stands still until it has been verified.
+            scheduling(nice=-20)
             with open(asked_read, "rb") as asked, open(answers_write, "wb") as stream:
                 while words := asked.read(_ASKED.size):
                     (pid,) = _ASKED.unpack(words)
                     content = procfs.read(pid, "smaps")
-                    same = list(procfs.parse_smaps(content)) == known.get(pid)
+                    same = pid in known and list(procfs.parse_smaps(content)) == known[pid].lines
                     content = b"" if same else content
                     stream.write(_ANSWER.pack(pid, len(content), same) + content)
                     stream.flush()
@@ -51,10 +66,10 @@ class SmapsReader:
         os.close(answers_write)
         self._stream = open(self._answers, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def foresee(self, pid: int, present: Sequence[MapsLine]) -> Sequence[MapsLine] | None:
-        """The mappings of a frozen process as they were known, if they are ``present`` still; to be `verify`-ed."""
+    def foresee(self, pid: int, maps: bytes) -> Known | None:
+        """The mappings of a frozen process as they were known, if ``maps`` says so still; to be `verify`-ed."""
         known = self._known.get(pid)
-        if known is None or [_without_flags(line) for line in known] != [_without_flags(line) for line in present]:
+        if known is None or known.maps != maps:
             return None
         self._foreseen.append(pid)
         return known
@@ -73,13 +88,14 @@ class SmapsReader:
             content = self._stream.read(size)
             self._found[other] = None if same else content
         found = self._found.pop(pid)
-        return self._known[pid] if found is None else list(procfs.parse_smaps(found))
+        return self._known[pid].lines if found is None else list(procfs.parse_smaps(found))
 
     def verify(self) -> None:
         """That what was foreseen is so. Raises DumpError where a program has changed a flag just before the freeze."""
         for pid in self._foreseen:
             # What it has read may show memory that our executors had there meanwhile; now they have none.
-            if self.result(pid) != self._known[pid] and read(pid) != self._known[pid]:
+            known = self._known[pid].lines
+            if self.result(pid) != known and list(procfs.parse_smaps(procfs.read(pid, "smaps"))) != known:
                 raise DumpError(
                     f"process {pid} has changed the flags of its mappings (madvise, mlock) while it was being frozen",
                     "it runs on: try again",
@@ -93,7 +109,3 @@ class SmapsReader:
         os.close(self._asked)
         self._stream.close()
         os.close(self._answers)
-
-
-def _without_flags(line: MapsLine) -> tuple[object, ...]:
-    return line.start, line.end, line.permissions, line.offset, line.device, line.inode, line.name

@@ -30,7 +30,6 @@ from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.kernel.procfs import MapsLine
 from postcopy.state import FileIdentity, Manifest
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
@@ -136,7 +135,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         unix_names=found.table.unix_names,
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
-    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.layouts)
+    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known)
 
 
 @dataclass
@@ -149,15 +148,15 @@ class _Findings:
     files: dict[str, FileIdentity] = field(default_factory=dict)
     checked: memory.Checked = field(default_factory=dict)
     tids: dict[int, list[int]] = field(default_factory=dict)
-    layouts: dict[int, list[MapsLine]] = field(default_factory=dict)
+    known: dict[int, smaps.Known] = field(default_factory=dict)
     vdso: bytes = b""
     memory_bytes: int = 0
     highest_fd: int = 0
 
     def look(self, pid: int) -> None:
         """Add a process; raises OSError."""
-        self.layouts[pid] = smaps.read(pid)
-        layout = memory.layout(pid, self.table.shared, self.layouts[pid], self.checked)
+        self.known[pid] = smaps.look(pid, self.table.shared, self.checked)
+        layout = self.known[pid].layout
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
         slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)

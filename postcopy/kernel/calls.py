@@ -1,6 +1,6 @@
 """System calls by name, to be made by another task: the numbers of x86-64 (``arch/x86/entry/syscalls``)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NUMBERS = {
     "accept4": 288,
@@ -120,8 +120,7 @@ NUMBERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One system call: its name, its number and up to six integer arguments."""
 
     name: str

@@ -1,5 +1,6 @@
 """``/proc/PID``: what the kernel says of a process without stopping it (proc(5))."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from postcopy.kernel.libc import refused
 
 _PIECE = 1 << 16
 _MAPS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *([^\n]*)")
+
+
+_PROTECTIONS = {r + w + x: (r == "r") | (w == "w") << 1 | (x == "x") << 2 for r in "r-" for w in "w-" for x in "x-"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class MapsLine:
     @property
     def prot(self) -> int:
         """PROT_READ | PROT_WRITE | PROT_EXEC as mmap(2) takes them."""
-        return sum(bit for bit, letter in zip((1, 2, 4), "rwx", strict=True) if letter in self.permissions)
+        return _PROTECTIONS[self.permissions[:3]]
 
 
 def read(pid: int, name: str) -> bytes:
@@ -163,7 +167,17 @@ _MOUNT_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 def for_each_vma(pid: int) -> Iterator[MapsLine]:
     """The vmas by address, without their flags."""
-    return (_vma(*match.groups()) for match in _MAPS.finditer(read(pid, "maps")))
+    return parse_maps(read(pid, "maps"))
+
+
+def parse_maps(content: bytes) -> Iterator[MapsLine]:
+    """The vmas by address, without their flags; from ``maps``."""
+    return (_vma(*match.groups()) for match in _MAPS.finditer(content))
+
+
+def maps_in_smaps(content: bytes) -> bytes:
+    """What ``maps`` has said when it had the same content as ``smaps``."""
+    return b"".join(_MAPS_LINES.findall(content))
 
 
 def parse_smaps(content: bytes) -> Iterator[MapsLine]:
@@ -186,19 +200,30 @@ def _vma(
     return MapsLine(
         start=int(start, 16),
         end=int(end, 16),
-        permissions=permissions.decode(),
+        permissions=_text(permissions),
         offset=int(offset, 16),
         device=(int(major, 16), int(minor, 16)),
         inode=int(inode),
         name=_unescaped(name),
-        flags=frozenset(flags.decode().split()),
+        flags=_words(flags),
         protection_key=int(key or b"0"),
     )
 
 
+_MAPS_LINES = re.compile(rb"^[0-9a-f]+-[^\n]*\n", re.MULTILINE)
 _SMAPS = re.compile(
     rb"^" + _MAPS.pattern + rb"\n(?:[A-Z][^\n]*\n)*?(?:ProtectionKey: *(\d+)\n)?VmFlags: ([^\n]*)$", re.MULTILINE
 )
+
+
+@functools.cache
+def _text(permissions: bytes) -> str:
+    return permissions.decode()
+
+
+@functools.cache
+def _words(flags: bytes) -> frozenset[str]:
+    return frozenset(flags.decode().split())
 
 
 def _unescaped(name: bytes) -> str:
