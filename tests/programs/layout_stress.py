@@ -427,6 +427,7 @@ class Actor:
         self.since = time.monotonic()
         self.slowest = (0.0, "nothing yet")
         self.children: list[Child] = []
+        self.child_operations = CHILD_OPERATIONS
         self.reports = -1
         self.pipe = os.pipe()
         self.scratch = os.open(self._file("scratch"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -469,8 +470,8 @@ class Actor:
     def _map_file(self, kind: str, pages: int) -> None:
         path = self._file(kind.replace(" ", "-"))
         backing: list[Contents] = [self.token() for _ in range(pages)]
-        Path(path).write_bytes(b"".join([page_bytes(contents) for contents in backing]))
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.pwrite(descriptor, b"".join([page_bytes(contents) for contents in backing]), 0)
         sharing = MAP_SHARED if kind == "shared file" else MAP_PRIVATE
         address = sys_mmap(0, pages * PAGE, PROT_READ_WRITE, sharing, descriptor, 0)
         os.close(descriptor)
@@ -1030,6 +1031,13 @@ class Actor:
             f"child {pid} ended with {code}" + (" (it hung)" if code == -signal.SIGALRM else ""), child_report=text
         )
 
+    def inherit(self) -> None:
+        """In a forked child: what it has of its parent's regions."""
+        # Locks are not inherited; a shared file is the parent's to change.
+        self.regions = [region for region in self.regions if region.kind != "shared file"]
+        for region in self.regions:
+            region.locked = False
+
     def _live_as_child(self, seed: float, reports: int) -> NoReturn:
         """The whole life of a forked child: check, change, perhaps fork again, report, exit."""
         status, forks = 1, 0
@@ -1047,13 +1055,10 @@ class Actor:
             if self.depth == 1:
                 for region in self.world.commons.regions:
                     region.check(*self.span(region, 64))
-            # Locks are not inherited; a shared file is the parent's to change.
-            self.regions = [region for region in self.regions if region.kind != "shared file"]
-            for region in self.regions:
-                region.locked = False
+            self.inherit()
             self._sample(24)
             steps = self.random.choice((0, 5, 40))
-            self._steps(CHILD_OPERATIONS, steps)
+            self._steps(self.child_operations, steps)
             if self.depth < 3 and self.random.random() < 0.5:
                 seed, outlived = self.random.random(), self.random.random() < 0.5
                 self.note("fork, and outlive nobody" if outlived else "fork and wait")
@@ -1062,7 +1067,7 @@ class Actor:
                     self._live_as_child(seed, reports)
                 forks += 1
                 if not outlived:
-                    self._steps(CHILD_OPERATIONS, steps)
+                    self._steps(self.child_operations, steps)
                     self._expect_exit(pid, os.waitpid(pid, 0)[1])
             elif self.depth > 1:
                 # Let the parent end first, now and then.
@@ -1322,10 +1327,15 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def mix_seed(seed: object) -> None:
+    """Let the bytes of all pages follow from the seed."""
     global _seed_mix
+    _seed_mix = random.Random(f"pattern of {seed}").getrandbits(64) | 1
+
+
+def main() -> int:
     options = parse_options()
-    _seed_mix = random.Random(f"pattern of {options.seed}").getrandbits(64) | 1
+    mix_seed(options.seed)
     # Forking while threads run is what this program is for.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
