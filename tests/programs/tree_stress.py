@@ -44,7 +44,9 @@ from tests.programs.layout_stress import (
     Broken,
     Region,
     World,
+    copy_in,
     mix_seed,
+    page_bytes,
     sys_madvise,
     sys_mmap,
     sys_mprotect,
@@ -199,13 +201,16 @@ class Worker(Actor):
             self.regions.append(region)
             return
         more = self.random.randint(1, 40)
+        token = self.token()
+        self.note(f"{more} pages more", region)
+        lowest, page = region.address - more * PAGE, page_bytes(token)
         if _free_below(region.address) < STACK_GAP + (more + 1) * PAGE:
             return
-        self.note(f"{more} pages more", region)
-        region.address -= more * PAGE
-        region.contents[:0] = [0] * more
+        # At once: whatever Python allocates may be mapped in the hole.
+        copy_in(lowest, page)
+        region.address = lowest
+        region.contents[:0] = [token] + [0] * (more - 1)
         region.freed = {page + more for page in region.freed}
-        self.write(region, 0, 1)
         region.check()
 
     def op_commit(self) -> None:
@@ -332,8 +337,12 @@ class Worker(Actor):
 
 def _free_below(address: int) -> int:
     """Bytes between a mapping and the one below it."""
+    before, maps = "", Path("/proc/self/maps").read_text()
+    while before != maps:
+        # A move between two pieces of what is read leaves them from two hosts.
+        before, maps = maps, Path("/proc/self/maps").read_text()
     below = 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in maps.splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         if start >= address:
             break
