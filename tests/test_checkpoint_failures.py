@@ -461,3 +461,19 @@ def test_signals_sent_while_a_dump_waits_arrive_once_in_the_restored_program(sta
     restore.process.terminate()
     work.ended(restore.process)
     assert work.log_lines()[-1] == COUNTS
+
+
+def test_signals_sent_when_the_directory_is_written_arrive_in_the_restored_program(stage: Stage) -> None:
+    begun, program = stage.begin(Patient)
+    work = cast(Patient, begun)
+    dump = stage.dump(program, pause="written")
+    dump.await_pause("written")
+    send_all(stage, program)
+    dump.process.send_signal(signal.SIGCONT)
+    dump.ends_well()
+    assert program.wait(SECONDS) == -signal.SIGKILL
+    restore = stage.restore()
+    restore.await_event("running")
+    restore.process.terminate()
+    work.ended(restore.process)
+    assert work.log_lines()[-1] == COUNTS

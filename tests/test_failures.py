@@ -50,7 +50,7 @@ class Watched:
         self.hosts = hosts
         self.pid = pid
         self._directory = directory
-        self._port = port
+        self.port = port
         self._count = 0
         self.log = directory / "witness.log"
         command = [sys.executable, "-m", "tests.programs.witness", "--log", str(self.log), *options]
@@ -66,7 +66,7 @@ class Watched:
     def _command(self, host: Host, name: str, pause: str | None, options: tuple[str, ...]) -> Side:
         self._count += 1
         errors = self._directory / f"{name}{self._count}.err"
-        address = ["--address", self.hosts.a.address, "--port", str(self._port)]
+        address = ["--address", self.hosts.a.address, "--port", str(self.port)]
         return Side.start(host, errors, [name, "--lazy-pages", *address, *options], pause=pause)
 
     def dump(self, *options: str, pause: str | None = None) -> Side:
@@ -530,3 +530,87 @@ def test_program_lives_on_when_restore_itself_is_killed_after_commit(scene: Scen
     program.ran_once()
     scene.watched.remove(program)
     scene.nothing_is_left()
+
+
+NAMES = """
+import ctypes, os, socket, sys, time
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+segment = libc.shmget(0, 8192, 0o600)
+address = libc.shmat(segment, None, 0)
+ctypes.memmove(ctypes.c_void_p(address), b"content", 7)
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+open(sys.argv[2], "w").close()
+time.sleep(1000)
+"""
+
+
+def test_names_are_gone_when_restore_is_killed_before_commit(hosts: Pair, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    place = tmp_path / "sockets"
+    place.mkdir()
+    program = hosts.a.popen([sys.executable, "-c", NAMES, str(place / "socket"), str(ready)], pid=PID)
+    wait_until(ready.exists, SECONDS, "the program is ready")
+    address = ["--address", hosts.a.address, "--port", str(PORT)]
+    source = Side.start(hosts.a, tmp_path / "dump.err", ["dump", "--lazy-pages", "-t", str(PID), *address])
+    source.await_event("listening")
+    destination = Side.start(hosts.b, tmp_path / "restore.err", ["restore", "--lazy-pages", *address], pause="built")
+    destination.await_pause("built")
+    assert segments(hosts.b) == segments(hosts.a) == 1
+    assert len(list(place.iterdir())) == 2
+    destination.process.kill()
+    source.ends(7)
+    wait_until(lambda: not segments(hosts.b), SECONDS, "the segment is gone")
+    wait_until(lambda: [each.name for each in place.iterdir()] == ["socket"], SECONDS, "the directory is gone")
+    assert segments(hosts.a) == 1
+    assert program.poll() is None
+
+
+def segments(host: Host) -> int:
+    """How many System V segments a host has."""
+    return len(host.run(["cat", "/proc/sysvipc/shm"], check=True).stdout.splitlines()) - 1
+
+
+ORPHAN = """
+import mmap, os, sys, time
+PAGES = 4096
+memory = mmap.mmap(-1, PAGES * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(PAGES):
+    memory[page * 4096] = 1 + page % 255
+home = os.stat("/proc/self/ns/net").st_ino
+open(sys.argv[1] + "/ready", "w").close()
+while os.stat("/proc/self/ns/net").st_ino == home:
+    time.sleep(0.001)
+if os.fork() or os.fork():
+    os._exit(0)
+for page in range(PAGES):
+    if page == 64:
+        open(sys.argv[1] + "/orphan", "w").write(str(os.getpid()))
+        while not os.path.exists(sys.argv[1] + "/go"):
+            time.sleep(0.001)
+    if memory[page * 4096] != 1 + page % 255:
+        open(sys.argv[1] + "/wrong", "w").close()
+open(sys.argv[1] + "/all", "w").close()
+"""
+
+
+def test_orphans_that_nobody_knows_end_before_they_read_zeros(hosts: Pair, tmp_path: Path) -> None:
+    hosts.a.popen([sys.executable, "-c", ORPHAN, str(tmp_path)], pid=PID)
+    wait_until((tmp_path / "ready").exists, SECONDS, "the program is ready")
+    address = ["--address", hosts.a.address, "--port", str(PORT)]
+    source = Side.start(hosts.a, tmp_path / "dump.err", ["dump", "--lazy-pages", "-t", str(PID), *address])
+    source.await_event("listening")
+    options = ["restore", "--lazy-pages", *address, "--background", "off", "-d"]
+    destination = Side.start(hosts.b, tmp_path / "restore.err", options)
+    destination.ends_well()
+    wait_until((tmp_path / "orphan").exists, SECONDS, "there is an orphan")
+    wait_until(lambda: (tmp_path / "orphan").read_text(), SECONDS, "it has a PID")
+    orphan = int((tmp_path / "orphan").read_text())
+    wait_until(lambda: not hosts.b.alive(PID), SECONDS, "the root has ended")
+    assert hosts.b.alive(orphan)
+    source.process.kill()
+    (tmp_path / "go").touch()
+    wait_until(lambda: not hosts.b.alive(orphan), SECONDS, "the orphan is killed")
+    assert not (tmp_path / "wrong").exists()
+    assert not (tmp_path / "all").exists()

@@ -31,6 +31,8 @@ from postcopy.page_ranges import PageRanges
 from postcopy.soundness import check
 from postcopy.state import Manifest, Process, SharedMemory, Tree, encode
 
+_NEW = ".new"
+
 
 class Writer:
     """A checkpoint on its way into a directory that does not exist yet."""
@@ -84,11 +86,7 @@ class Writer:
         Every address space of the tree must have been written. Only when this has returned may the tree be killed.
         Raises DumpError; nothing has the directory's name then.
         """
-        tree = replace(
-            tree,
-            processes=[self._without_zeros(process) for process in tree.processes],
-            shared_memory=[self._without_zeros_shared(memory) for memory in tree.shared_memory],
-        )
+        tree = self._as_written(tree)
         try:
             # What could not be read again must not be found out after the tree is gone.
             check(tree, manifest)
@@ -112,6 +110,19 @@ class Writer:
         self._finished = True
         return self._id
 
+    def amend(self, tree: Tree) -> None:
+        """Put a state in the place of that of `finish` which differs in what has come since, durably and in one step.
+
+        Raises DumpError; the directory is then to be withdrawn.
+        """
+        new = self._write(STATE + _NEW, Kind.STATE, 0, encode(self._as_written(tree)))
+        _make_durable(new)
+        try:
+            os.replace(new, self._directory / STATE)
+        except OSError as error:
+            raise write_failed(new, error, "renaming") from None
+        _make_durable(self._directory)
+
     def abandon(self) -> None:
         """Remove what was written; nothing happens after `finish`. Raises nothing."""
         with contextlib.suppress(Exception):
@@ -128,6 +139,13 @@ class Writer:
     def bytes_written(self) -> int:
         """How much the pages take on disk, in bytes."""
         return sum(info.page_bytes for info in self._spaces)
+
+    def _as_written(self, tree: Tree) -> Tree:
+        return replace(
+            tree,
+            processes=[self._without_zeros(process) for process in tree.processes],
+            shared_memory=[self._without_zeros_shared(memory) for memory in tree.shared_memory],
+        )
 
     def _without_zeros(self, process: Process) -> Process:
         lazy = PageRanges.unpack(process.memory.lazy).subtract(self._zero[process.space])
@@ -156,8 +174,8 @@ class Writer:
         self._written.append(path)
         return fd
 
-    def _write(self, name: str, kind: Kind, space: int, body: bytes) -> None:
-        path = self._partial / name
+    def _write(self, name: str, kind: Kind, space: int, body: bytes) -> Path:
+        path = (self._directory if self._finished else self._partial) / name
         fd = self._create(path)
         try:
             for part in (pack_header(kind, space, self._id, body), body):
@@ -168,6 +186,7 @@ class Writer:
             raise write_failed(path, error) from None
         finally:
             os.close(fd)
+        return path
 
 
 def _make_durable(path: Path) -> None:

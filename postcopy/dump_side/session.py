@@ -22,11 +22,14 @@ from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.state import Manifest
+from postcopy.state import LateSignal, Manifest
 from postcopy.transport import Listener
 from postcopy.wire import control
 
 log = logging.getLogger("postcopy")
+
+# Somebody who sends signals without end must not keep the process from its end.
+_LOOKS_AT_SIGNALS = 5
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,14 @@ def dump_to_directory(
             capture.verify()
             for space, source in capture.sources.items():
                 writer.write_space(space, source, capture.sent[space], capture.lazy[space])
-            writer.finish(manifest, replace(capture.tree, late_signals=capture.late_signals()))
+            late = capture.late_signals()
+            writer.finish(manifest, replace(capture.tree, late_signals=late))
             reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
             with uninterrupted():
                 if leave_stopped:
                     capture.frozen.stop_durably()
+                elif not leave_running:
+                    _write_signals_since(late, capture, writer)
                 # From here on the directory may be all that there is of the process.
                 whole = True
                 if leave_stopped:
@@ -135,6 +141,15 @@ def dump_state_to_directory(
         except BaseException:
             writer.withdraw()
             raise
+
+
+def _write_signals_since(late: list[LateSignal], capture: Capture, writer: Writer) -> None:
+    """Those that have come while the directory was made durable. What comes now is lost with the process."""
+    for _ in range(_LOOKS_AT_SIGNALS):
+        if (now := capture.late_signals()) == late:
+            return
+        writer.amend(replace(capture.tree, late_signals=now))
+        late = now
 
 
 def _listens(options: Options, manifest: Manifest, listener: Listener, reporter: Reporter) -> None:

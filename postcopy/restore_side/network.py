@@ -11,6 +11,7 @@ from postcopy.kernel import pidfd, socket_address, tcp_repair
 from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.restore_side import tcp_connections, unix_sockets
+from postcopy.restore_side.leftovers import Leftovers
 from postcopy.socket_kinds import InetSocket, TcpConnection
 from postcopy.state import Tree
 
@@ -37,9 +38,9 @@ class Network:
         ]
         self._lock = NetworkLock(lock, f"postcopy-{os.getpid()}") if self._connections else None
 
-    def prepare(self) -> None:
+    def prepare(self, leftovers: Leftovers) -> None:
         """Before the tree is built. Raises PostcopyError."""
-        unix_sockets.prepare(self._unix)
+        unix_sockets.prepare(self._unix, leftovers)
         if self._lock is not None:
             ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
             listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]

@@ -39,6 +39,7 @@ from postcopy.restore_side.build import Built
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
+from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
@@ -133,7 +134,8 @@ class _Takeover:
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
         self._built: BuiltTree | None = None
-        self._shared = SharedObjects()
+        self._leftovers = Leftovers()
+        self._shared = SharedObjects(self._leftovers)
         self._inherited: Mapping[str, int] = {}
         self._network: Network | None = None
         self._watchdog: Role | None = None
@@ -204,7 +206,7 @@ class _Takeover:
             parent_stays = not self._options.detach
             inherited = self._inherited
             self._network = Network(tree, self._options.network_lock)
-            self._network.prepare()
+            self._network.prepare(self._leftovers)
             self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
             self._network.complete(self._pidfds())
             self._boot_bytes = len(pages)
@@ -248,6 +250,7 @@ class _Takeover:
             news=watchdogs_news,
             namespace_init=self._namespace.pidfd if self._namespace else None,
             detached=self._options.detach,
+            leftovers=self._leftovers,
         )
 
         def body() -> None:
@@ -286,6 +289,7 @@ class _Takeover:
         if self._network is not None:
             self._network.give_up()
         self._shared.undo()
+        self._leftovers.cleared()
         if self._namespace is not None:
             self._namespace.kill()
         if self._watchdog is not None:

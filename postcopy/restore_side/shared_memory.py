@@ -13,6 +13,7 @@ from postcopy.kernel import procfs, system_v
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import page_up
 from postcopy.page_ranges import PageRanges
+from postcopy.restore_side.leftovers import Leftovers
 from postcopy.state import SharedMemory
 
 _MAP_NORESERVE = 0x4000
@@ -21,7 +22,8 @@ _MAP_NORESERVE = 0x4000
 class SharedObjects:
     """All such memory of a tree. ``fds``: our descriptors of it by index (-1: a System V segment)."""
 
-    def __init__(self) -> None:
+    def __init__(self, leftovers: Leftovers | None = None) -> None:
+        self._leftovers = leftovers
         self.states: list[SharedMemory] = []
         self.fds: list[int] = []
         self._segments: list[int] = []
@@ -55,6 +57,8 @@ class SharedObjects:
         key = 0 if state.system_v.removed else state.system_v.key
         system_v.create(identifier, key, state.size, reserved=state.reserved)
         self._segments.append(identifier)
+        if self._leftovers is not None:
+            self._leftovers.segment(identifier)
         address = system_v.attach(identifier)
         try:
             fd = os.open(_map_file(address, page_up(state.size)), os.O_RDWR | os.O_CLOEXEC)

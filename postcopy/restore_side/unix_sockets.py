@@ -22,6 +22,7 @@ from postcopy.kernel import sock_diag
 from postcopy.kernel.calls import call
 from postcopy.kernel.prctl import PR_SET_SECUREBITS
 from postcopy.kernel.sock_diag import DEAD
+from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.own import own_credentials
 from postcopy.restore_side.sockets import Workshop
 from postcopy.socket_kinds import PeerCredentials, UnixMessage, UnixName, UnixSocket
@@ -71,7 +72,7 @@ def _problems_of_place(place: str, bound: set[tuple[int, int] | None]) -> Iterat
         yield f"the name {place} of a Unix socket is taken here: end the program that has it"
 
 
-def prepare(sockets: Sequence[UnixSocket]) -> None:
+def prepare(sockets: Sequence[UnixSocket], leftovers: Leftovers) -> None:
     """Make the root directories. Raises RestoreError."""
     if reasons := list(problems([UnixName(one.name, one.place) for one in sockets if _has_path(one)])):
         raise RestoreError("; ".join(reasons))
@@ -79,6 +80,7 @@ def prepare(sockets: Sequence[UnixSocket]) -> None:
         root = _root(one)
         try:
             shutil.rmtree(root, ignore_errors=True)
+            leftovers.directory(root)
             os.mkdir(root, 0o700)
             for directory in _directories(one):
                 os.makedirs(root + directory, exist_ok=True)

@@ -28,7 +28,9 @@ from postcopy.kernel.prctl import PR_SET_PDEATHSIG
 from postcopy.restore_side.bulk_receiver import receive_bulk
 from postcopy.restore_side.fault_handler import Background, FaultHandler
 from postcopy.restore_side.handover import Handover
+from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.ring import Ring
+from postcopy.restore_side.strays import kill_strays
 from postcopy.transport import Channels
 from postcopy.wire import control
 from postcopy.wire.control import Kind
@@ -39,6 +41,7 @@ _REPORT_SIZE = 65536
 _MOST_PASSED = 8
 _WATCHDOG_DIED = signal.SIGUSR1
 COMMITTED, RESUMED = b"c", b"r"
+_KILLED_SECONDS = 0.5  # for processes to end that have been killed
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Watchdog:
     news: socket.socket
     namespace_init: int | None
     detached: bool
+    leftovers: Leftovers
     tree: Handover | None = None
     uffds: list[int] = field(default_factory=list)
     committed: bool = False
@@ -225,6 +229,7 @@ class Watchdog:
         if self.tree is not None:
             kill_tree(self.tree, self.namespace_init)
         _wait_for_end_of(self.uffds)
+        self.leftovers.remove()
         self._tell({"event": "lost", "reason": error.message})
 
 
@@ -253,9 +258,13 @@ def _own_userfaultfds() -> list[int]:
 
 
 def _wait_for_end_of(uffds: list[int]) -> None:
-    """Until the address spaces are gone. A process of the tree that could not be found waits on: better than zeros."""
-    while any(userfaultfd.mm_exists(fd) for fd in uffds):
+    """Until the address spaces are gone; who is still there after a while is looked for in all of the host."""
+    look = time.monotonic() + _KILLED_SECONDS
+    while left := [fd for fd in uffds if userfaultfd.mm_exists(fd)]:
         time.sleep(0.01)
+        if time.monotonic() > look:
+            kill_strays(left)
+            look = time.monotonic() + _KILLED_SECONDS
 
 
 def kill_tree(tree: Handover, namespace_init: int | None) -> None:

@@ -1,0 +1,50 @@
+"""Names that a restore makes and that would outlive it: the watchdog removes them when restore cannot any more."""
+
+import contextlib
+import os
+import shutil
+
+import msgpack
+
+from postcopy.kernel import system_v
+
+_SIZE = 1 << 16  # bytes: what a pipe holds
+
+
+class Leftovers:
+    """Made before the watchdog is forked. Restore tells of each name; nobody reads it unless all has failed."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def segment(self, identifier: int) -> None:
+        """A System V segment has been made."""
+        self._tell(identifier)
+
+    def directory(self, path: str) -> None:
+        """A directory of a name that only we make is about to be made."""
+        self._tell(os.fsencode(path))
+
+    def cleared(self) -> None:
+        """All of them have been removed."""
+        self._tell(None)
+
+    def remove(self) -> None:
+        """Remove what restore has left. Raises nothing."""
+        unpacker = msgpack.Unpacker(raw=True)
+        with contextlib.suppress(BlockingIOError):
+            unpacker.feed(os.read(self._read, _SIZE))
+        names = list(unpacker)
+        if None in names:
+            return
+        for name in names:
+            with contextlib.suppress(OSError):
+                if isinstance(name, int):
+                    system_v.remove(name)
+                else:
+                    shutil.rmtree(os.fsdecode(name), ignore_errors=True)
+
+    def _tell(self, name: int | bytes | None) -> None:
+        # A pipe that is full holds thousands of names: the rest is left behind.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, msgpack.packb(name))
