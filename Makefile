@@ -18,6 +18,7 @@ test: lint
 	@$(call need,xz,xz-utils)
 	@$(call need,redis-server,redis-server)
 	@$(call need,nginx,nginx-light)
+	@$(call need,nats-server,nats-server)
 	@$(call need,gcc,gcc libc6-dev)
 	@$(call need,node,nodejs)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

@@ -109,6 +109,19 @@ def test_redis_moves_under_clients_that_check_every_answer(trio: Trio, tmp_path:
     print(f"{report['answers']} answers; the longest pause of a connection: {report['longest']:.3f} s")
 
 
+def test_go_program_moves_under_clients_that_check_every_answer(trio: Trio, tmp_path: Path) -> None:
+    trio.add_service(trio.a)
+    options = ["--addr", trio.service, "--jetstream", "--store_dir", str(tmp_path), "--log", str(tmp_path / "log")]
+    trio.a.popen([program("nats-server", "nats-server"), *options], pid=PID)
+    listens(trio, 4222)
+    client = ["tests.programs.nats_client", str(tmp_path), "4", "10000", trio.service]
+    service = connect(trio, tmp_path, client, 100)
+    service.travel()
+    report = service.report()
+    assert report["errors"] == []
+    print(f"{report['answers']} answers; the longest pause of a connection: {report['longest']:.3f} s")
+
+
 NGINX = """
 worker_processes 3;
 daemon off;
