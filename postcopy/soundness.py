@@ -188,6 +188,12 @@ def check(tree: Tree, manifest: Manifest) -> None:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
 
 
+def check_message(name: str, message: Any) -> None:
+    """The same of a single message, a dataclass, before anything of it is used. Raises ProtocolError."""
+    for problem in _walk(message):
+        raise ProtocolError(f"{name}.{problem}")
+
+
 def prepare() -> None:
     """Find the rules of every type now, which takes milliseconds."""
     remaining: list[Any] = [Manifest, Tree]

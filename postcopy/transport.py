@@ -5,12 +5,14 @@ import logging
 import os
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError
+from postcopy.printable import printable
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
 
@@ -21,6 +23,10 @@ GREETING_SECONDS = 5.0
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 27027
 _STEP = 16 * 1024 * 1024  # bytes
+# A deadline on what is due says more than this.
+_GRACE_SECONDS = 2
+# Of callers that have not introduced themselves: each may keep a greeting's bytes and a descriptor for some seconds.
+_MOST_CALLERS = 256
 CHANNELS = ("control", "demand", "bulk")
 
 
@@ -52,12 +58,13 @@ class Channel:
         Raises ConnectionLost, ProtocolError, or, for a FAILED frame that is not asked for, what the peer says.
         """
         kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
+        if kind not in bodies and kind != Kind.FAILED:
+            due = " or ".join(k.name for k in bodies) or "nothing"
+            raise ProtocolError(f"{self.peer} sent {kind.name} where {due} was due")
         content = self._exactly(length)
-        if kind == Kind.FAILED and kind not in bodies:
-            failed = control.parse_body(control.Failed, content)
-            raise PeerFailed(f"{self.peer} gave up: {failed.message}", failed.hint)
         if kind not in bodies:
-            raise ProtocolError(f"{self.peer} sent {kind.name} where {' or '.join(k.name for k in bodies)} was due")
+            failed = control.parse_body(control.Failed, content)
+            raise PeerFailed(f"{self.peer} gave up: {printable(failed.message)}", printable(failed.hint))
         return kind, control.parse_body(bodies[kind], content)
 
     def expect(self, kind: Kind, body: type[T]) -> T:
@@ -71,11 +78,13 @@ class Channel:
         self.send_frame(control.pack_header(Kind.PAGES, len(content)))
         self.send_frame(content)
 
-    def receive_pages(self) -> memoryview:
-        """The content of the pages in the next frame, which must be PAGES."""
+    def receive_pages(self, expected: int) -> memoryview:
+        """The content of the pages in the next frame, which must be PAGES and of so many bytes."""
         kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
         if kind != Kind.PAGES:
             raise ProtocolError(f"{self.peer} sent {kind.name} where PAGES was due")
+        if length != expected:
+            raise ProtocolError(f"{self.peer} sent {length} bytes of pages with a state that names {expected}")
         return memoryview(self._exactly(length))
 
     def _exactly(self, length: int) -> bytearray:
@@ -88,6 +97,8 @@ class Channel:
             while view:
                 try:
                     count = self.socket.recv_into(view)
+                except BlockingIOError:
+                    raise ConnectionLost(f"{self.peer} has stopped in the middle of a message") from None
                 except OSError as error:
                     raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
                 if not count:
@@ -135,6 +146,8 @@ class Channels:
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(whole // 2, 1))
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(whole // 4, 1))
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, whole * 1000)
+        # Whoever waits for a message that need not come waits for its first byte by poll(2).
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole + _GRACE_SECONDS, 0))
 
     def close(self) -> None:
         """Close all of them."""
@@ -253,6 +266,9 @@ class Listener:
         with contextlib.suppress(OSError):
             connection, address = self._socket.accept()
             connection.setblocking(False)
+            callers = [key.data for key in self._selector.get_map().values() if key.data is not None]
+            if len(callers) >= _MOST_CALLERS:
+                self._drop(min(callers, key=lambda caller: caller.until), "too many are calling at once")
             caller = _Caller(connection, f"{address[0]}:{address[1]}", time.monotonic() + GREETING_SECONDS)
             self._selector.register(connection, selectors.EVENT_READ, caller)
 
@@ -264,7 +280,7 @@ class Listener:
             if received[:known] != control.MAGIC[:known]:
                 raise ProtocolError(f"it does not speak the postcopy protocol (it began with {bytes(received[:16])!r})")
             return False
-        kind, length = control.parse_header(bytes(received[: control.HEADER.size]), control.GREETING_LIMIT)
+        kind, length = control.parse_header(bytes(received[: control.HEADER.size]))
         if kind != Kind.HELLO:
             raise ProtocolError(f"it began with {kind.name} instead of HELLO")
         if len(received) > control.HEADER.size + length:

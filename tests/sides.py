@@ -81,6 +81,18 @@ class Side:
         assert len(errors) == 1, self.text
         return code
 
+    def ends_with_error(self, *codes: int, seconds: float = SECONDS) -> int:
+        """The same where several of its processes have something to say."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.process} does not end: {self.text}")
+        assert code in codes, f"{code}: {self.text}"
+        assert "Traceback" not in self.text, self.text
+        assert "bug" not in self.text, self.text
+        assert "ERROR" in self.text, self.text
+        return code
+
     def ends_well(self, seconds: float = SECONDS) -> None:
         """It ends in time, with 0."""
         try:

@@ -3,13 +3,11 @@
 Each gives a clear line and an exit code. The target never notices, and the listener goes on listening.
 """
 
-import ctypes
 import os
 import random
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +21,11 @@ from postcopy.wire.control import HEADER, MAGIC, PROTOCOL_VERSION, Hello, Kind
 from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.migrate import Migration, start_dump, start_restore
 from tests.programs import witness
+from tests.tamper import socket_in
 
 PID = 7000
 PORT = 27300
 SECONDS = 20
-CLONE_NEWNET = 0x40000000
 PR_CAPBSET_DROP = 24
 CAPABILITIES = {
     "CAP_DAC_OVERRIDE": 1,
@@ -211,24 +209,6 @@ def test_address_that_has_no_name(pair: Pair) -> None:
 # -- the listening port ------------------------------------------------------------------------------------------------
 
 
-def socket_in(host: Host) -> socket.socket:
-    """A TCP socket in the network of a host; it stays there."""
-    made: list[socket.socket] = []
-
-    def make() -> None:
-        with open(f"/proc/{host.init_pid}/ns/net") as namespace:
-            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-        made.append(socket.socket())
-
-    # In a thread of its own, since only that thread moves.
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    made[0].settimeout(SECONDS)
-    return made[0]
-
-
 @dataclass
 class Listening:
     """A dump that listens, for all tests that talk to its port."""
@@ -240,6 +220,7 @@ class Listening:
     def call(self) -> socket.socket:
         """Connect to it."""
         caller = socket_in(self.migration.destination)
+        caller.settimeout(SECONDS)
         caller.connect(self.address)
         return caller
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from postcopy import roles
+from postcopy.deadline import deadline
 from postcopy.dump_side.page_source import PageSource
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
+from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
 from postcopy.state import Clocks, Manifest, Tree
@@ -38,7 +40,9 @@ def unfit(peer: Hello) -> str | None:
 class Giving:
     """One destination that has connected. The steps are called in the order in which they stand here."""
 
-    def __init__(self, channels: Channels, reporter: Reporter) -> None:
+    def __init__(self, channels: Channels, reporter: Reporter, timeout: float | None = None) -> None:
+        """``timeout``: seconds for each answer before commit; None: a destination on this host has all the time."""
+        self._timeout = timeout
         self._channels = channels
         self._reporter = reporter
         self._board = Board()
@@ -50,10 +54,11 @@ class Giving:
 
     def agree(self, manifest: Manifest, clocks: Clocks, checkpoint: bytes = b"") -> bool:
         """Let the destination check everything that can be checked; whether it has the state of ``checkpoint``."""
-        self.control.send(Kind.MANIFEST, control.Offer(manifest, clocks, checkpoint))
-        _, body = self.control.receive({Kind.PREPARED: control.Prepared, Kind.PROBLEMS: control.Problems})
+        with self.in_time("waiting for the destination to prepare"):
+            self.control.send(Kind.MANIFEST, control.Offer(manifest, clocks, checkpoint))
+            _, body = self.control.receive({Kind.PREPARED: control.Prepared, Kind.PROBLEMS: control.Problems})
         if isinstance(body, control.Problems):
-            raise ProblemsError(body.problems, "the destination cannot take it")
+            raise ProblemsError([printable(each) for each in body.problems], "the destination cannot take it")
         assert isinstance(body, control.Prepared)
         self._reporter.event("prepared")
         return body.has_state
@@ -83,9 +88,27 @@ class Giving:
         self._reporter.event("state", boot_bytes=self._boot_bytes, lazy_pages=self._lazy_pages)
 
     def await_ready(self) -> None:
-        """Until the tree has been built."""
+        """Until the tree has been built. Raises ConnectionLost too when a server has ended by then."""
+        poll = select.poll()
+        for fd in (self.control.fileno(), *(server.pidfd for server in self._servers)):
+            poll.register(fd, select.POLLIN)
+        while self.control.fileno() not in (ready := {fd for fd, _ in poll.poll()}):
+            self._check_servers()
+            for fd in ready:
+                poll.unregister(fd)
         self.control.expect(Kind.READY, control.Nothing)
+        self._check_servers()
         self._reporter.event("ready")
+
+    def _check_servers(self) -> None:
+        """What a destination can do to them before commit must not cost the tree."""
+        for server in self._servers:
+            if server.ended_badly():
+                raise ConnectionLost(f"{server.name} ended before the destination was ready")
+
+    def in_time(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A deadline on what the destination has to do before commit."""
+        return deadline(self._timeout, what) if self._timeout else contextlib.nullcontext()
 
     def go(self, order: control.Go) -> None:
         """Commit: whether it arrives or not, the tree is no longer ours to run."""
@@ -93,6 +116,10 @@ class Giving:
 
     def await_resumed(self, began: int = 0) -> None:
         """Until the tree runs there. ``began``: the monotonic clock's ns at the freeze, where there was one."""
+        # However long it takes: the tree is no longer ours to run.
+        poll = select.poll()
+        poll.register(self.control.fileno(), select.POLLIN)
+        poll.poll()
         self.control.expect(Kind.RESUMED, control.Nothing)
         self._resumed_at = time.monotonic_ns()
         self._standstill = {"standstill_ns": self._resumed_at - began} if began else {}

@@ -73,7 +73,7 @@ def serve(checkpoint: Checkpoint, options: Options, reporter: Reporter, listenin
 
                 def body(channels: Channels = channels, named: _Named = named) -> None:
                     listener.close()
-                    give(checkpoint, checkpoint.plan(), channels, named)
+                    give(checkpoint, checkpoint.plan(), channels, named, options.timeout)
 
                 customers.roles.append(roles.start("postcopy-serve", body, dies_with_parent=True))
                 channels.close()
@@ -105,14 +105,22 @@ def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
     return here
 
 
-def give(checkpoint: Checkpoint, plan: dict[int, PageRanges], channels: Channels, reporter: Reporter) -> None:
+def give(
+    checkpoint: Checkpoint,
+    plan: dict[int, PageRanges],
+    channels: Channels,
+    reporter: Reporter,
+    timeout: float | None = None,
+) -> None:
     """Give a checkpoint to one destination, ``plan`` of its pages by the page protocol. Raises PostcopyError."""
-    giving = Giving(channels, reporter)
+    giving = Giving(channels, reporter, timeout)
     try:
-        if not giving.agree(checkpoint.manifest, checkpoint.tree.clocks, checkpoint.id):
-            giving.send_state(checkpoint.tree, checkpoint.sent_content())
-        giving.start_servers(plan, {space: checkpoint.source(space) for space in plan})
-        giving.await_ready()
+        has_state = giving.agree(checkpoint.manifest, checkpoint.tree.clocks, checkpoint.id)
+        with giving.in_time("waiting for the destination to build the tree"):
+            if not has_state:
+                giving.send_state(checkpoint.tree, checkpoint.sent_content())
+            giving.start_servers(plan, {space: checkpoint.source(space) for space in plan})
+            giving.await_ready()
         giving.go(control.Go(checkpoint.tree.late_signals))
         giving.await_resumed()
         giving.tell(giving.await_drained())

@@ -62,7 +62,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-        _hand_over(options, Giving(channels, reporter), reporter)
+        _hand_over(options, Giving(channels, reporter, options.timeout), reporter)
     finally:
         channels.close()
 
@@ -196,7 +196,7 @@ def _offer(
 ) -> None:
     """Give the frozen process to the next destination that comes; a failure before commit is told and no more."""
     channels, peer = listener.accept(unfit)
-    giving = Giving(channels, reporter)
+    giving = Giving(channels, reporter, options.timeout)
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)

@@ -47,6 +47,7 @@ from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
 from postcopy.roles import Role
+from postcopy.spaces import spaces_of
 from postcopy.state import Tree, prepare_to_decode
 from postcopy.transport import DEFAULT_PORT, Channels, connect
 from postcopy.wire import control
@@ -152,7 +153,9 @@ class _Takeover:
 
     def prepare(self) -> None:
         """Check the manifest and make what can be made before the tree is frozen. Raises ProblemsError."""
-        offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
+        with deadline(self._options.timeout, "waiting for the source to look at the process"):
+            offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
+        soundness.check_message("offer", offer)
         manifest = self._manifest = offer.manifest
         if self._checkpoint is not None and offer.checkpoint != self._checkpoint.id:
             raise RestoreError(
@@ -194,8 +197,9 @@ class _Takeover:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
         else:
             _warm_up()
-            tree = self._channels.control.expect(Kind.STATE, Tree)
-            pages = self._channels.control.receive_pages()
+            with deadline(self._options.timeout, "waiting for the state of the process"):
+                tree = self._channels.control.expect(Kind.STATE, Tree)
+                pages = self._channels.control.receive_pages(sum(space.sent_bytes for space in spaces_of(tree)))
             soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages))
         self._stopped_at = tree.clocks
@@ -230,7 +234,9 @@ class _Takeover:
         assert self._watchdog is not None
         select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
         self._check_daemon()
-        return self._channels.control.expect(Kind.GO, control.Go)
+        go = self._channels.control.expect(Kind.GO, control.Go)
+        soundness.check_message("go", go)
+        return go
 
     def _check_daemon(self) -> None:
         assert self._watchdog is not None

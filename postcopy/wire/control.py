@@ -18,6 +18,7 @@ MAGIC = b"POSTCOPY"
 HEADER = struct.Struct("<8sHHI")  # magic, protocol version, kind, length of the body in bytes
 GREETING_LIMIT = 64 * 1024
 BODY_LIMIT = (1 << 32) - 1
+_MIB = 1 << 20
 
 
 class Kind(enum.IntEnum):
@@ -34,6 +35,16 @@ class Kind(enum.IntEnum):
     DRAINED = 9
     FAILED = 10
     PAGES = 11
+
+
+# Bytes of a body: nobody can make the other side keep more in memory. What no limit stands for here is the state.
+LIMITS = dict.fromkeys(Kind, GREETING_LIMIT) | {
+    Kind.MANIFEST: 256 * _MIB,
+    Kind.PROBLEMS: 16 * _MIB,
+    Kind.GO: 16 * _MIB,
+    Kind.STATE: BODY_LIMIT,
+    Kind.PAGES: BODY_LIMIT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +133,7 @@ def pack_header(kind: Kind, length: int) -> bytes:
     return HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, length)
 
 
-def parse_header(header: bytes, limit: int = BODY_LIMIT) -> tuple[Kind, int]:
+def parse_header(header: bytes) -> tuple[Kind, int]:
     """The kind and the length (bytes) of the body that follows. Raises ProtocolError saying what is wrong."""
     magic, version, number, length = HEADER.unpack(header)
     if magic != MAGIC:
@@ -136,8 +147,8 @@ def parse_header(header: bytes, limit: int = BODY_LIMIT) -> tuple[Kind, int]:
         kind = Kind(number)
     except ValueError:
         raise ProtocolError(f"unknown message {number}") from None
-    if length > limit:
-        raise ProtocolError(f"a {kind.name} message of {length} bytes; {limit} is the limit")
+    if length > LIMITS[kind]:
+        raise ProtocolError(f"a {kind.name} message of {length} bytes; {LIMITS[kind]} is the limit")
     return kind, length
 
 
