@@ -6,6 +6,7 @@ program ends at the destination before it could see a wrong byte, and the source
 
 import contextlib
 import resource
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -343,6 +344,21 @@ def test_server_of_a_directory_gives_up_who_falls_silent_and_goes_on(stage: Stag
     serve.process.terminate()
     assert serve.process.wait(SECONDS) == 0, serve.text
     assert "Traceback" not in serve.text
+
+
+def test_frozen_process_waits_for_the_next_when_a_destination_falls_silent(stage: Stage) -> None:
+    work, program = stage.begin(Witness)
+    dump = stage.lazy_dump(program, "--timeout", TIMEOUT)
+    with Tamper(stage.hosts.b, (stage.hosts.a.address, stage.port), on("dump", "PREPARED", silent)) as tamper:
+        mute = stage.command(stage.hosts.b, "restore", "--lazy-pages", *tamper.address, "--timeout", TIMEOUT)
+        mute.ends(PROTOCOL, GONE, GAVE_UP, TOO_LATE)
+        wait_until(lambda: "took longer than 2 s" in dump.text, SECONDS, "it is given up")
+    assert "stays frozen here, for the next destination" in dump.text
+    restore = stage.remote_restore()
+    restore.await_event("drained")
+    assert dump.process.wait(SECONDS) == 0, dump.text
+    assert program.wait(SECONDS) == -signal.SIGKILL
+    work.finish(restore.process)
 
 
 # -- floods ------------------------------------------------------------------------------------------------------------
