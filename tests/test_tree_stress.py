@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.hosts import Host, Pair, Process, wait_until
-from tests.migrate import Migration, MigrationFailed, move
+from tests.migrate import MigrationFailed, move
+from tests.sides import Side
 from tests.stress_options import DEFAULT_SECONDS
 from tests.test_layout_stress import waiting_threads
 
@@ -56,17 +57,20 @@ class Way:
     """How the pages of one move come; all of it follows from the seed."""
 
     def __init__(self, chance: random.Random) -> None:
-        self.rate, self.options = chance.choice(
+        self.rate, self.by_directory, self.options = chance.choice(
             [
-                (None, ()),
-                (f"{chance.randrange(100, 300)}mbit", ()),
-                ("200mbit", ("--background", "idle", "--idle-delay", "0.01")),
+                (None, False, ()),
+                (f"{chance.randrange(100, 300)}mbit", False, ()),
+                ("200mbit", False, ("--background", "idle", "--idle-delay", "0.01")),
+                (None, True, ()),
+                (None, True, ("--lazy-pages",)),
             ]
         )
         self.pause = chance.choice((0, 0, 0.3, 1.0))
 
     def __repr__(self) -> str:
-        return f"<{self.rate or 'no limit'} {' '.join(self.options)}, then {self.pause} s>"
+        way = "by a directory" if self.by_directory else self.rate or "no limit"
+        return f"<{' '.join((way, *self.options))}, then {self.pause} s>"
 
 
 @pytest.fixture
@@ -96,7 +100,7 @@ def test_every_byte_of_a_tree_is_right_while_it_moves_to_and_fro(
     assert program.poll() is None, f"seed {tree_seed}: {read_result(tmp_path)}"
     try:
         root, moves = to_and_fro(hosts, tmp_path, program, chance, seconds)
-    except MigrationFailed as failure:
+    except (AssertionError, pytest.fail.Exception) as failure:
         raise MigrationFailed(f"replay with --stress-seed {tree_seed}: {read_result(tmp_path)} {failure}") from None
     (tmp_path / "stop").touch()
     status: int | str
@@ -119,22 +123,34 @@ def to_and_fro(
     until = time.monotonic() + seconds
     places = [hosts.a, hosts.b]
     ways: list[Way] = []
-    migration: Migration | None = None
+    root = program
     while len(ways) < 2 or time.monotonic() < until:
         way = Way(chance)
         ways.append(way)
-        hosts.set_rate(way.rate)
-        migration = move(places[0], places[1], PID, restore_options=way.options)
-        migration.wait_drained(SECONDS)
-        hosts.set_rate(None)
+        if way.by_directory:
+            root = by_directory(places[0], places[1], directory / str(len(ways)), way.options)
+        else:
+            hosts.set_rate(way.rate)
+            migration = move(places[0], places[1], PID, restore_options=way.options)
+            migration.wait_drained(SECONDS)
+            hosts.set_rate(None)
+            assert migration.restore is not None
+            root = migration.restore
         places.reverse()
         pause = time.monotonic() + way.pause
         wait_until(lambda: time.monotonic() > pause or (directory / "result").exists(), SECONDS)  # noqa: B023
-        assert migration.restore is not None
-        if migration.restore.poll() is not None:
-            migration.fail(f"the tree has ended by itself after {ways}")
-    assert migration is not None and migration.restore is not None
-    return migration.restore, ways
+        assert root.poll() is None, f"the tree has ended by itself after {ways}"
+    return root, ways
+
+
+def by_directory(source: Host, destination: Host, files: Path, options: Sequence[str]) -> Process:
+    """Write the tree to a directory and restore it from there: the process whose end is the root's."""
+    files.mkdir()
+    checkpoint = str(files / "checkpoint")
+    Side.start(source, files / "dump.err", ["dump", "-t", str(PID), "-D", checkpoint]).ends_well()
+    restore = Side.start(destination, files / "restore.err", ["restore", *options, "-D", checkpoint])
+    restore.await_event("drained" if options else "running")
+    return restore.process
 
 
 def test_no_false_alarm_without_a_move(tmp_path: Path) -> None:
