@@ -8,7 +8,7 @@ import pytest
 from tests import migrate
 from tests.hosts import Host, Pair
 from tests.stage import Stage
-from tests.stress_options import pytest_addoption  # noqa: F401 (pytest finds options here)
+from tests.stress_options import pytest_addoption, pytest_collection_modifyitems  # noqa: F401 (pytest finds them here)
 
 
 @pytest.fixture

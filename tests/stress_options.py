@@ -3,6 +3,9 @@
 import pytest
 
 DEFAULT_SECONDS = 12.0
+# Besides the run itself: to begin, to notice that something hangs, and to say so.
+_MORE_SECONDS = 280.0
+_STRESSES = ("test_every_byte_is_right_while", "test_every_byte_of_a_tree")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,3 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--stress-without", default="", metavar="OPERATIONS", help="leave operations out: op_lock,op_fork,…"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A long run has a long time limit, which must be known before the test begins."""
+    seconds = float(config.getoption("--stress-seconds", DEFAULT_SECONDS))
+    for item in items:
+        if item.name.startswith(_STRESSES):
+            item.add_marker(pytest.mark.timeout(seconds + _MORE_SECONDS))

@@ -100,7 +100,6 @@ def stress_seconds(request: pytest.FixtureRequest) -> float:
 def test_every_byte_is_right_while_the_layout_changes(
     hosts: Pair, tmp_path: Path, stress_seed: int, stress_seconds: float, request: pytest.FixtureRequest
 ) -> None:
-    request.applymarker(pytest.mark.timeout(stress_seconds + 4 * HANG_SECONDS + 60))
     plan = Plan.of(stress_seed)
     options: Sequence[str] = (
         *("--threads", str(plan.threads), "--size", str(plan.size), "--before", plan.before),

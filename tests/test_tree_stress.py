@@ -89,7 +89,6 @@ def test_every_byte_of_a_tree_is_right_while_it_moves_to_and_fro(
     hosts: Pair, tmp_path: Path, tree_seed: int, request: pytest.FixtureRequest
 ) -> None:
     seconds = float(request.config.getoption("--stress-seconds", DEFAULT_SECONDS))
-    request.applymarker(pytest.mark.timeout(seconds + 4 * HANG_SECONDS + 120))
     chance = random.Random(tree_seed)
     without = request.config.getoption("--stress-without", "")
     with open(tmp_path / "stderr", "wb") as stderr:
