@@ -4,6 +4,7 @@ import enum
 import logging
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +12,10 @@ from typing import Annotated
 import typer
 
 from postcopy import __version__, reporting
+from postcopy.action_scripts import Action, ActionScripts
 from postcopy.deadline import end_on_signals
 from postcopy.dump_side.choices import CLOSED, DEFAULT_GHOST_LIMIT, MOVED, REFUSED, Choices
-from postcopy.errors import CannotRun, PostcopyError, ProblemsError, UsageError
+from postcopy.errors import CannotRun, DumpError, PostcopyError, ProblemsError, RestoreError, UsageError
 from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
 log = logging.getLogger("postcopy")
@@ -86,6 +88,12 @@ External = Annotated[
     list[str] | None,
     typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
 ]
+ActionScript = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--action-script", metavar="PATH", help="Run this program at the points that CRTOOLS_SCRIPT_ACTION names."
+    ),
+]
 _INHERITED = re.compile(r"fd\[(\d+)\]:(.+)", re.DOTALL)
 
 
@@ -122,6 +130,7 @@ def dump(
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
+    action_script: ActionScript = None,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[
@@ -145,8 +154,14 @@ def dump(
 
     reporter = reporting.Printer(as_json, display_stats)
     connections = _connections(tcp_established, tcp_close)
-    choices = Choices(ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value)
+    scripts = _scripts(action_script, timeout, directory, DumpError)
+    choices = Choices(ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value, scripts)
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
+
+    def listening() -> None:
+        reporting.announce(status_fd)
+        scripts.run(Action.STATUS_READY, pid)
+
     if not lazy_pages:
         if directory is None:
             raise UsageError(
@@ -157,10 +172,11 @@ def dump(
             pid, directory, reporter, leave_running=leave_running, leave_stopped=leave_stopped, choices=choices
         )
         reporting.announce(status_fd)
+        scripts.report(Action.STATUS_READY, pid)
     elif directory is not None:
-        session.dump_state_to_directory(options, directory, reporter, lambda: reporting.announce(status_fd))
+        session.dump_state_to_directory(options, directory, reporter, listening)
     else:
-        session.dump(options, reporter, lambda: reporting.announce(status_fd))
+        session.dump(options, reporter, listening)
 
 
 @app.command()
@@ -182,6 +198,7 @@ def restore(
         typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
     ] = None,
     network_lock: NetworkLock = NetworkLockMode.nftables,
+    action_script: ActionScript = None,
     background: Annotated[
         BackgroundMode, typer.Option(help="Push the rest at once; only when no page has been asked for; never.")
     ] = BackgroundMode.eager,
@@ -240,6 +257,7 @@ def restore(
             new_pid_namespace=new_pid_namespace,
             inherited=_inherited(inherit_fd or []),
             network_lock=network_lock.value,
+            scripts=_scripts(action_script, timeout, directory, RestoreError),
             background=Background(background.value, idle_delay),
         ),
         reporter,
@@ -256,6 +274,7 @@ def serve(
     address: Address = None,
     port: Port = None,
     timeout: Annotated[float, typer.Option(help="Seconds without a sign of life of a destination.", min=0.1)] = 10.0,
+    action_script: ActionScript = None,
     verbose: Verbose = 0,
     log_file: LogFile = None,
     status_fd: Annotated[int | None, typer.Option(help="Write a NUL byte here when it listens.")] = None,
@@ -272,11 +291,17 @@ def serve(
         raise UsageError(
             f"{directory} has all but the lazy pages, which the dump that wrote it serves", "dump without --lazy-pages"
         )
+    scripts = _scripts(action_script, timeout, directory, PostcopyError)
+
+    def listening() -> None:
+        reporting.announce(status_fd)
+        scripts.run(Action.STATUS_READY)
+
     serving.serve(
         checkpoint,
         serving.Options(address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout),
         reporting.Printer(as_json, display_stats),
-        lambda: reporting.announce(status_fd),
+        listening,
     )
 
 
@@ -332,6 +357,19 @@ def _begin(verbosity: int, log_file: str | None, status_fd: int | None) -> None:
             os.fstat(status_fd)
         except OSError:
             raise UsageError(f"--status-fd {status_fd} is not an open descriptor") from None
+
+
+def _scripts(
+    given: list[str] | None, timeout: float, directory: Path | None, failure: type[PostcopyError]
+) -> ActionScripts:
+    """The action scripts, which must be there before anything is begun."""
+    paths = []
+    for each in given or []:
+        path = shutil.which(each)
+        if path is None:
+            raise UsageError(f"--action-script {each} is no program that can be run", "give its path; chmod +x")
+        paths.append(os.path.abspath(path))
+    return ActionScripts(paths, timeout, directory, failure)
 
 
 def _inherited(given: list[str]) -> dict[str, int]:

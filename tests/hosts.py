@@ -408,12 +408,17 @@ class Trio(Pair):
         commands = f"addr add {self.service}/32 dev {DEVICE}\naddr add {self.service6}/128 dev {DEVICE} nodad\n"
         host.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
 
-    def announce_service(self, source: Host, destination: Host) -> None:
-        """Take the addresses from ``source``, and tell everybody that ``destination`` has them."""
+    def check_announced(self, host: Host) -> None:
+        """``c`` sends what is for the addresses to ``host``, as far as it has sent anything to them."""
+        links = json.loads(host.run(["ip", "-json", "link", "show", DEVICE], check=True).stdout)
+        known = json.loads(self.c.run(["ip", "-json", "neighbour", "show"], check=True).stdout)
+        found = {each["dst"]: each.get("lladdr") for each in known if each["dst"] in (self.service, self.service6)}
+        assert found and set(found.values()) == {links[0]["address"]}, (found, links)
+
+    def remove_service(self, host: Host) -> None:
+        """Take the addresses away."""
         commands = f"addr del {self.service}/32 dev {DEVICE}\naddr del {self.service6}/128 dev {DEVICE}\n"
-        source.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
-        script = str(Path(__file__).with_name("announce.py"))
-        destination.run([sys.executable, "-I", "-S", script, DEVICE, self.service, self.service6], check=True)
+        host.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
 
 
 def _pid_of(pidfd: int) -> int:

@@ -9,7 +9,7 @@ _STRESSES = ("test_every_byte_is_right_while", "test_every_byte_of_a_tree")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--stress-seconds``, ``--stress-seed`` and ``--stress-without``."""
+    """Sizes and seeds of the tests that can be made to last."""
     group = parser.getgroup("layout stress")
     group.addoption(
         "--stress-seconds", type=float, default=DEFAULT_SECONDS, help="of each run, after the move (default: 12)"
@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run this seed instead of the suite's own; may be repeated",
     )
     group.addoption("--tree-processes", type=int, default=100, help="of the largest tree that is moved (default: 100)")
+    group.addoption("--redis-megabytes", type=int, default=50, help="of the Redis server that is moved (default: 50)")
     group.addoption("--connections", type=int, default=60, help="of the service that is moved with many (default: 60)")
     group.addoption(
         "--stress-without", default="", metavar="OPERATIONS", help="leave operations out: op_lock,op_fork,…"

@@ -14,12 +14,21 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import Process, Trio, wait_until
+from tests.hosts import DEVICE, Process, Trio, wait_until
 from tests.migrate import move
 
 PID = 6200
 SECONDS = 60
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+MOVE_ADDRESS = """#!/bin/sh
+PATH={path}
+case $CRTOOLS_SCRIPT_ACTION in
+    network-lock) ip address del {address} dev {device} ;;
+    pre-restore|network-unlock) ip address replace {address} dev {device} ;;
+esac
+"""
 
 
 @pytest.fixture
@@ -64,14 +73,33 @@ class Service:
 
     def travel(self) -> None:
         """Move from a to b and back, each time with the address."""
+        self._travel(by_script=False)
+
+    def travel_by_script(self) -> None:
+        """The same, where an action script moves the address."""
+        self._travel(by_script=True)
+
+    def _travel(self, by_script: bool) -> None:
+        script = self._script() if by_script else []
         source, destination, _ = self.hosts
         for _ in range(2):
-            self.hosts.add_service(destination)
-            migration = move(source, destination, PID, dump_options=["--tcp-established"])
-            self.hosts.announce_service(source, destination)
+            if not by_script:
+                self.hosts.add_service(destination)
+            migration = move(
+                source, destination, PID, dump_options=["--tcp-established", *script], restore_options=script
+            )
+            self.hosts.check_announced(destination)
+            if not by_script:
+                self.hosts.remove_service(source)
             migration.wait_drained()
             self.goes_on()
             source, destination = destination, source
+
+    def _script(self) -> list[str]:
+        path = self.directory / "move-address"
+        path.write_text(MOVE_ADDRESS.format(path=PATH, address=f"{self.hosts.service}/32", device=DEVICE))
+        path.chmod(0o755)
+        return ["--action-script", str(path)]
 
     def report(self) -> dict[str, Any]:
         """Let the client come to its end; what it has seen."""
@@ -95,18 +123,24 @@ def listens(hosts: Trio, port: int) -> None:
     wait_until(lambda: hosts.a.run(["ss", "-Hltn", f"sport = :{port}"]).stdout, SECONDS, f"port {port} listens")
 
 
-def test_redis_moves_under_clients_that_check_every_answer(trio: Trio, tmp_path: Path) -> None:
+@pytest.mark.parametrize("append_only", ["no", "yes"])
+def test_redis_moves_with_its_address_under_clients_that_check_every_answer(
+    trio: Trio, tmp_path: Path, request: pytest.FixtureRequest, append_only: str
+) -> None:
+    clients = 4
+    keys = request.config.getoption("--redis-megabytes") * 1000 // clients
     trio.add_service(trio.a)
     options = ["--bind", trio.service, "--protected-mode", "no", "--dir", str(tmp_path), "--save", "3600", "1000000"]
-    command = [program("redis-server", "redis-server"), *options, "--appendonly", "no", "--logfile", "redis.log"]
+    command = [program("redis-server", "redis-server"), *options, "--appendonly", append_only, "--logfile", "redis.log"]
     trio.a.popen(command, pid=PID)
     listens(trio, 6379)
-    client = ["tests.programs.redis_client", str(tmp_path), "4", "25000", trio.service]
+    client = ["tests.programs.redis_client", str(tmp_path), str(clients), str(keys), trio.service]
     service = connect(trio, tmp_path, client, 200)
-    service.travel()
+    service.travel_by_script()
     report = service.report()
     assert report["errors"] == []
-    print(f"{report['answers']} answers; the longest pause of a connection: {report['longest']:.3f} s")
+    print(f"{report['answers']} answers, {report['writes']} acknowledged writes, none of them lost")
+    print(f"the longest pause of a connection: {report['longest']:.3f} s")
 
 
 def test_go_program_moves_under_clients_that_check_every_answer(trio: Trio, tmp_path: Path) -> None:

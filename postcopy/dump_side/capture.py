@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from postcopy.action_scripts import Action
+from postcopy.deadline import uninterrupted
 from postcopy.dump_side import network, signals, sleepers
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
@@ -42,9 +44,10 @@ class Capture:
         self._shared = SharedObjects()
         self._traffic = Traffic([], [])
         self._ended = False
+        self._gave_up_addresses = False
         # Before anything is forked that is to share it.
         self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
-        self._guard = Guard(self._lock)
+        self._guard = Guard(self._lock, self._choices.scripts, pid)
         self._smaps = SmapsReader(trusted.known)
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
         # The forks have made our own memory copy-on-write; this touches most of it now, and not while the tree waits.
@@ -58,7 +61,7 @@ class Capture:
             self.frozen.let_go()
         else:
             if not self._ended:
-                self._lock.unlock()
+                self._unlock()
             self.frozen.thaw()
         self._smaps.close()
         if self.committed and not self._ended and self._lock.is_locked:
@@ -81,6 +84,10 @@ class Capture:
         if self._traffic:
             self._guard.locking(self.frozen.pids)
             network.lock(self._lock, self._traffic)
+        if self._choices.scripts.paths:
+            self._guard.giving_up_addresses()
+            self._gave_up_addresses = True
+            self._choices.scripts.run(Action.NETWORK_LOCK, self.frozen.root.pid)
         self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}
@@ -90,6 +97,13 @@ class Capture:
     def verify(self) -> None:
         """To be called once before the tree is given away. Raises DumpError where ``tree`` is not how it is."""
         self._smaps.verify()
+
+    def _unlock(self) -> None:
+        """The network is the tree's again. Whoever has taken its addresses away brings them back before."""
+        if self._gave_up_addresses:
+            with uninterrupted():
+                self._choices.scripts.report(Action.NETWORK_UNLOCK, self.frozen.root.pid)
+        self._lock.unlock()
 
     @property
     def sources(self) -> dict[int, PageSource]:

@@ -1,6 +1,8 @@
 """What the user allows and asks for, beyond what is carried in any case."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from postcopy.action_scripts import ActionScripts
 
 DEFAULT_GHOST_LIMIT = 1 << 20
 REFUSED, MOVED, CLOSED = "refused", "moved", "closed"
@@ -13,7 +15,8 @@ class Choices:
     ``file_locks``: locks are taken again at the destination, where somebody else may have been faster.
     ``external``: resources outside of the tree (as ``/proc/PID/fd`` shows them) that ``restore`` will be given others
     for. ``connections``: what becomes of established TCP connections (`REFUSED`, `MOVED` or `CLOSED`);
-    ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`).
+    ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`). ``scripts``: what is run
+    at which points.
     """
 
     ghost_limit: int = DEFAULT_GHOST_LIMIT
@@ -21,3 +24,4 @@ class Choices:
     external: frozenset[str] = frozenset()
     connections: str = REFUSED
     network_lock: str = "nftables"
+    scripts: ActionScripts = field(default_factory=ActionScripts)

@@ -3,6 +3,7 @@
 ptrace(2) wakes a frozen tree when its tracer dies; the durable stop takes that away one step before commit. The
 control process tells the guard by a socket where it stands; the end of the connection says that it has died. The
 network lock is the guard's to take away then: before commit at once, after it when the tree has ended or goes on.
+Before commit, it also has the action scripts give back the addresses that they have taken away.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import socket
 from collections.abc import Sequence
 
 from postcopy import roles
+from postcopy.action_scripts import Action, ActionScripts
 from postcopy.dump_side import network
 from postcopy.network_lock import NetworkLock
 
-_LOCKING, _STOPPING, _COMMITTING = b"l", b"s", b"c"
+_LOCKING, _GIVING_UP, _STOPPING, _COMMITTING = b"l", b"g", b"s", b"c"
 _MOST_BYTES = 1 << 16
 _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
@@ -22,13 +24,14 @@ _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 class Guard:
     """The control process's end of the connection."""
 
-    def __init__(self, lock: NetworkLock | None = None) -> None:
-        """Fork the guard; ``lock``: with which the network will be locked."""
+    def __init__(self, lock: NetworkLock | None = None, scripts: ActionScripts | None = None, pid: int = 0) -> None:
+        """Fork the guard; ``lock``: with which the network will be locked, ``pid``: the root of the tree."""
         lock = lock or NetworkLock("skip", "")
+        scripts = scripts or ActionScripts()
         self._connection, guards_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def body() -> None:
-            watch(guards_end, lock)
+            watch(guards_end, lock, scripts, pid)
 
         # Nothing else: it may live on after us, and the destination waits for our connections to be closed.
         keep = [guards_end.fileno(), *lock.descriptors]
@@ -40,6 +43,10 @@ class Guard:
         for first in range(0, len(pids), _MOST_DESCRIPTORS):
             numbers = " ".join(map(str, pids[first : first + _MOST_DESCRIPTORS]))
             self._connection.send(_LOCKING + numbers.encode())
+
+    def giving_up_addresses(self) -> None:
+        """From here on scripts may have taken addresses away."""
+        self._connection.send(_GIVING_UP)
 
     def stopping(self, pidfds: Sequence[int]) -> None:
         """From here on these processes must be woken if we die."""
@@ -61,15 +68,19 @@ class Guard:
         self._connection.close()
 
 
-def watch(connection: socket.socket, lock: NetworkLock) -> None:
+def watch(connection: socket.socket, lock: NetworkLock, scripts: ActionScripts, pid: int) -> None:
     """The guard's body: follow the control process to its end."""
     to_wake: list[int] = []
     locked: list[int] = []
+    gave_up_addresses = False
     while True:
         said, pidfds, _, _ = socket.recv_fds(connection, _MOST_BYTES, _MOST_DESCRIPTORS)
         if said.startswith(_LOCKING):
             lock.is_locked = True
             locked += [int(word) for word in said[1:].split()]
+            continue
+        if said == _GIVING_UP:
+            gave_up_addresses = True
             continue
         if said != _STOPPING:
             break
@@ -81,6 +92,8 @@ def watch(connection: socket.socket, lock: NetworkLock) -> None:
     else:
         if lock.is_locked:
             network.heal(locked)
+        if gave_up_addresses:
+            scripts.report(Action.NETWORK_UNLOCK, pid)
         lock.close()
         for pidfd in to_wake:
             with contextlib.suppress(ProcessLookupError):

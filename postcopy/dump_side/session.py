@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from postcopy.action_scripts import Action
 from postcopy.checkpoint.writer import Writer
 from postcopy.deadline import Interrupted, deadline, disregard_signals, uninterrupted
 from postcopy.dump_side import clocks
@@ -81,6 +82,8 @@ def dump_to_directory(
     Raises PostcopyError; the process then runs on, and ``directory`` does not exist.
     """
     allow_descriptors()
+    choices = choices or Choices()
+    choices.scripts.run(Action.PRE_DUMP, pid)
     manifest, trusted = survey(pid, choices)
     writer = Writer(directory, pages_elsewhere=False)
     whole = False
@@ -93,6 +96,7 @@ def dump_to_directory(
             late = capture.late_signals()
             writer.finish(manifest, replace(capture.tree, late_signals=late))
             reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
+            choices.scripts.run(Action.POST_DUMP, pid)
             with uninterrupted():
                 if leave_stopped:
                     capture.frozen.stop_durably()
@@ -119,8 +123,9 @@ def dump_state_to_directory(
     A destination that fails before commit is told of, and the next one is waited for. Otherwise like `dump`; where it
     raises before commit, ``directory`` does not exist.
     """
-    pid = options.pid
+    pid, scripts = options.pid, options.choices.scripts
     allow_descriptors()
+    scripts.run(Action.PRE_DUMP, pid)
     manifest, trusted = survey(pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener:
         writer = Writer(directory, pages_elsewhere=True)
@@ -132,6 +137,7 @@ def dump_state_to_directory(
                     writer.write_space(space, source, capture.sent[space], PageRanges())
                 checkpoint = writer.finish(manifest, capture.tree)
                 reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
+                scripts.run(Action.POST_DUMP, pid)
                 _listens(options, manifest, listener, reporter)
                 listening()
                 while not capture.committed:
@@ -167,8 +173,10 @@ def _errors_named(pid: int) -> Iterator[None]:
 
 def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
     """Survey again, freeze, and give it all to the destination that has connected."""
+    scripts = options.choices.scripts
     try:
         with _errors_named(options.pid):
+            scripts.run(Action.PRE_DUMP, options.pid)
             manifest, trusted = survey(options.pid, options.choices)
             reporter.event("surveyed", files=len(manifest.files))
             giving.agree(manifest, clocks.now(options.pid))
@@ -177,6 +185,8 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
                 scheduling(nice=-20)
                 with deadline(options.timeout, "the way from freeze to commit"):
                     capture.take()
+                    # Before the destination's first: what they take away here is to come up there.
+                    scripts.run(Action.POST_DUMP, options.pid)
                     giving.send_state(capture.tree, capture.content())
                     # Forked while the destination builds: this costs no stand-still.
                     giving.start_servers(capture.lazy, capture.sources)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 
 from postcopy.errors import RestoreError
-from postcopy.kernel import pidfd, socket_address, tcp_repair
+from postcopy.kernel import neighbours, pidfd, socket_address, tcp_repair
 from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.restore_side import tcp_connections, unix_sockets
@@ -66,6 +66,8 @@ class Network:
         What the system refuses is logged: there is no way back.
         """
         unix_sockets.settle(self._unix)
+        # Before the first packet, so that its answer finds the way.
+        self._announce()
         if self._lock is not None:
             self._lock.close()
         for own, one, _ in self._held(built):
@@ -77,6 +79,13 @@ class Network:
                     own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
             except OSError as error:
                 log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
+
+    def _announce(self) -> None:
+        """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
+        try:
+            neighbours.announce({_end(one.local)[0] for _, one, _ in self._connections})
+        except OSError as error:
+            log.warning("nobody could be told that the addresses of the program are here now: %s", error.strerror)
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""

@@ -19,6 +19,7 @@ from types import FrameType
 import msgpack
 
 from postcopy import roles, soundness
+from postcopy.action_scripts import Action, ActionScripts
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import deadline, disregard_signals, uninterrupted
 from postcopy.errors import (
@@ -45,7 +46,7 @@ from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
-from postcopy.restore_side.watchdog import COMMITTED, RESUMED, Watchdog
+from postcopy.restore_side.watchdog import COMMITTED, RESUMED, TAKING_ADDRESSES, Watchdog
 from postcopy.roles import Role
 from postcopy.spaces import spaces_of
 from postcopy.state import Tree, prepare_to_decode
@@ -74,6 +75,7 @@ class Options:
     new_pid_namespace: bool = False
     inherited: Mapping[str, int] = field(default_factory=dict)
     network_lock: str = "nftables"
+    scripts: ActionScripts = field(default_factory=ActionScripts)
     background: Background = field(default_factory=Background)
 
 
@@ -209,6 +211,7 @@ class _Takeover:
             assert self._newborn is not None
             parent_stays = not self._options.detach
             inherited = self._inherited
+            self._run_scripts(Action.PRE_RESTORE)
             self._network = Network(tree, self._options.network_lock)
             self._network.prepare(self._leftovers)
             self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
@@ -218,8 +221,16 @@ class _Takeover:
             threads = sum(len(process.threads) for process in tree.processes)
             self._reporter.event("built", pid=self._newborn.pid, processes=len(tree.processes), threads=threads)
             self._check_daemon()
+            self._run_scripts(Action.POST_RESTORE)
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
+
+    def _run_scripts(self, action: Action) -> None:
+        """Before commit: what they fail at fails the restore, and the watchdog undoes what they have done."""
+        assert self._newborn is not None
+        if self._options.scripts.paths:
+            os.write(self._orders, TAKING_ADDRESSES)
+            self._options.scripts.run(action, self._newborn.pid)
 
     def _pidfds(self) -> dict[int, int]:
         """Of the processes that have been built, by the PIDs that they have in the state."""
@@ -245,6 +256,7 @@ class _Takeover:
 
     def _start_watchdog(self) -> None:
         """Fork the daemon, before there is anything to guard: this costs no stand-still."""
+        assert self._newborn is not None
         orders_read, self._orders = os.pipe()
         self._handovers, watchdogs_handovers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._news, watchdogs_news = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -257,6 +269,8 @@ class _Takeover:
             namespace_init=self._namespace.pidfd if self._namespace else None,
             detached=self._options.detach,
             leftovers=self._leftovers,
+            scripts=self._options.scripts,
+            program=self._newborn.pid,
         )
 
         def body() -> None:
@@ -292,15 +306,15 @@ class _Takeover:
         """Leave nothing here."""
         if self._newborn is not None:
             kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
+        if self._watchdog is not None:
+            os.close(self._orders)
+            self._watchdog.wait()
         if self._network is not None:
             self._network.give_up()
         self._shared.undo()
         self._leftovers.cleared()
         if self._namespace is not None:
             self._namespace.kill()
-        if self._watchdog is not None:
-            os.close(self._orders)
-            self._watchdog.wait()
 
     # -- commit and after ---------------------------------------------------------------------------------------------
 
@@ -319,9 +333,12 @@ class _Takeover:
             if self._namespace:
                 self._namespace.entrust(self._built.root.state.pid)
             self._lend_terminal(self._built.root)
-            self._clocks.wait_for(self._stopped_at)
+            scripts, pid = self._options.scripts, self._built.root.pid
+            scripts.report(Action.NETWORK_UNLOCK, pid)
             if self._network is not None:
                 self._network.settle(self._pidfds())
+            scripts.report(Action.PRE_RESUME, pid)
+            self._clocks.wait_for(self._stopped_at)
             self._built.resume(self._go.signals)
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
@@ -332,7 +349,6 @@ class _Takeover:
             self._leave_signals_to_the_program()
         self._channels.control.close()
         gc.enable()
-        pid = self._built.root.pid
         if self._options.pidfile:
             try:
                 self._options.pidfile.write_text(f"{pid}\n")
@@ -340,6 +356,7 @@ class _Takeover:
                 log.error("the program runs, but its PID cannot be written to %s: %s", error.filename, error.strerror)
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
+        scripts.report(Action.POST_RESUME, pid)
 
     def _leave_signals_to_the_program(self) -> None:
         if self._options.detach:

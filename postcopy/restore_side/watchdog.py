@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import msgpack
 
 from postcopy import roles
+from postcopy.action_scripts import Action, ActionScripts
 from postcopy.errors import ConnectionLost, LostAfterCommit, PostcopyError
 from postcopy.kernel import procfs, userfaultfd
 from postcopy.kernel.calls import NUMBERS
@@ -40,15 +41,16 @@ log = logging.getLogger("postcopy")
 _REPORT_SIZE = 65536
 _MOST_PASSED = 8
 _WATCHDOG_DIED = signal.SIGUSR1
-COMMITTED, RESUMED = b"c", b"r"
 _KILLED_SECONDS = 0.5  # for processes to end that have been killed
+TAKING_ADDRESSES, COMMITTED, RESUMED = b"a", b"c", b"r"
 
 
 @dataclass
 class Watchdog:
     """What the watchdog watches over. It is forked before there is a tree, which ``handovers`` brings.
 
-    ``orders`` is the read end of a pipe from the control process, ``news`` a socket to it.
+    ``orders`` is the read end of a pipe from the control process, ``news`` a socket to it. ``scripts``: by which
+    addresses may be taken, and given up again if it comes to nothing; ``program``: the PID of its root.
     """
 
     channels: Channels
@@ -59,6 +61,9 @@ class Watchdog:
     namespace_init: int | None
     detached: bool
     leftovers: Leftovers
+    scripts: ActionScripts
+    program: int
+    took_addresses: bool = False
     tree: Handover | None = None
     uffds: list[int] = field(default_factory=list)
     committed: bool = False
@@ -153,6 +158,9 @@ class Watchdog:
     def _take_order(self) -> bool:
         """Act on the control process's next word; whether it was the last."""
         order = os.read(self.orders, 1)
+        if order == TAKING_ADDRESSES:
+            self.took_addresses = True
+            return False
         if order == COMMITTED:
             self.committed = True
             return False
@@ -228,6 +236,8 @@ class Watchdog:
                 self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
         if self.tree is not None:
             kill_tree(self.tree, self.namespace_init)
+        if self.took_addresses and not self.committed:
+            self.scripts.report(Action.NETWORK_LOCK, self.program)
         _wait_for_end_of(self.uffds)
         self.leftovers.remove()
         self._tell({"event": "lost", "reason": error.message})

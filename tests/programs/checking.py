@@ -22,6 +22,7 @@ class Connection:
         self.number = number
         self.random = random.Random(number)
         self.answers = 0
+        self.writes = 0
         self.longest = 0.0
         self.error = ""
         self._heard = 0.0
@@ -71,6 +72,7 @@ def run(directory: Path, connections: Sequence[Connection]) -> None:
     report = {
         "errors": [connection.error for connection in connections if connection.error],
         "answers": sum(connection.answers for connection in connections),
+        "writes": sum(connection.writes for connection in connections),
         "longest": max(connection.longest for connection in connections),
     }
     (directory / "report.json").write_text(json.dumps(report))

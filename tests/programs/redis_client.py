@@ -37,6 +37,7 @@ class Connection(checking.Connection):
             self.sock.sendall(b"".join(_command(b"SET", name, self.values[name]) for name in names))
             for _ in names:
                 self._expect(b"OK")
+                self.writes += 1
 
     def step(self) -> None:
         """Ask something."""
@@ -45,16 +46,16 @@ class Connection(checking.Connection):
             case 0:
                 value = self._new_value()
                 self._ask(b"OK", b"SET", name, value)
-                self.values[name] = value
+                self._acknowledged(name, value)
             case 1:
                 value = self.values[name] + b"+"
                 self._ask(len(value), b"APPEND", name, b"+")
-                self.values[name] = value
+                self._acknowledged(name, value)
             case 2:
                 counter = b"counter:%d" % self.number
                 count = int(self.values.get(counter, b"0")) + 1
                 self._ask(count, b"INCR", counter)
-                self.values[counter] = b"%d" % count
+                self._acknowledged(counter, b"%d" % count)
             case _:
                 self._ask(self.values[name], b"GET", name)
 
@@ -66,6 +67,10 @@ class Connection(checking.Connection):
             self.sock.sendall(b"".join(_command(b"GET", name) for name in some))
             for name in some:
                 self._expect(self.values[name])
+
+    def _acknowledged(self, name: bytes, value: bytes) -> None:
+        self.writes += 1
+        self.values[name] = value
 
     def _ask(self, expected: Answer, *words: bytes) -> None:
         self.sock.sendall(_command(*words))
