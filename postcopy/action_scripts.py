@@ -76,8 +76,11 @@ class ActionScripts:
         if self.directory is not None:
             environment["CRTOOLS_IMAGE_DIR"] = str(self.directory.absolute())
         log.debug("running %s at %s", path, action)
-        # Not a pipe: what a script leaves in the background would keep us waiting for its end.
-        output = os.memfd_create("postcopy-script")
+        try:
+            # Not a pipe: what a script leaves in the background would keep us waiting for its end.
+            output = os.memfd_create("postcopy-script")
+        except OSError as error:
+            return f"cannot be run: {error.strerror}"
         try:
             script = roles.start(
                 "postcopy-script", lambda: _become(path, environment, output), dies_with_parent=True, keep=[output]
@@ -86,6 +89,8 @@ class ActionScripts:
                 return _ending(script, self.timeout)
             finally:
                 _log_output(path, action, output)
+        except OSError as error:
+            return f"cannot be run: {error.strerror}"
         finally:
             os.close(output)
 

@@ -88,6 +88,10 @@ External = Annotated[
     list[str] | None,
     typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
 ]
+ShellJob = Annotated[
+    bool,
+    typer.Option("-j", "--shell-job", help="A job of a shell: the terminal that restore is run at becomes its own."),
+]
 ActionScript = Annotated[
     list[str] | None,
     typer.Option(
@@ -127,6 +131,7 @@ def dump(
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
     external: External = None,
+    shell_job: ShellJob = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
@@ -155,7 +160,9 @@ def dump(
     reporter = reporting.Printer(as_json, display_stats)
     connections = _connections(tcp_established, tcp_close)
     scripts = _scripts(action_script, timeout, directory, DumpError)
-    choices = Choices(ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value, scripts)
+    choices = Choices(
+        ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value, shell_job, scripts
+    )
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
 
     def listening() -> None:
@@ -197,6 +204,7 @@ def restore(
         list[str] | None,
         typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
     ] = None,
+    shell_job: ShellJob = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
     action_script: ActionScript = None,
     background: Annotated[
@@ -245,6 +253,12 @@ def restore(
                 f"{directory} has all but the lazy pages, which the dump that wrote it serves",
                 "postcopy restore --lazy-pages -D DIR --address A --port P",
             )
+
+    def running() -> None:
+        if shell_job and log_file is None:
+            reporter.leave_screen()
+        reporting.announce(status_fd)
+
     status = session.restore(
         session.Options(
             address=address or DEFAULT_ADDRESS,
@@ -257,11 +271,12 @@ def restore(
             new_pid_namespace=new_pid_namespace,
             inherited=_inherited(inherit_fd or []),
             network_lock=network_lock.value,
+            shell_job=shell_job,
             scripts=_scripts(action_script, timeout, directory, RestoreError),
             background=Background(background.value, idle_delay),
         ),
         reporter,
-        lambda: reporting.announce(status_fd),
+        running,
         checkpoint,
         channels,
     )
@@ -311,6 +326,7 @@ def check(
     ghost_limit: GhostLimit = DEFAULT_GHOST_LIMIT,
     file_locks: FileLocks = False,
     external: External = None,
+    shell_job: ShellJob = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     verbose: Verbose = 0,
@@ -328,7 +344,9 @@ def check(
         from postcopy.dump_side.survey import survey
 
         connections = _connections(tcp_established, tcp_close)
-        manifest, _ = survey(pid, Choices(ghost_limit, file_locks, frozenset(external or ()), connections))
+        manifest, _ = survey(
+            pid, Choices(ghost_limit, file_locks, frozenset(external or ()), connections, shell_job=shell_job)
+        )
         reporting.show_movable(manifest, as_json)
 
 

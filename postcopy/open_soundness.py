@@ -22,7 +22,7 @@ from postcopy.open_kinds import (
     TimerDescriptor,
     Watch,
 )
-from postcopy.state import Tree
+from postcopy.state import StandardStream, Tree
 
 _INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
 _NAME_MAX, _PATH_MAX = 255, 4096
@@ -105,4 +105,9 @@ def tree(whole: Tree) -> Iterator[str]:
                 yield f"{name}[{at}].description: {number} is not open"
 
 
-CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost}
+def _stream(stream: StandardStream) -> Iterator[str]:
+    if len(stream.settings) not in (0, SETTINGS_SIZE):
+        yield f"settings: a length of {len(stream.settings)} is neither 0 nor {SETTINGS_SIZE}"
+
+
+CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost, StandardStream: _stream}

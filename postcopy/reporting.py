@@ -64,10 +64,23 @@ class Printer:
         self._statistics = statistics
         self._started = time.monotonic_ns()
         self._bar: _Bar | None = None if as_json or not sys.stderr.isatty() else _Bar()
+        self._held: list[tuple[str, dict[str, Any]]] | None = None
+
+    def leave_screen(self) -> None:
+        """From here on a terminal's screen is the program's: what happens is shown when that has ended."""
+        if sys.stderr.isatty() and not self._json:
+            self._held = []
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Show it."""
-        self._show(name, fields)
+        if self._held is None:
+            self._show(name, fields)
+        elif name == "exited":
+            held, self._held = self._held, None
+            for each in (*held, (name, fields)):
+                self._show(*each)
+        elif name != "progress":
+            self._held.append((name, fields))
         if name == os.environ.get(PAUSE_AT):
             os.kill(os.getpid(), signal.SIGSTOP)
 

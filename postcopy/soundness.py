@@ -186,6 +186,8 @@ def check(tree: Tree, manifest: Manifest) -> None:
             raise ProtocolError(f"{name}.{problem}")
     if manifest.pid not in [process.pid for process in tree.processes]:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
+    if not manifest.shell_job and any(each.stream for each in tree.descriptors.descriptions):
+        raise ProtocolError("manifest.shell_job: the state has a terminal that was not asked for")
 
 
 def check_message(name: str, message: Any) -> None:

@@ -391,10 +391,14 @@ class PipeEnd:
 
 @dataclass(frozen=True, slots=True)
 class StandardStream:
-    """A terminal among the standard streams: the destination's ``restore`` lends its own."""
+    """A terminal that the process has not for itself: the destination's ``restore`` lends its own standard stream.
+
+    ``settings``: struct termios2; empty for a terminal that was lost.
+    """
 
     fd: Fd
     flags: Unsigned
+    settings: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,6 +537,7 @@ class Manifest:
     """What the survey found before anything is frozen: what the destination must have.
 
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals.
+    ``shell_job``: ``restore`` must lend its terminal.
     """
 
     tids: list[Pid]
@@ -545,6 +550,7 @@ class Manifest:
     highest_fd: Fd
     external: list[str] = field(default_factory=list)
     ptys: list[Unsigned] = field(default_factory=list)
+    shell_job: bool = False
     unix_names: list[UnixName] = field(default_factory=list)
 
 

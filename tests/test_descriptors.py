@@ -148,6 +148,42 @@ def test_inherit_fd_that_cannot_be(host: Host, option: str, complaint: str) -> N
     assert b"Traceback" not in result.stderr
 
 
+LOSES_TERMINAL = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+os.write(1, b"ready\\n")
+signal.sigwait({signal.SIGUSR1})
+os.write(1, b"again\\n")
+assert os.read(0, 10) == b"typed\\n"
+assert os.ttyname(2)
+"""
+
+
+@pytest.mark.parametrize("naming", ["link", "device"])
+def test_lost_terminal_is_replaced_by_one_that_restore_is_given(hosts: Pair, naming: str) -> None:
+    master, slave = os.openpty()
+    hosts.a.popen([sys.executable, "-c", LOSES_TERMINAL], pid=PID, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    read_until(master, b"ready")
+    os.close(master)
+    found = os.stat(hosts.a.proc / str(PID) / "fd" / "0")
+    link = os.readlink(hosts.a.proc / str(PID) / "fd" / "0")
+    name = link if naming == "link" else f"tty[{found.st_rdev:x}:{found.st_dev:x}]"
+    refusal = hosts.a.run([*postcopy_command(), "dump", "--lazy-pages", "-t", str(PID)], timeout=20)
+    assert refusal.returncode == 5
+    assert f"--external '{link}'" in refusal.stderr.decode()
+    migration = start_dump(hosts.a, hosts.b, PID, options=["--external", name])
+    master, slave = os.openpty()
+    restore = start_restore(migration, options=["--inherit-fd", f"fd[{slave}]:{name}"], pass_fds=[slave])
+    os.close(slave)
+    migration.wait_drained()
+    hosts.b.kill(PID, signal.SIGUSR1)
+    read_until(master, b"again")
+    os.write(master, b"typed\n")
+    assert restore.wait(20) == 0
+    os.close(master)
+
+
 @pytest.mark.parametrize("moves", [0, 1, 2], ids=["unmoved", "moved", "there-and-back"])
 def test_terminals_move_with_their_sessions(hosts: Pair, tmp_path: Path, moves: int) -> None:
     # The numbers of terminals are kept, so each host needs its own.

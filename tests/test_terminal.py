@@ -1,37 +1,69 @@
-"""A program that reads from a terminal goes on at the terminal of ``restore``."""
+"""Jobs of a shell go on at the terminal of ``restore``, and as jobs of its shell."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import select
+import shutil
 import signal
+import struct
+import termios
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.hosts import postcopy_command, wait_until
+
+PORT = "27127"
+COMMAND = " ".join(postcopy_command())
 
 
 class Shell:
     """An interactive shell with job control on a terminal of its own."""
 
     def __init__(self) -> None:
+        self._shown = ""
         self.pid, self.terminal = pty.fork()
         if not self.pid:
             os.closerange(3, 4096)
-            os.execvpe("bash", ["bash", "--norc", "-i"], {**os.environ, "PS1": "$ ", "TERM": "dumb"})
+            os.execvpe("bash", ["bash", "--norc", "-i"], {**os.environ, "PS1": "$ ", "TERM": "ansi"})
 
     def type(self, line: str) -> None:
         """Type a line."""
-        os.write(self.terminal, line.encode() + b"\n")
+        self.press(line + "\n")
+
+    def press(self, keys: str) -> None:
+        """Type something."""
+        os.write(self.terminal, keys.encode())
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Change the size of the terminal's window."""
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    @property
+    def settings(self) -> list[Any]:
+        """Those of its terminal (termios(3))."""
+        return termios.tcgetattr(self.terminal)
+
+    @property
+    def foreground(self) -> int:
+        """The process group in the foreground of its terminal."""
+        return os.tcgetpgrp(self.terminal)
 
     def read_until(self, wanted: str, timeout: float = 20) -> str:
-        """What is shown up to ``wanted``."""
-        shown, end = "", time.monotonic() + timeout
-        while wanted not in shown:
+        """What is shown up to ``wanted``, from the end of what was read before."""
+        end = time.monotonic() + timeout
+        while wanted not in self._shown:
             left = end - time.monotonic()
-            assert left > 0 and select.select([self.terminal], [], [], left)[0], f"no {wanted!r} in {shown!r}"
-            shown += os.read(self.terminal, 4096).decode(errors="replace")
-        return shown
+            there = left > 0 and select.select([self.terminal], [], [], left)[0]
+            assert there, f"no {wanted!r} in {self._shown!r}"
+            self._shown += os.read(self.terminal, 4096).decode(errors="replace")
+        before, found, self._shown = self._shown.partition(wanted)
+        return before + found
 
 
 @contextlib.contextmanager
@@ -47,29 +79,120 @@ def shell() -> Iterator[Shell]:
         os.close(found.terminal)
 
 
-def child_named(parent: int, name: str) -> int | None:
-    """The PID of the child with this name."""
+def child_named(parent: int, name: str) -> int:
+    """The PID of the child with this name; 0 for none."""
     with open(f"/proc/{parent}/task/{parent}/children") as stream:
         for pid in map(int, stream.read().split()):
             with open(f"/proc/{pid}/comm") as comm:
-                if comm.read().strip() == name:
+                if comm.read().strip().startswith(name):
                     return pid
-    return None
+    return 0
+
+
+def move_job(pid: int, dumper: Shell, destination: Shell, options: str = "-j") -> None:
+    """Move a job to another shell."""
+    dumper.type(f"{COMMAND} dump --lazy-pages {options} -t {pid} --port {PORT}; echo dump=$?")
+    destination.type(f"{COMMAND} restore --lazy-pages {options} --new-pid-namespace --port {PORT}; echo restore=$?")
+    dumper.read_until("dump=0")
 
 
 def test_job_of_a_shell_reads_on_from_the_terminal_of_restore() -> None:
-    command = " ".join(postcopy_command())
     with shell() as source, shell() as dumper, shell() as destination:
         source.type("cat")
         pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
         source.type("before")
         source.read_until("before\r\nbefore\r\n")
-        dumper.type(f"{command} dump --lazy-pages -t {pid} --port 27127; echo dump=$?")
-        destination.type(f"{command} restore --lazy-pages --new-pid-namespace --port 27127; echo restore=$?")
-        dumper.read_until("dump=0")
-        destination.read_until("bytes, zero")
+        move_job(pid, dumper, destination)
         destination.type("after")
         destination.read_until("after\r\nafter\r\n")
-        os.write(destination.terminal, b"\x04")
+        destination.press("\x04")
         # The program's exit status, and the terminal is the shell's again.
         destination.read_until("restore=0")
+
+
+def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
+    with shell() as source, shell() as dumper, shell() as destination:
+        source.type("cat")
+        pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
+        source.type("before")
+        source.read_until("before\r\nbefore\r\n")
+        move_job(pid, dumper, destination)
+        destination.press("\x1a")
+        destination.read_until("Stopped")
+        assert wait_until(lambda: destination.foreground == destination.pid, 10, "the shell has its terminal")
+        destination.type("echo $((6 * 7))")
+        destination.read_until("42")
+        destination.type("fg")
+        destination.read_until(f"{PORT}\r\n")
+        wait_until(lambda: destination.foreground != destination.pid, 10, "the job has the terminal")
+        destination.type("once more")
+        destination.read_until("once more\r\nonce more\r\n")
+        # In the background it cannot read; in front again it can, though nobody is told.
+        destination.press("\x1a")
+        destination.read_until("Stopped")
+        destination.type("bg")
+        destination.type("fg")
+        destination.read_until(f"{PORT} &\r\n")
+        destination.read_until(f"{PORT}\r\n")
+        destination.type("at last")
+        destination.read_until("at last\r\nat last\r\n")
+        destination.press("\x03")
+        destination.read_until("$ ")
+
+
+def test_editor_goes_on_with_the_next_key(tmp_path: Path) -> None:
+    if shutil.which("vi") is None:
+        pytest.skip("vi is not installed (Debian package vim-tiny)")
+    text = tmp_path / "text"
+    with shell() as source, shell() as dumper, shell() as destination:
+        destination.resize(33, 77)
+        source.type(f"vi -u NONE -n {text}")
+        pid = wait_until(lambda: child_named(source.pid, "vi"), 10, "vi runs")
+        wait_until(lambda: not source.settings[3] & termios.ICANON, 10, "vi reads key by key")
+        source.press("ifirst line")
+        source.read_until("first line")
+        raw = source.settings
+        move_job(pid, dumper, destination)
+        # It has seen that the window is another, and has drawn all of it.
+        destination.read_until("first line")
+        assert destination.settings == raw
+        destination.press("\rsecond line\x1b:set columns?\r")
+        destination.read_until("columns=77")
+        destination.resize(22, 66)
+        destination.read_until("second line")
+        destination.press(":set columns?\r")
+        destination.read_until("columns=66")
+        destination.press(":wq\r")
+        destination.read_until("restore=0")
+        assert text.read_text() == "first line\nsecond line\n"
+        wait_until(lambda: destination.settings != raw, 10, "the terminal is the shell's")
+
+
+@pytest.mark.parametrize("lacking", ["dump", "restore"])
+def test_shell_job_is_refused_where_nobody_asks_for_it(lacking: str) -> None:
+    with shell() as source, shell() as dumper, shell() as destination:
+        source.type("cat")
+        pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
+        option = "" if lacking == "dump" else "-j"
+        dumper.type(f"{COMMAND} dump --lazy-pages {option} -t {pid} --port {PORT}; echo dump=$?")
+        if lacking == "restore":
+            destination.type(f"{COMMAND} restore --lazy-pages --new-pid-namespace --port {PORT}; echo restore=$?")
+            shown = destination.read_until("restore=5")
+            assert "it is to have the terminal that restore is run at: add --shell-job (-j)" in shown
+        shown = dumper.read_until("dump=5")
+        assert "--shell-job" in shown
+        source.type("goes on")
+        source.read_until("goes on\r\ngoes on\r\n")
+
+
+def test_shell_job_is_refused_where_restore_has_no_terminal() -> None:
+    with shell() as source, shell() as dumper, shell() as destination:
+        source.type("cat")
+        pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
+        dumper.type(f"{COMMAND} dump --lazy-pages -j -t {pid} --port {PORT}; echo dump=$?")
+        redirected = "</dev/null 2>&1 | cat"
+        destination.type(f"{COMMAND} restore --lazy-pages -j --new-pid-namespace --port {PORT} {redirected}")
+        destination.read_until("there is none among the standard streams here")
+        dumper.read_until("dump=5")
+        source.type("goes on")
+        source.read_until("goes on\r\ngoes on\r\n")

@@ -15,8 +15,9 @@ class Choices:
     ``file_locks``: locks are taken again at the destination, where somebody else may have been faster.
     ``external``: resources outside of the tree (as ``/proc/PID/fd`` shows them) that ``restore`` will be given others
     for. ``connections``: what becomes of established TCP connections (`REFUSED`, `MOVED` or `CLOSED`);
-    ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`). ``scripts``: what is run
-    at which points.
+    ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`). ``shell_job``: the
+    terminal that the process shares with its shell is replaced by that of ``restore``. ``scripts``: what is run at
+    which points.
     """
 
     ghost_limit: int = DEFAULT_GHOST_LIMIT
@@ -24,4 +25,5 @@ class Choices:
     external: frozenset[str] = frozenset()
     connections: str = REFUSED
     network_lock: str = "nftables"
+    shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)

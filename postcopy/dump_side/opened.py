@@ -110,7 +110,7 @@ class Table:
     descriptors that may share a description, by what they show, each as (process, descriptor, number of its
     description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
-    ``sockets``: in which process each was found, by inode.
+    ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode.
     """
 
     pids: frozenset[int]
@@ -125,6 +125,7 @@ class Table:
     ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     masters: dict[int, tuple[int, int]] | None = None
     pty_numbers: dict[int, int] = field(default_factory=dict)
+    has_lent_terminal: bool = False
     external: list[str] = field(default_factory=list)
     build_ids: dict[str, bytes] = field(default_factory=dict)
     needed: list[FileIdentity] = field(default_factory=list)

@@ -25,8 +25,8 @@ def collect(table: Table, opened: Opened) -> Description | None:
         return Description(file=OpenFile(opened.link, opened.flags, 0, "device"))
     if device == _MASTER:
         index = int(opened.field("tty-index") or 0)
-    elif device[0] in _SLAVES and opened.link.startswith(_SLAVE_PATH):
-        index = int(os.path.basename(opened.link))
+    elif device[0] in _SLAVES and opened.link.startswith(_SLAVE_PATH) and opened.link[len(_SLAVE_PATH) :].isdigit():
+        index = int(opened.link[len(_SLAVE_PATH) :])
     else:
         return None
     if index not in _masters(table):
@@ -40,9 +40,8 @@ def collect(table: Table, opened: Opened) -> Description | None:
 
 def _controlling(table: Table) -> int:
     """The number of the controlling terminal of the process whose table is being collected; -1 for none."""
-    device = int(procfs.stat(table.pid)[7])
-    # As the kernel shows device numbers to programs (new_encode_dev, include/linux/kdev_t.h).
-    return (device & 0xFF) | (device >> 12 & 0xFFF00) if device >> 8 & 0xFFF in _SLAVES else -1
+    device = pty.as_shown(int(procfs.stat(table.pid)[7]))
+    return os.minor(device) if os.major(device) in _SLAVES else -1
 
 
 def _masters(table: Table) -> dict[int, tuple[int, int]]:

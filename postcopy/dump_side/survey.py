@@ -131,6 +131,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         memory_bytes=found.memory_bytes,
         highest_fd=found.highest_fd,
         external=found.table.external,
+        shell_job=found.table.has_lent_terminal,
         ptys=list(found.table.pty_numbers),
         unix_names=found.table.unix_names,
     )

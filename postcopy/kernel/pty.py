@@ -1,6 +1,7 @@
 """pty(7) and ioctl_tty(2): terminals of a program, seen by way of their masters."""
 
 import fcntl
+import os
 import struct
 import termios
 
@@ -8,6 +9,7 @@ TIOCSPTLCK, TIOCGPTLCK, TIOCGPTN = 0x40045431, 0x80045439, 0x80045430
 TIOCPKT, TIOCGPKT = 0x5420, 0x80045438
 TCGETS2, TCSETS2 = 0x802C542A, 0x402C542B
 TIOCSPGRP, TIOCGSID = 0x5410, 0x5429
+TIOCGDEV = 0x80045432
 SETTINGS_SIZE, WINDOW_SIZE = 44, 8  # struct termios2, struct winsize
 
 _INT = struct.Struct("<i")
@@ -32,9 +34,27 @@ def session(master: int) -> tuple[int, int]:
         return 0, 0
 
 
-def settings(master: int) -> bytes:
+def settings(terminal: int) -> bytes:
     """The struct termios2 of the terminal."""
-    return fcntl.ioctl(master, TCGETS2, bytes(SETTINGS_SIZE))
+    return fcntl.ioctl(terminal, TCGETS2, bytes(SETTINGS_SIZE))
+
+
+def adopt(terminal: int, wanted: bytes) -> None:
+    """Set the modes and characters of a struct termios2; the line's own (speed, parity, discipline) stay."""
+    own = settings(terminal)
+    # c_iflag, c_oflag, c_cflag, c_lflag, c_line, c_cc, c_ispeed and c_ospeed: include/uapi/asm-generic/termbits.h.
+    fcntl.ioctl(terminal, TCSETS2, wanted[:8] + own[8:12] + wanted[12:16] + own[16:17] + wanted[17:36] + own[36:])
+
+
+def device(terminal: int) -> int:
+    """The number of the device behind a terminal, /dev/tty too, as stat(2) shows it."""
+    return as_shown(number(terminal, TIOCGDEV))
+
+
+def as_shown(number: int) -> int:
+    """A device number as the kernel shows it to programs outside of stat(2)."""
+    # new_encode_dev, include/linux/kdev_t.h
+    return os.makedev(number >> 8 & 0xFFF, (number & 0xFF) | (number >> 12 & 0xFFF00))
 
 
 def window(master: int) -> bytes:

@@ -11,19 +11,23 @@ from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.restore_side import unix_sockets
+from postcopy.restore_side.job import terminal
 from postcopy.state import FileIdentity, Manifest
 
 _CAPABILITY_SYS_ADMIN, _CAPABILITY_CHECKPOINT_RESTORE = 21, 40
 
 
-def problems(manifest: Manifest, new_pid_namespace: bool, inherited: Collection[str] = ()) -> list[str]:
+def problems(
+    manifest: Manifest, new_pid_namespace: bool, inherited: Collection[str] = (), shell_job: bool = False
+) -> list[str]:
     """All reasons why the tree cannot be restored here, each with what to do.
 
-    ``inherited``: the external resources for which others were given.
+    ``inherited``: the external resources for which others were given. ``shell_job``: our terminal may be lent.
     """
     return [
         *_external(manifest.external, inherited),
         *_ptys(manifest.ptys),
+        *_terminal(manifest.shell_job, shell_job),
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
@@ -62,6 +66,13 @@ def _ptys(wanted: Iterable[int]) -> Iterator[str]:
     for index in wanted:
         if os.path.exists(f"/dev/pts/{index}"):
             yield f"terminal /dev/pts/{index} is taken here: end who has it, or restore where there is another /dev/pts"
+
+
+def _terminal(wanted: bool, offered: bool) -> Iterator[str]:
+    if wanted and not offered:
+        yield "it is to have the terminal that restore is run at: add --shell-job (-j)"
+    elif wanted and terminal() < 0:
+        yield "it is to have the terminal that restore is run at, and there is none among the standard streams here"
 
 
 def _directory(path: str, found: os.stat_result, frozen: bool) -> Iterator[str]:

@@ -36,10 +36,10 @@ from postcopy.reporting import Reporter
 from postcopy.restore_side import eager, ptys
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth, kill
-from postcopy.restore_side.build import Built
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
+from postcopy.restore_side.job import ShellJob
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
 from postcopy.restore_side.own import check_privileges
@@ -75,6 +75,7 @@ class Options:
     new_pid_namespace: bool = False
     inherited: Mapping[str, int] = field(default_factory=dict)
     network_lock: str = "nftables"
+    shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)
     background: Background = field(default_factory=Background)
 
@@ -149,7 +150,7 @@ class _Takeover:
         self._drained = False
         self._lazy_pages = 0
         self._go = control.Go([])
-        self._terminal_is_lent = False
+        self._terminal_settings = b""
 
     # -- before commit ------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,9 @@ class _Takeover:
                 f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
                 "name the address and port of the dump that wrote it, which must still run",
             )
-        if problems := manifests.problems(manifest, self._options.new_pid_namespace, self._options.inherited):
+        if problems := manifests.problems(
+            manifest, self._options.new_pid_namespace, self._options.inherited, self._options.shell_job
+        ):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
@@ -205,6 +208,8 @@ class _Takeover:
             soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages))
         self._stopped_at = tree.clocks
+        streams = [each.stream for each in tree.descriptors.descriptions if each.stream]
+        self._terminal_settings = next((stream.settings for stream in streams if stream.settings), b"")
         with self._deadline():
             if problems := list(manifests.files(tree.files, frozen=True)):
                 raise RestoreError("; ".join(problems))
@@ -332,7 +337,8 @@ class _Takeover:
                 ) from None
             if self._namespace:
                 self._namespace.entrust(self._built.root.state.pid)
-            self._lend_terminal(self._built.root)
+            self._job = ShellJob(self._built.root, self._terminal_settings)
+            self._job.lend()
             scripts, pid = self._options.scripts, self._built.root.pid
             scripts.report(Action.NETWORK_UNLOCK, pid)
             if self._network is not None:
@@ -340,6 +346,7 @@ class _Takeover:
             scripts.report(Action.PRE_RESUME, pid)
             self._clocks.wait_for(self._stopped_at)
             self._built.resume(self._go.signals)
+            self._job.show()
             self._resumed_at = time.monotonic_ns()
             # From here on the watchdog speaks for this host, so that RESUMED comes before DRAINED.
             os.write(self._orders, RESUMED)
@@ -371,31 +378,22 @@ class _Takeover:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd(), number)
 
-    def _lend_terminal(self, built: Built) -> None:
-        """Make a process group of its own, which was in the foreground of its terminal, the foreground of ours."""
-        lineage = built.state.lineage
-        if lineage.foreground and lineage.process_group == built.state.pid and not lineage.session and os.isatty(0):
-            # A background process that sets the foreground group is stopped, unless it ignores this.
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            with contextlib.suppress(OSError):
-                os.tcsetpgrp(0, built.pid)
-            self._terminal_is_lent = True
-
-    def _take_terminal_back(self) -> None:
-        if self._terminal_is_lent:
-            with contextlib.suppress(OSError):
-                os.tcsetpgrp(0, os.getpgrp())
-
     def stay(self) -> int:
         """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
         assert self._built is not None and self._news is not None
+        children = _told_of_children()
         poll = select.poll()
+        poll.register(children, select.POLLIN)
         poll.register(self._pidfd(), select.POLLIN)
         poll.register(self._news.fileno(), select.POLLIN)
         lost = ""
         watching = True
+        self._job.follow()
         while True:
             ready = {fd for fd, _ in poll.poll()}
+            if children.fileno() in ready:
+                children.recv(_NEWS_SIZE)
+                self._job.follow()
             if watching and self._news.fileno() in ready:
                 content = self._news.recv(_NEWS_SIZE)
                 if content:
@@ -410,7 +408,7 @@ class _Takeover:
             if self._pidfd() in ready:
                 break
         _, status = os.waitpid(self._built.root.pid, 0)
-        self._take_terminal_back()
+        self._job.take_back()
         if watching:
             lost = self._hear_the_rest() or lost
         if lost:
@@ -466,3 +464,12 @@ class _Takeover:
             return ""
         self._reporter.event(name, **news)
         return ""
+
+
+def _told_of_children() -> socket.socket:
+    """What becomes readable when something has happened to a child: it has ended, or been stopped."""
+    told, telling = socket.socketpair()
+    telling.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(telling.detach(), warn_on_full_buffer=False)
+    return told
