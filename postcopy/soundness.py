@@ -17,6 +17,7 @@ from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, plan
+from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.state import (
     Attributes,
@@ -310,8 +311,13 @@ def _tree(tree: Tree) -> Iterator[str]:
     tids = [thread.tid for process in tree.processes for thread in process.threads]
     for tid in _repeated([*tids, *(zombie.pid for zombie in tree.zombies)]):
         yield f"processes: tid {tid} occurs twice"
+    nesting = Nesting(tree.pid_namespaces)
+    members = {member.pid for member in tree.members}
+    if problems := list(nesting.problems(members)):
+        yield from problems
+        return
     try:
-        plan(member.lineage.relative(member.pid) for member in tree.members)
+        nesting.check(plan(member.lineage.relative(member.pid) for member in tree.members))
     except Unrelated as reason:
         yield f"processes: {reason}"
     if tree.processes[0].lineage.parent:

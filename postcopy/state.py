@@ -18,6 +18,7 @@ import msgspec
 from postcopy.errors import ProtocolError
 from postcopy.integers import Address, Fd, Pid, Unsigned
 from postcopy.kinship import Relative
+from postcopy.nesting import PidNamespace
 from postcopy.open_kinds import (
     Delivery,
     Epoll,
@@ -515,7 +516,8 @@ class Tree:
     """A process tree, frozen; the root is the first, and every process comes after its parent.
 
     ``descriptors`` is what the entries of all descriptor tables refer to, ``shared_memory`` what vmas and descriptors
-    do; ``late_signals``: those of a tree that was written down; ``clocks``: when it was frozen.
+    do; ``late_signals``: those of a tree that was written down; ``clocks``: when it was frozen; ``pid_namespaces``:
+    those that the tree has made, outer ones first.
     """
 
     processes: list[Process]
@@ -525,6 +527,7 @@ class Tree:
     late_signals: list[LateSignal] = field(default_factory=list)
     shared_memory: list[SharedMemory] = field(default_factory=list)
     clocks: Clocks = field(default_factory=lambda: Clocks(0, 0))
+    pid_namespaces: list[PidNamespace] = field(default_factory=list)
 
     @property
     def members(self) -> list[Member]:
@@ -536,8 +539,8 @@ class Tree:
 class Manifest:
     """What the survey found before anything is frozen: what the destination must have.
 
-    ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals.
-    ``shell_job``: ``restore`` must lend its terminal.
+    ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
+    ``shell_job``: ``restore`` must lend its terminal; ``init``: the root is the init of a PID namespace of its own.
     """
 
     tids: list[Pid]
@@ -552,6 +555,7 @@ class Manifest:
     ptys: list[Unsigned] = field(default_factory=list)
     shell_job: bool = False
     unix_names: list[UnixName] = field(default_factory=list)
+    init: bool = False
 
 
 T = TypeVar("T")

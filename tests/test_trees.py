@@ -82,13 +82,22 @@ def test_tree_is_kept(outcome: Outcome, case: str) -> None:
 class Clan:
     """A running tree of counting processes (`tests/programs/clan.py`) on a host, and its log."""
 
-    def __init__(self, host: Host, directory: Path, processes: int, *options: str, pid: int | None = PID) -> None:
+    def __init__(
+        self,
+        host: Host,
+        directory: Path,
+        processes: int,
+        *options: str,
+        pid: int | None = PID,
+        under: Sequence[str] = (),
+    ) -> None:
+        """``under``: the command that starts it."""
         self.log = directory / "clan.log"
         self.size = processes
         self._errors = directory / "clan.err"
         command = [sys.executable, "-m", "tests.programs.clan", "--log", str(self.log), "--processes", str(processes)]
         with open(self._errors, "wb") as errors:
-            self.program = host.popen([*command, *options], pid=pid, stderr=errors)
+            self.program = host.popen([*under, *command, *options], pid=pid, stderr=errors)
         self.host = host
         self.pid = self.program.pid
         self.all_count("the clan counts")
@@ -217,6 +226,44 @@ def test_tree_moves_while_others_look_at_how_its_processes_were_started(hosts: P
     clan.nothing_is_wrong()
     started = [(hosts.b.proc / str(pid) / "cmdline").read_bytes() for pid in clan.members()]
     assert all(b"tests.programs.clan" in each for each in started)
+
+
+def numbers(host: Host, pids: Sequence[int]) -> dict[int, list[str]]:
+    """What processes are called in the host and in the PID namespaces within it."""
+    outer = len((host.proc / "1" / "status").read_text().partition("\nNSpid:")[2].splitlines()[0].split()) - 1
+    found = {}
+    for pid in pids:
+        text = (host.proc / str(pid) / "status").read_text()
+        found[pid] = text.partition("\nNSpid:")[2].splitlines()[0].split()[outer:]
+    return found
+
+
+@pytest.mark.parametrize("options", [(), ("--new-pid-namespace",)], ids=["same-pids", "new-namespace"])
+@pytest.mark.parametrize("root", ["unshare", "init"])
+def test_program_of_unshare_moves_with_its_pid_namespace(
+    hosts: Pair, tmp_path: Path, root: str, options: Sequence[str]
+) -> None:
+    clan = Clan(hosts.a, tmp_path, 4, under=["unshare", "--pid", "--fork", "--mount-proc"])
+    pids = descendants(hosts.a, PID)
+    before = numbers(hosts.a, pids)
+    assert [names[-1] for names in before.values()] == ["1", "2", "3", "4"]
+    target = PID if root == "unshare" else pids[0]
+    migration = move(hosts.a, hosts.b, target, restore_options=options)
+    migration.wait_drained()
+    clan.all_count("the clan counts on", hosts.b.name)
+    clan.nothing_is_wrong()
+    if not options:
+        assert numbers(hosts.b, pids) == before
+    (running,) = [event["pid"] for event in migration.restore_events if event["event"] == "running"]
+    inside = [running, *descendants(hosts.b, running)][root == "unshare" :]
+    assert [names[-1] for names in numbers(hosts.b, inside).values()] == ["1", "2", "3", "4"]
+    names = [entry.name for entry in (hosts.b.proc / str(running) / "root" / "proc").iterdir()]
+    assert sorted(filter(str.isdigit, names)) == ["1", "2", "3", "4"]
+    # The init can be ended from outside of its namespace alone, and takes the others with it.
+    hosts.b.kill(inside[0], signal.SIGTERM)
+    assert migration.restore is not None
+    assert migration.restore.wait(SECONDS) in (0, 128 + signal.SIGTERM)
+    assert not any(hosts.b.alive(pid) for pid in inside)
 
 
 def test_tree_runs_on_untouched_after_dump_is_killed_at_any_step(tmp_path: Path) -> None:

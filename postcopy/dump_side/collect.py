@@ -54,7 +54,9 @@ def collect(
     members = frozenset([*frozen.pids, *frozen.zombies])
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
-    kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses)
+    tids = {each.pid: [thread.status["NSpid"] for thread in each.threads] for each in frozen.processes}
+    kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses, frozen.zombies, tids)
+    table.level = kin.level
     problems += lineage.shared(frozen.pids)
     problems += kin.problems()
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
@@ -78,7 +80,15 @@ def collect(
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     files = list(dict.fromkeys((*needed.values(), *table.needed)))
     found = table.descriptors
-    return Tree(processes, zombies, found, files, shared_memory=shared.collect(), clocks=stopped_at)
+    return Tree(
+        processes,
+        zombies,
+        found,
+        files,
+        shared_memory=shared.collect(),
+        clocks=stopped_at,
+        pid_namespaces=kin.pid_namespaces,
+    )
 
 
 def _check_death_signals(state: Process, parent_thread: int | None, frozen: Frozen) -> None:
@@ -104,7 +114,7 @@ def _process(
     pid = frozen.pid
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     # It may have been born since the survey.
-    problems += namespaces.problems_of_member(pid, kin.root)
+    problems += [*namespaces.problems_of_member(pid, kin.root), *kin.problems_of(pid)]
     places = filesystem.collect(pid, problems)
     maps = procfs.read(pid, "maps")
     known = smaps.foresee(pid, maps)
@@ -147,7 +157,9 @@ def _process(
     leader = answers[0]
     stops.answered(pid, leader)
     found_threads = [
-        question.answered(answer, pid, thread, sleepers.get(thread.tid), frozen.memory)
+        question.answered(
+            answer, pid, thread, sleepers.get(thread.tid), frozen.memory, kin.number(thread.status["NSpid"])
+        )
         for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
     ]
     found_signals = about_signals.answered(leader, pid)
@@ -155,7 +167,7 @@ def _process(
     queued = [*found_signals.pending, *(siginfo for thread in found_threads for siginfo in thread.pending)]
     found_timers = about_timers.answered(leader, inner, queued)
     state = Process(
-        pid=kin.inner(pid),
+        pid=kin.common(pid),
         space=space,
         threads=[replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads],
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),

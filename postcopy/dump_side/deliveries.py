@@ -5,7 +5,7 @@ import os
 import stat
 import struct
 
-from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, common, seen
 from postcopy.open_kinds import Delivery
 
 _F_GETOWN_EX = 16
@@ -22,11 +22,11 @@ def collect(table: Table, opened: Opened, description: int) -> Delivery | None:
         kind, owner = struct.unpack("<ii", fcntl.fcntl(own, _F_GETOWN_EX, bytes(8)))
     if not (owner or signal or opened.asynchronous):
         return None
-    return Delivery(description, kind, _inner(table, opened, kind, owner), signal, opened.asynchronous, opened.flags)
+    return Delivery(description, kind, _owner(table, opened, kind, owner), signal, opened.asynchronous, opened.flags)
 
 
-def _inner(table: Table, opened: Opened, kind: int, owner: int) -> int:
-    """The owner as the process itself sees it."""
+def _owner(table: Table, opened: Opened, kind: int, owner: int) -> int:
+    """The owner as the tree numbers it."""
     if not owner:
         return 0
     if kind == _F_OWNER_PGRP:
@@ -36,4 +36,6 @@ def _inner(table: Table, opened: Opened, kind: int, owner: int) -> int:
         holder = table.holder_of(owner)
     if holder is None:
         raise Refused(f"{opened.link}: its signals go to {owner} (F_SETOWN), which is not moved along")
-    return inner(holder, owner)
+    if not seen(table, holder, owner):
+        raise Refused(f"{opened.link}: its signals go to a process outside of its PID namespace, which cannot be moved")
+    return common(table, holder, owner)

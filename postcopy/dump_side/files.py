@@ -4,7 +4,7 @@ import os
 import stat
 
 from postcopy.dump_side import names
-from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, inner
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, common
 from postcopy.dump_side.shared_memory import DELETED
 from postcopy.kernel import procfs
 from postcopy.kernel.elf import build_id
@@ -53,16 +53,27 @@ def _live(table: Table, opened: Opened) -> Description:
     parts = opened.link.split("/")
     path = opened.link
     if parts[1] == "proc" and parts[2].isdigit():
+        if opened.stat.st_dev != os.stat("/proc").st_dev:
+            return _live_elsewhere(table, opened, parts)
         pid = int(parts[2])
         if path.endswith(DELETED) or pid not in table.pids:
             raise Refused(f"{path}: files of other processes, or of those that have ended, cannot be moved yet")
-        parts[2] = "self" if pid == table.pid else str(inner(pid))
+        parts[2] = "self" if pid == table.pid else str(common(table, pid))
         if parts[3:4] == ["task"] and len(parts) > 4:
             if pid != table.pid or int(parts[4]) not in procfs.tids(pid):
                 raise Refused(f"{path}: files of threads elsewhere, or that have ended, cannot be moved yet")
-            parts[4] = str(inner(pid, int(parts[4])))
+            parts[4] = str(common(table, pid, int(parts[4])))
         return Description(file=OpenFile("/".join(parts), opened.flags, opened.position, "live"))
     table.needed.append(FileIdentity.named(path))
+    return Description(file=OpenFile(path, opened.flags, opened.position, "live"))
+
+
+def _live_elsewhere(table: Table, opened: Opened, parts: list[str]) -> Description:
+    """A file of the process itself in the ``/proc`` of a PID namespace that is not ours."""
+    numbers = procfs.status(table.pid)["NSpid"].split()
+    if parts[2] not in numbers or parts[3:4] == ["task"] or opened.link.endswith(DELETED):
+        raise Refused(f"{opened.link}: files of other processes, or of those that have ended, cannot be moved yet")
+    path = "/".join(["", "proc", "self", *parts[3:]])
     return Description(file=OpenFile(path, opened.flags, opened.position, "live"))
 
 

@@ -2,17 +2,18 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cmp_to_key, partial
 from itertools import pairwise
 
-from postcopy.dump_side import namespaces
+from postcopy.dump_side import namespaces, pid_namespaces
 from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import kcmp, procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.ptrace import SIGINFO_SIZE, WALL
 from postcopy.kinship import Unrelated, plan
+from postcopy.nesting import Nesting
 from postcopy.state import Lineage, Zombie
 
 _CORE_DUMPED = 0x80
@@ -67,30 +68,51 @@ def shared(pids: Iterable[int]) -> Iterator[str]:
 class Kin:
     """The processes and zombies of a tree, by their PIDs as we see them, the root first; and how each sees itself."""
 
-    def __init__(self, pids: Iterable[int], statuses: dict[int, dict[str, str]] | None = None) -> None:
-        """``statuses``: those of ``/proc/PID/status`` that have been read already. Raises OSError: one is gone."""
+    def __init__(
+        self,
+        pids: Iterable[int],
+        statuses: dict[int, dict[str, str]] | None = None,
+        zombies: Iterable[int] = (),
+        tids: Mapping[int, Iterable[str]] | None = None,
+    ) -> None:
+        """``statuses``: those of ``/proc/PID/status`` that have been read already; ``tids``: see `Looking.found`.
+
+        Raises OSError: one is gone.
+        """
         known = statuses or {}
         self._statuses = {pid: known.get(pid) or procfs.status(pid) for pid in pids}
-        self._inner = {pid: _innermost(status["NSpid"]) for pid, status in self._statuses.items()}
         self.root = next(iter(self._statuses))
-        root = self._inner[self.root]
-        ids = {key: _innermost(self._statuses[self.root][key]) for key in ("NSsid", "NSpgid")}
+        self.level = pid_namespaces.level(self._statuses[self.root])
+        self._common = {pid: self.number(status["NSpid"]) for pid, status in self._statuses.items()}
+        self._looking = pid_namespaces.Looking(self._statuses, zombies)
+        self.pid_namespaces = self._looking.found(tids)
+        self._nesting = Nesting(self.pid_namespaces)
+        ids = {key: self.number(self._statuses[self.root][key]) for key in ("NSsid", "NSpgid")}
         # What the root does not lead it has from outside, and so have those of the same session or group.
-        self._outside = {key: value for key, value in ids.items() if value != root}
+        self._outside = {key: value for key, value in ids.items() if value != self._common[self.root]}
 
-    def inner(self, pid: int) -> int:
-        """The PID as the process itself sees it."""
-        return self._inner[pid]
+    def number(self, numbers: str) -> int:
+        """Of the numbers that a status tells, that in the common PID namespace (`postcopy.nesting`); 0 for none."""
+        words = numbers.split()
+        return int(words[self.level]) if len(words) > self.level else 0
+
+    def common(self, pid: int) -> int:
+        """The PID in the common PID namespace."""
+        return self._common[pid]
+
+    def seen(self, pid: int, observer: int) -> int:
+        """What process ``observer`` calls ``pid``."""
+        return self._nesting.seen(self._common[pid], self._common[observer])
 
     def lineage(self, pid: int) -> Lineage:
         """The relations of one of them. Raises OSError."""
         status, fields = self._statuses[pid], procfs.stat(pid)
         session, group = (
             0 if value == self._outside.get(key) else value
-            for key, value in ((key, _innermost(status[key])) for key in ("NSsid", "NSpgid"))
+            for key, value in ((key, self.number(status[key])) for key in ("NSsid", "NSpgid"))
         )
         return Lineage(
-            parent=0 if pid == self.root else self._inner.get(int(status["PPid"]), 0),
+            parent=0 if pid == self.root else self._common.get(int(status["PPid"]), 0),
             session=session,
             process_group=group,
             exit_signal=max(int(fields[38]), 0),
@@ -99,10 +121,16 @@ class Kin:
 
     def problems(self) -> Iterator[str]:
         """Why the relations cannot be made again."""
+        if self._looking.problems:
+            return  # which are told of each process
         try:
-            plan(self.lineage(pid).relative(self._inner[pid]) for pid in self._statuses)
+            self._nesting.check(plan(self.lineage(pid).relative(self._common[pid]) for pid in self._statuses))
         except Unrelated as reason:
             yield str(reason)
+
+    def problems_of(self, pid: int) -> Iterator[str]:
+        """Namespaces of one of them that cannot be moved."""
+        return pid_namespaces.for_each_problem(self._looking, pid)
 
     def zombie(self, pid: int, problems: list[str]) -> Zombie:
         """How one of them has ended. Raises OSError."""
@@ -111,7 +139,7 @@ class Kin:
             problems.append(f"zombie {pid} has left a core dump when it ended, which its parent is yet to be told")
         name = os.fsencode(procfs.stat(pid)[2])
         uid = int(self._statuses[pid]["Uid"].split()[0])
-        return Zombie(self._inner[pid], self.lineage(pid), name, uid, status)
+        return Zombie(self._common[pid], self.lineage(pid), name, uid, status)
 
 
 class Stops:
@@ -130,7 +158,7 @@ class Stops:
         """Add the calls to a batch of the parent's leader."""
         for child in self._stopped[parent]:
             room = self._rooms[child] = batch.room(SIGINFO_SIZE)
-            made = call("waitid", _P_PID, self._kin.inner(child), room, _LOOK_FOR_STOP, 0)
+            made = call("waitid", _P_PID, self._kin.seen(child, parent), room, _LOOK_FOR_STOP, 0)
             batch.add(made, f"looking whether the stop of process {child} has been waited for")
 
     def answered(self, parent: int, answers: Answers) -> None:
@@ -141,7 +169,3 @@ class Stops:
     def told(self, child: int) -> bool:
         """Whether the parent has been told; parents from outside of the tree have."""
         return self._told.get(child, True)
-
-
-def _innermost(ids: str) -> int:
-    return int(ids.split()[-1])

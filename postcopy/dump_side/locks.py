@@ -3,7 +3,7 @@
 import fcntl
 import re
 
-from postcopy.dump_side.opened import Opened, Refused, Table, inner
+from postcopy.dump_side.opened import Opened, Refused, Table, common
 from postcopy.open_kinds import Lock
 
 _LINE = re.compile(r"lock:\s+\d+: (\w+)\s+(\w+)\s+(\w+) -?\d+ \S+ (\d+) (\w+)")
@@ -36,5 +36,5 @@ def _lock(table: Table, opened: Opened, description: int, line: str) -> Lock:
         raise Refused(f"{opened.link}: its lease is just being broken; try again")
     kind, start = _KINDS[match[1]], int(match[4])
     length = 0 if match[5] == "EOF" else int(match[5]) - start + 1
-    owner = inner(opened.pid) if kind == "posix" else 0
+    owner = common(table, opened.pid) if kind == "posix" else 0
     return Lock(description, owner, kind, _TYPES[match[3]], start, length)

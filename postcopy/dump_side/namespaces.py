@@ -1,13 +1,13 @@
 """Namespaces: the program comes to live in those of ``restore``, so it must have lived in those of ``dump``.
 
-A PID namespace of its own is not refused: PIDs travel as the process itself sees them.
+PID namespaces that a tree has made itself are those of `pid_namespaces`.
 """
 
 import os
 
 _REFUSED = {"net": "network", "uts": "host name (UTS)", "ipc": "IPC", "cgroup": "cgroup"}
-_COMMON_TO_A_TREE = ("pid", "pid_for_children", "net", "mnt", "uts", "ipc", "cgroup", "user", "time")
-_OWN_OF_A_THREAD = ("net", "mnt", "uts", "ipc", "cgroup")
+_COMMON_TO_A_TREE = ("net", "uts", "ipc", "cgroup", "user", "time")
+_OWN_OF_A_THREAD = ("net", "mnt", "uts", "ipc", "cgroup", "pid_for_children")
 
 
 def problems(pid: int) -> list[str]:
@@ -17,7 +17,7 @@ def problems(pid: int) -> list[str]:
         for kind, text in _REFUSED.items()
         if differ(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}")
     ]
-    if differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and _mounts(str(pid)) != _mounts("self"):
+    if differ(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt") and mounts(str(pid)) != mounts("self"):
         found.append("it lives in a mount namespace with other mounts, which cannot be moved yet")
     return found
 
@@ -32,11 +32,11 @@ def problems_of_thread(pid: int, tid: int) -> list[str]:
 
 
 def problems_of_member(pid: int, root: int) -> list[str]:
-    """Namespaces that a process does not share with the root of its tree, or would not with its next child."""
+    """Namespaces that a process does not share with the root of its tree."""
     return [
         f"it lives in another {kind} namespace than the root of the tree, which cannot be moved yet"
         for kind in _COMMON_TO_A_TREE
-        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/{root}/ns/{kind.removesuffix('_for_children')}")
+        if differ(f"/proc/{pid}/ns/{kind}", f"/proc/{root}/ns/{kind}")
     ]
 
 
@@ -48,8 +48,8 @@ def differ(one: str, other: str) -> bool:
         return False
 
 
-def _mounts(who: str) -> set[tuple[str, ...]]:
-    """Device, root and mount point of each mount but ``/proc``, which ``restore --new-pid-namespace`` mounts itself."""
+def mounts(who: str) -> set[tuple[str, ...]]:
+    """Device, root and mount point of each mount but ``/proc``, which ``restore`` mounts itself where it must."""
     with open(f"/proc/{who}/mountinfo", errors="surrogateescape") as stream:
         lines = [line.split(" ") for line in stream]
     return {(words[2], words[3], words[4]) for words in lines if words[4] != "/proc"}

@@ -111,6 +111,7 @@ class Table:
     description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode.
+    ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -119,6 +120,7 @@ class Table:
     choices: Choices = field(default_factory=Choices)
     frozen: bool = False
     pid: int = 0
+    level: int = -1
     slots: dict[int, list[Slot]] = field(default_factory=dict)
     descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = field(default_factory=dict)
@@ -184,6 +186,12 @@ class Table:
         return found
 
 
-def inner(pid: int, tid: int | None = None) -> int:
-    """The PID of a process, or the TID of its thread, as it sees it itself."""
-    return int(procfs.status(pid, tid)["NSpid"].split()[-1])
+def common(table: Table, pid: int, tid: int | None = None) -> int:
+    """The number of a process, or of its thread, in the common PID namespace (`postcopy.nesting`)."""
+    return int(procfs.status(pid, tid)["NSpid"].split()[table.level])
+
+
+def seen(table: Table, pid: int, tid: int | None = None) -> int:
+    """What the process whose table is being collected calls a process or its thread; 0 where it cannot see it."""
+    numbers, own = (procfs.status(*task)["NSpid"].split() for task in ((pid, tid), (table.pid, None)))
+    return int(numbers[len(own) - 1]) if len(numbers) >= len(own) else 0

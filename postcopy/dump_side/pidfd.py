@@ -1,6 +1,6 @@
 """pidfd_open(2): a process, or a thread, by descriptor."""
 
-from postcopy.dump_side.opened import Opened, Refused, Table, inner
+from postcopy.dump_side.opened import Opened, Refused, Table, common, seen
 from postcopy.open_kinds import PidDescriptor
 from postcopy.state import Description
 
@@ -16,4 +16,6 @@ def collect(table: Table, opened: Opened) -> Description | None:
     holder = table.holder_of(number)
     if holder is None:
         raise Refused(f"{opened.link}: it stands for process {number}, which is not moved along")
-    return Description(process=PidDescriptor(inner(holder, number), opened.flags))
+    if not seen(table, holder, number):
+        raise Refused(f"{opened.link}: it stands for a process outside of its PID namespace, which cannot be moved yet")
+    return Description(process=PidDescriptor(common(table, holder, number), opened.flags))

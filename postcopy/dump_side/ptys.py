@@ -6,7 +6,7 @@ import select
 import stat
 from collections.abc import Iterator
 
-from postcopy.dump_side.opened import Opened, Refused, Table, inner
+from postcopy.dump_side.opened import Opened, Refused, Table, common
 from postcopy.kernel import procfs, pty
 from postcopy.open_kinds import Pty, PtyEnd
 from postcopy.state import Description, OpenFile
@@ -88,17 +88,17 @@ def _look(table: Table, index: int) -> Pty:
             window=pty.window(master),
             locked=bool(pty.number(master, pty.TIOCGPTLCK)),
             packets=bool(pty.number(master, pty.TIOCGPKT)),
-            session=inner(session) if session else 0,
-            foreground=_inner_group(table, foreground),
+            session=common(table, session) if session else 0,
+            foreground=_group(table, foreground),
         )
 
 
-def _inner_group(table: Table, group: int) -> int:
-    """A process group as its members see it; 0 where it has none any more."""
+def _group(table: Table, group: int) -> int:
+    """A process group as the tree numbers it; 0 where it has no member any more."""
     for pid in table.pids:
         with contextlib.suppress(OSError):
             if group and os.getpgid(pid) == group:
-                return int(procfs.status(pid)["NSpgid"].split()[-1])
+                return int(procfs.status(pid)["NSpgid"].split()[table.level])
     return 0
 
 

@@ -18,13 +18,14 @@ from postcopy.dump_side import (
     lineage,
     memory,
     namespaces,
+    pid_namespaces,
     seccomp,
     smaps,
     timers,
     unix_sockets,
 )
 from postcopy.dump_side.choices import Choices
-from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.opened import Table, Trusted, common
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
@@ -94,7 +95,8 @@ def _survey(pid: int, choices: Choices) -> tuple[Manifest, Trusted]:
 
 def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, Trusted]:
     shared = SharedObjects()
-    found = _Findings(root, Table(frozenset({root, *descendants}), shared, choices=choices))
+    level = pid_namespaces.level(procfs.status(root))
+    found = _Findings(root, Table(frozenset({root, *descendants}), shared, choices=choices, level=level))
     found.look(root)
     found.problems += namespaces.problems_of_member(root, root)
     for pid in descendants:
@@ -117,7 +119,9 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
         found.problems += lineage.shared([root, *alive])
-        found.problems += lineage.Kin([root, *descendants]).problems()
+        kin = lineage.Kin([root, *descendants], zombies=set(descendants) - set(alive))
+        found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
+        found.problems += [*kin.problems_of(root), *kin.problems()]
     found.problems += shared.problems({root, *descendants})
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
@@ -134,6 +138,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         shell_job=found.table.has_lent_terminal,
         ptys=list(found.table.pty_numbers),
         unix_names=found.table.unix_names,
+        init=level != len(procfs.status(root)["NSpid"].split()) - 1,
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
     return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known)
@@ -169,7 +174,7 @@ class _Findings:
         resident = procfs.status(pid).get("VmRSS", "0 kB")
         self.memory_bytes += int(resident.split()[0]) * 1024
         self.highest_fd = max([self.highest_fd, *(slot.fd for slot in slots)])
-        self.tids[pid] = list(_inner_tids(pid))
+        self.tids[pid] = list(_common_tids(self.table, pid))
 
 
 def _vdso(pid: int, layout: memory.Layout) -> bytes:
@@ -195,12 +200,12 @@ def _name(pid: int) -> str:
         return "?"
 
 
-def _inner_tids(pid: int) -> Iterator[int]:
-    """The threads as the process itself sees them."""
+def _common_tids(table: Table, pid: int) -> Iterator[int]:
+    """The threads as the tree numbers them."""
     for tid in procfs.tids(pid):
         # A thread may end while we look.
         with contextlib.suppress(OSError):
-            yield int(procfs.status(pid, tid)["NSpid"].split()[-1])
+            yield common(table, pid, tid)
 
 
 def _own_line() -> Iterator[int]:

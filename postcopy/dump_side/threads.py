@@ -48,12 +48,18 @@ class Question:
         )
 
     def answered(
-        self, answers: Answers, pid: int, frozen: FrozenThread, seen: Observation | None, memory: ProcessMemory
+        self,
+        answers: Answers,
+        pid: int,
+        frozen: FrozenThread,
+        seen: Observation | None,
+        memory: ProcessMemory,
+        tid: int,
     ) -> Thread:
-        """Everything of the frozen thread."""
+        """Everything of the frozen thread, which is ``tid`` in the state."""
         head, size = _robust_list(frozen.tid)
         return Thread(
-            tid=int(frozen.status["NSpid"].split()[-1]),
+            tid=tid,
             name=procfs.read(pid, f"task/{frozen.tid}/comm").removesuffix(b"\n"),
             registers=frozen.registers.pack(),
             xstate=ptrace.get_xstate(frozen.tid),

@@ -11,7 +11,7 @@ import struct
 import termios
 
 from postcopy.dump_side import pipes
-from postcopy.dump_side.opened import Refused, Table, inner
+from postcopy.dump_side.opened import Refused, Table, common, seen
 from postcopy.kernel.sock_diag import DEAD, UnixDiag
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_PEERCRED, SO_PEERGROUPS, SOL_SOCKET
 from postcopy.socket_kinds import PeerCredentials, Socket, UnixMessage, UnixName, UnixSocket
@@ -113,7 +113,7 @@ def _pairs_for_others(table: Table, found: dict[int, UnixSocket]) -> set[int]:
         if peer.made_by.pid != maker or maker not in order or holders == {maker} or one.name or peer.name:
             continue
         if all(order[maker] <= order[holder] for holder in holders):
-            makers[inode] = inner(maker)
+            makers[inode] = common(table, maker)
     for number, description in enumerate(table.descriptors.descriptions):
         if description.unix and description.unix.socket.inode in makers:
             unix = dataclasses.replace(description.unix, maker=makers[description.unix.socket.inode])
@@ -208,7 +208,7 @@ def _peek(table: Table, own: socket.socket, diag: UnixDiag) -> UnixMessage | Non
             refusal = "descriptors are on their way in it (SCM_RIGHTS)" if kind == socket.SCM_RIGHTS else refusal
         elif level == SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             pid, uid, gid = struct.unpack("=iII", value)
-            credentials = (inner(table.pid), uid, gid) if pid == table.pid else None
+            credentials = (seen(table, table.pid), uid, gid) if pid == table.pid else None
             if pid not in (0, table.pid):
                 refusal = f"a message of process {pid} is queued in it, with its credentials (SCM_CREDENTIALS)"
     if refusal:

@@ -1,6 +1,7 @@
 """clone3(2) with set_tid: a child whose PID is chosen, in this PID namespace or in that of ``pid_for_children``."""
 
 import struct
+from collections.abc import Sequence
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
@@ -24,12 +25,17 @@ def arguments(flags: int, exit_signal: int, set_tid_address: int, set_tid_count:
     return struct.pack("<10Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid_address, set_tid_count)
 
 
-def fork(exit_signal: int, pid: int | None = None, flags: int = 0) -> int:
-    """Like fork(2), with the child's PID chosen. 0 in the child.
+def set_tid(pids: Sequence[int]) -> bytes:
+    """The PIDs that ``set_tid_address`` points to."""
+    return struct.pack(f"<{len(pids)}I", *pids)
+
+
+def fork(exit_signal: int, pids: Sequence[int] = (), flags: int = 0) -> int:
+    """Like fork(2), with the child's PIDs chosen, that in its innermost PID namespace first. 0 in the child.
 
     Raises OSError: EEXIST (the PID is taken), EPERM (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN missing).
     """
-    wanted = struct.pack("<I", pid or 0)
-    packed = arguments(flags, exit_signal, address_of(wanted) if pid else 0, 1 if pid else 0)
-    what = f"making a process with PID {pid}" if pid else "making a process"
+    wanted = set_tid(pids)
+    packed = arguments(flags, exit_signal, address_of(wanted) if pids else 0, len(pids))
+    what = f"making a process with PID {pids[-1]}" if pids else "making a process"
     return syscall(what, NUMBERS["clone3"], address_of(packed), SIZE)

@@ -4,15 +4,17 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.libc import address_of, refused, syscall
 from postcopy.kernel.process_memory import ProcessMemory
 
 _AT_EMPTY_PATH = 0x1000
+_INIT = 1
 _LENDER = 900  # too high for any other descriptor of ours
 OPTIONS = (
     ptrace.PTRACE_O_TRACESYSGOOD
@@ -26,12 +28,12 @@ OPTIONS = (
 class Newborn:
     """A stopped process with one thread that holds nothing but the tiny program, the vdso and a stack.
 
-    ``pid`` is how we see it, ``inner_pid`` how it sees itself. It dies with us until it is detached.
+    ``pid`` is how we see it, ``number`` how the tree does. It dies with us until it is detached.
     """
 
-    def __init__(self, pid: int, inner_pid: int) -> None:
+    def __init__(self, pid: int, number: int) -> None:
         self.pid = pid
-        self.inner_pid = inner_pid
+        self.number = number
         self.pidfd = os.pidfd_open(pid)
         self.memory = ProcessMemory(pid)
 
@@ -64,23 +66,32 @@ def kill(newborns: Iterable[Newborn]) -> None:
         newborn.kill()
 
 
-def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
+def give_birth(number: int, mount_namespace: int | None, init: bool = False) -> Newborn:
     """Make the process. Raises RestoreError: the PID is taken, or the kernel refuses.
 
-    ``mount_namespace``: a descriptor of the mount namespace to live in, None for our own.
+    ``mount_namespace``: a descriptor of the mount namespace to live in, None for our own. ``init``: it is to be the
+    init of a new PID namespace.
     """
     go_read, go_write = os.pipe()
     program = tiny_elf.as_memfd()
     lender = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def become() -> NoReturn:
+        _become_tiny(go_read, go_write, program, lender, mount_namespace)
+
     try:
         try:
-            child = clone3.fork(signal.SIGCHLD, inner_pid)
+            if init and mount_namespace is not None:
+                child = _by_midwife(number, become)
+            else:
+                pids, flags = ((_INIT, number), clone3.CLONE_NEWPID) if init else ((number,), 0)
+                child = clone3.fork(signal.SIGCHLD, pids, flags)
         except FileExistsError:
             raise RestoreError(
-                f"PID {inner_pid} is taken on this host", "end that process, or restore with --new-pid-namespace"
+                f"PID {number} is taken on this host", "end that process, or restore with --new-pid-namespace"
             ) from None
         if not child:
-            _become_tiny(go_read, go_write, program, lender, mount_namespace)
+            become()
         try:
             ptrace.seize(child, OPTIONS)
             os.write(go_write, b"g")
@@ -89,7 +100,7 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
             ptrace.interrupt(child)
             ptrace.cont(child)
             _until_event(child, ptrace.PTRACE_EVENT_STOP)
-            return Newborn(child, inner_pid)
+            return Newborn(child, number)
         except BaseException:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, ptrace.WALL)
@@ -97,6 +108,31 @@ def give_birth(inner_pid: int, mount_namespace: int | None) -> Newborn:
     finally:
         for fd in (go_read, go_write, program, lender):
             os.close(fd)
+
+
+def _by_midwife(number: int, become: Callable[[], NoReturn]) -> int:
+    """Have the init of a new PID namespace made by a process that lives in the one around it, as a child of ours.
+
+    Whose children are born in another namespace than its own can make no further one (copy_pid_ns, EINVAL).
+    """
+    before = {*procfs.children(os.getpid())}
+    own = number - 1 if number > _INIT + 1 else number + 1
+    midwife = clone3.fork(signal.SIGCHLD, (own,))
+    if not midwife:
+        status = 1
+        try:
+            if not clone3.fork(0, (_INIT, number), clone3.CLONE_NEWPID | clone3.CLONE_PARENT):
+                become()
+            status = 0
+        except OSError as error:
+            status = error.errno or status
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(midwife, 0)[1])
+    if status:
+        raise refused(f"making a process with PID {number}", abs(status))
+    (child,) = {*procfs.children(os.getpid())} - before
+    return child
 
 
 def _until_event(tid: int, event: int) -> None:
@@ -109,7 +145,7 @@ def _until_event(tid: int, event: int) -> None:
         ptrace.cont(tid, stop.signal if not stop.event else 0)
 
 
-def _become_tiny(go_read: int, go_write: int, program: int, lender: int, mount_namespace: int | None) -> None:
+def _become_tiny(go_read: int, go_write: int, program: int, lender: int, mount_namespace: int | None) -> NoReturn:
     """In the child: wait until it is traced, then execute the tiny program."""
     try:
         os.close(go_write)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from postcopy.errors import RestoreError
-from postcopy.kernel import pidfd, procfs, ptrace, tiny_elf, userfaultfd, vdso
+from postcopy.kernel import clone3, pidfd, procfs, ptrace, tiny_elf, userfaultfd, vdso
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import (
     CODE_SIZE,
@@ -32,6 +32,7 @@ from postcopy.restore_side import (
     filesystem,
     limits,
     memory,
+    pid_namespace,
     scheduling,
     seccomp,
     signals,
@@ -111,6 +112,7 @@ class _Builder:
     def __init__(self, built: Built, shared: descriptors.Shared, parent_stays: bool) -> None:
         self._built = built
         self._shared = shared
+        self._nesting = shared.nesting
         self._state = built.state
         self._newborn = built.newborn
         self._parent_stays = parent_stays
@@ -139,6 +141,7 @@ class _Builder:
         pid, state, leader = self._newborn.pid, self._state, self._executors[0]
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
         descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
+        self._await_children()
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
@@ -189,12 +192,15 @@ class _Builder:
         """The executor of thread ``number``, whose task is stopped."""
         tid, thread = self._built.tids[number], self._state.threads[number]
         base, room = self._places[number], self._rooms[number]
-        inner = self._state.pid, thread.tid
-        executor = Executor(tid, self._newborn.memory, base, room, self._stop, inner)
+        executor = Executor(tid, self._newborn.memory, base, room, self._stop, self._own(thread.tid))
         registers = ptrace.get_registers(tid)
         executor.install(0, registers)
         ptrace.set_signal_mask(tid, _ALL & ~signal_bit(self._stop))
         return executor
+
+    def _own(self, tid: int) -> tuple[int, int]:
+        """PID and TID as the thread itself sees them."""
+        return self._nesting.own(self._state.pid), self._nesting.own(tid)
 
     def _remove(self) -> None:
         """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
@@ -239,16 +245,18 @@ class _Builder:
         attributes.register(state.attributes, batch)
         if state.memory.future_locks:
             batch.add(call("mlockall", state.memory.future_locks), "locking mappings to come")
-        threads.ask_for(state.threads[1:], batch)
+        threads.ask_for(state.threads[1:], self._nesting, batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = self._checked(leader.run(batch))
         self._welcome(leader.born)
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
         batch = leader.batch()
+        if self._nesting.mounts(state.pid):
+            pid_namespace.mount_proc(batch)
         descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
         filesystem.rebuild(state.filesystem, batch)
-        signals.rebuild(state.signals, state.pid, batch)
+        signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
         self._checked(leader.run(batch))
         descriptors.fill(state, self._shared, self._newborn.pidfd)
 
@@ -263,6 +271,19 @@ class _Builder:
                 ptrace.cont(tid)
         self._executors += [self._executor(number) for number in range(1, len(self._state.threads))]
 
+    def _await_children(self) -> None:
+        """Not earlier: in a process whose children will live elsewhere, no thread can be made (clone(2), EINVAL)."""
+        init = self._nesting.awaited_by(self._state.pid)
+        if init:
+            leader = self._executors[0]
+            batch = leader.batch()
+            opened = batch.add(call("pidfd_open", self._nesting.seen(init, self._state.pid), 0), "finding the init")
+            fd = self._checked(leader.run(batch)).value(opened)
+            batch = leader.batch()
+            batch.add(call("setns", fd, clone3.CLONE_NEWPID), "entering the PID namespace of its children")
+            batch.add(call("close", fd), "closing what is open for a while")
+            self._checked(leader.run(batch))
+
     def _run_threads(self) -> None:
         batches = []
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
@@ -270,7 +291,7 @@ class _Builder:
             if executor is self._executors[0]:
                 memory.show_arguments(self._state.memory, batch)
                 limits.rebuild(self._state.limits, batch)
-            threads.rebuild(thread, self._state.pid, self._current, self._parent_stays, batch)
+            threads.rebuild(thread, self._own(thread.tid), self._current, self._parent_stays, batch)
             batches.append(batch)
         for executor, batch in zip(self._executors, batches, strict=True):
             executor.start(batch)
@@ -282,7 +303,7 @@ class _Builder:
         now = clocks.now(self._checked(self._executors[0].run(asking))) if asking.calls else {}
         last = self._executors[0].batch()
         attributes.rebuild_last(self._state.attributes, last)
-        timers.rebuild(self._state.timers, now, last)
+        timers.rebuild(self._state.timers, self._nesting, now, last)
         self._checked(self._executors[0].run(last))
 
     def _confine(self) -> None:

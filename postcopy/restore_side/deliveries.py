@@ -21,7 +21,7 @@ def rebuild(plan: "Plan") -> None:
         fd = plan.place(state.description, "finding a descriptor")
         purpose = f"setting whom descriptor {fd} signals"
         if state.owner:
-            owner = batch.place(struct.pack("<ii", state.kind, state.owner))
+            owner = batch.place(struct.pack("<ii", state.kind, plan.shared.nesting.seen(state.owner, plan.pid)))
             batch.add(call("fcntl", fd, _F_SETOWN_EX, owner), purpose)
         if state.signal:
             batch.add(call("fcntl", fd, _F_SETSIG, state.signal), purpose)

@@ -4,12 +4,14 @@ In three steps: a batch that opens everything (`rebuild`), contents that are wri
 for what refers to all of it, or must not notice how it was made (`connect`).
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
+from postcopy.nesting import Nesting
 from postcopy.open_kinds import Ghost
 from postcopy.restore_side import (
     deliveries,
@@ -31,6 +33,7 @@ from postcopy.restore_side import (
     timerfd,
     unix_sockets,
 )
+from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
 
@@ -49,8 +52,17 @@ class Shared:
     Its first holder in the order of building makes it; the others take it from there. ``memory`` has been made before.
     """
 
-    def __init__(self, tree: Tree, memory: SharedObjects, inherited: Mapping[str, int] | None = None) -> None:
-        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource."""
+    def __init__(
+        self,
+        tree: Tree,
+        memory: SharedObjects,
+        inherited: Mapping[str, int] | None = None,
+        newborns: Mapping[int, Newborn] | None = None,
+    ) -> None:
+        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource;
+        ``newborns``: these, once they are there."""
+        self.nesting = Nesting(tree.pid_namespaces)
+        self.newborns = {} if newborns is None else newborns
         self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
         self.inherited = inherited or {}
@@ -205,7 +217,13 @@ class Plan:
         """What is open as ``fd`` in another process, which has been built already: the number it gets here."""
         if pid not in self._holders:
             opened = self.next_fd()
-            self.batch.add(call("pidfd_open", pid, 0), purpose)
+            number = self.shared.nesting.seen(pid, self.pid)
+            if number:
+                self.batch.add(call("pidfd_open", number, 0), purpose)
+            else:
+                # It cannot be named from within a PID namespace, but ours can be opened anew (pidfs, Linux 6.9).
+                path = self.batch.text(str(self.shared.newborns[pid].pidfd))
+                self.batch.add(call("openat", self.lender, path, os.O_RDWR), purpose)
             self._holders[pid] = self.park(opened, purpose)
         opened = self.next_fd()
         self.batch.add(call("pidfd_getfd", self._holders[pid], fd, 0), purpose)

@@ -18,8 +18,8 @@ from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, s
 from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
 from postcopy.kinship import Making, Unrelated, joining, plan
-from postcopy.open_kinds import Pty
-from postcopy.restore_side import ptys
+from postcopy.nesting import Nesting
+from postcopy.restore_side import pid_namespace, ptys
 from postcopy.restore_side.birth import Newborn
 from postcopy.state import Process, Tree, Zombie
 
@@ -35,17 +35,19 @@ def bring_up(tree: Tree, root: Newborn, newborns: dict[int, Newborn]) -> None:
 
     Ends with every zombie dead. Raises RestoreError: a PID is taken, or the tree cannot be.
     """
-    newborns[root.inner_pid] = root
+    newborns[root.number] = root
     try:
         makings = plan(each.lineage.relative(each.pid) for each in tree.members)
+        Nesting(tree.pid_namespaces).check(makings)
     except Unrelated as reason:
         raise RestoreError(f"the state is of a tree that cannot be: {reason}") from None
-    _Nursery(makings, newborns, tree.descriptors.ptys).run(tree)
+    _Nursery(makings, newborns, tree).run(tree)
 
 
 class _Nursery:
-    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], terminals: list[Pty]) -> None:
-        self._terminals = terminals
+    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], tree: Tree) -> None:
+        self._terminals = tree.descriptors.ptys
+        self._nesting = Nesting(tree.pid_namespaces)
         self._makings = makings
         self._newborns = newborns
         self._stop = stop_signal(0, 0)
@@ -71,7 +73,7 @@ class _Nursery:
         for making in joining(self._makings):
             pid, group = making.relative.pid, making.relative.group
             batch = self._executor(pid).batch()
-            batch.add(call("setpgid", 0, group), f"joining process group {group}")
+            batch.add(call("setpgid", 0, self._nesting.seen(group, pid)), f"joining process group {group}")
             self._run(pid, batch)
         self._end_those_for_a_while()
         for zombie in tree.zombies:
@@ -81,9 +83,9 @@ class _Nursery:
                 self._stop_job(process)
         self._forget()
 
-    @staticmethod
-    def _acts(making: Making) -> bool:
-        return bool(making.births or making.makes_session or making.makes_group)
+    def _acts(self, making: Making) -> bool:
+        mounts = self._nesting.makes_mounts(making.relative.pid)
+        return bool(making.births or making.makes_session or making.makes_group or mounts)
 
     def _make(self, pid: int, making: Making) -> None:
         """Have a process make others, its session and its process group."""
@@ -91,6 +93,8 @@ class _Nursery:
             return
         executor = self._executor(pid)
         batch = executor.batch()
+        if self._nesting.makes_mounts(pid):
+            pid_namespace.part_mounts(batch)
         self._add_births(batch, making.early)
         if making.makes_session:
             batch.add(call("setsid"), "making its session")
@@ -104,19 +108,21 @@ class _Nursery:
         self._add_births(batch, making.siblings, clone3.CLONE_PARENT)
         already = len(executor.born)
         self._run(pid, batch)
-        for inner_pid, child in zip(making.births, executor.born[already:], strict=True):
-            self._newborns[inner_pid] = Newborn(child, inner_pid)
+        for number, child in zip(making.births, executor.born[already:], strict=True):
+            self._newborns[number] = Newborn(child, number)
             while (stop := ptrace.wait(child)).event != ptrace.PTRACE_EVENT_STOP:
                 if stop.ended is not None:
-                    raise RestoreError(f"the new process {inner_pid} ended before it could be built")
+                    raise RestoreError(f"the new process {number} ended before it could be built")
                 ptrace.cont(child)
 
     def _add_births(self, batch: Batch, pids: Iterable[int], flags: int = 0) -> None:
         for pid in pids:
             # With CLONE_PARENT the child gets the exit signal of its maker, and none may be named.
             exit_signal = 0 if flags else self._makings[pid].relative.exit_signal
-            wanted = batch.place(struct.pack("<I", pid))
-            arguments = batch.place(clone3.arguments(flags, exit_signal, wanted, 1))
+            numbers = self._nesting.numbers(pid)
+            kind = clone3.CLONE_NEWPID if self._nesting.is_init(pid) else 0
+            wanted = batch.place(clone3.set_tid(numbers))
+            arguments = batch.place(clone3.arguments(flags | kind, exit_signal, wanted, len(numbers)))
             batch.add(call("clone3", arguments, clone3.SIZE), f"making process {pid}")
 
     def _executor(self, pid: int) -> Executor:
@@ -124,7 +130,8 @@ class _Nursery:
         if pid not in self._executors:
             newborn = self._newborns[pid]
             tid = newborn.pid
-            executor = Executor(tid, newborn.memory, self._base, self._room, self._stop, (pid, pid))
+            own = self._nesting.own(pid)
+            executor = Executor(tid, newborn.memory, self._base, self._room, self._stop, (own, own))
             executor.install(0, ptrace.get_registers(tid))
             ptrace.set_signal_mask(tid, _ALL & ~signal_bit(self._stop))
             self._executors[pid] = executor
@@ -153,7 +160,9 @@ class _Nursery:
         for parent, ended in self._ended.items():
             batch = self._executor(parent).batch()
             for pid in ended:
-                batch.add(call("wait4", pid, 0, ptrace.WALL, 0), f"waiting for process {pid}")
+                batch.add(
+                    call("wait4", self._nesting.seen(pid, parent), 0, ptrace.WALL, 0), f"waiting for process {pid}"
+                )
             self._run(parent, batch)
 
     def _become(self, zombie: Zombie) -> None:
@@ -210,7 +219,8 @@ class _Nursery:
             self._to_forget[parent].add(signal.SIGCHLD)
             if process.stop_told:
                 batch = self._executor(parent).batch()
-                made = call("wait4", process.pid, 0, os.WUNTRACED | os.WNOHANG | ptrace.WALL, 0)
+                number = self._nesting.seen(process.pid, parent)
+                made = call("wait4", number, 0, os.WUNTRACED | os.WNOHANG | ptrace.WALL, 0)
                 batch.add(made, f"waiting for the stop of process {process.pid}")
                 self._run(parent, batch)
 

@@ -7,12 +7,25 @@ import signal
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3
-from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.calls import NUMBERS, call
+from postcopy.kernel.executor import Batch
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.roles import leave_output
 
-_NR_MOUNT = 165
-_MS_REC, _MS_SLAVE, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 0x4000, 0x80000, 2, 4, 8
+_NR_MOUNT = NUMBERS["mount"]
+_MS_REC, _MS_PRIVATE, _MS_SLAVE, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 0x4000, 0x40000, 0x80000, 2, 4, 8
+
+
+def part_mounts(batch: Batch) -> None:
+    """Add the calls by which a process gets a mount namespace of its own, out of which nothing that it mounts comes."""
+    batch.add(call("unshare", clone3.CLONE_NEWNS), "making its mount namespace")
+    batch.add(call("mount", 0, batch.text("/"), 0, _MS_REC | _MS_PRIVATE, 0), "parting its mounts from those here")
+
+
+def mount_proc(batch: Batch) -> None:
+    """Add the call by which a process mounts the ``/proc`` of its PID namespace."""
+    proc, flags = batch.text("proc"), _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    batch.add(call("mount", proc, batch.text("/proc"), proc, flags, 0), "mounting /proc")
 
 
 class PidNamespace:

@@ -17,5 +17,6 @@ def rebuild(plan: "Plan", slot: Slot, state: PidDescriptor) -> None:
     """Add the calls."""
     purpose = f"opening process {state.pid} (descriptor {slot.fd})"
     opened = plan.next_fd()
-    plan.batch.add(call("pidfd_open", state.pid, state.flags & (os.O_NONBLOCK | _PIDFD_THREAD)), purpose)
+    number = plan.shared.nesting.seen(state.pid, plan.pid)
+    plan.batch.add(call("pidfd_open", number, state.flags & (os.O_NONBLOCK | _PIDFD_THREAD)), purpose)
     plan.settle(opened, slot.fd, slot.close_on_exec, purpose)

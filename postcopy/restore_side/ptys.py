@@ -116,6 +116,6 @@ def connect(plan: "Plan") -> None:
             purpose = f"setting the foreground group of terminal {slave(state.index)}"
             opened = plan.next_fd()
             plan.batch.add(call("openat", _AT_FDCWD, plan.batch.text("/dev/tty"), os.O_RDWR | os.O_NOCTTY), purpose)
-            group = plan.batch.place(struct.pack("<i", state.foreground))
+            group = plan.batch.place(struct.pack("<i", plan.shared.nesting.seen(state.foreground, plan.pid)))
             plan.batch.add(call("ioctl", opened, pty.TIOCSPGRP, group), purpose)
             plan.close(opened)

@@ -181,7 +181,7 @@ class _Takeover:
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
             with self._clocks.namespace():
-                self._newborn = give_birth(manifest.pid, mounts)
+                self._newborn = give_birth(manifest.pid, mounts, manifest.init)
         finally:
             if self._namespace:
                 self._namespace.leave()
@@ -310,7 +310,7 @@ class _Takeover:
     def undo(self) -> None:
         """Leave nothing here."""
         if self._newborn is not None:
-            kill({**self._newborns, self._newborn.inner_pid: self._newborn}.values())
+            kill({**self._newborns, self._newborn.number: self._newborn}.values())
         if self._watchdog is not None:
             os.close(self._orders)
             self._watchdog.wait()

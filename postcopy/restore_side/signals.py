@@ -11,7 +11,7 @@ from postcopy.state import LateSignal, Signals
 _UNCHANGEABLE = (9, 19)  # SIGKILL, SIGSTOP
 
 
-def rebuild(state: Signals, inner_pid: int, batch: Batch) -> None:
+def rebuild(state: Signals, own_pid: int, batch: Batch) -> None:
     """Add the calls; every signal is blocked while they are made, so what is queued stays pending."""
     for number, action in enumerate(state.actions, start=1):
         # A new process has the default for every signal.
@@ -19,7 +19,7 @@ def rebuild(state: Signals, inner_pid: int, batch: Batch) -> None:
             batch.add(call("rt_sigaction", number, batch.place(action), 0, 8), f"setting the action of signal {number}")
     for siginfo in state.pending:
         number = int.from_bytes(siginfo[:4], "little")
-        made = call("rt_sigqueueinfo", inner_pid, number, batch.place(siginfo))
+        made = call("rt_sigqueueinfo", own_pid, number, batch.place(siginfo))
         batch.add(made, f"queueing pending signal {number}")
 
 

@@ -16,6 +16,7 @@ from postcopy.kernel.executor import (
 )
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.ptrace import Registers
+from postcopy.nesting import Nesting
 from postcopy.restore_side import credentials, scheduling, seccomp
 from postcopy.state import Credentials, Thread
 
@@ -32,11 +33,12 @@ _FIXED_ROOM = 1024
 _NO_CALL = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def ask_for(others: list[Thread], batch: Batch) -> None:
+def ask_for(others: list[Thread], nesting: Nesting, batch: Batch) -> None:
     """Add the calls by which the leader makes the other threads, in order."""
     for thread in others:
-        wanted = batch.place(struct.pack("<I", thread.tid))
-        arguments = batch.place(clone3.arguments(_THREAD_FLAGS, 0, wanted, 1))
+        numbers = nesting.numbers(thread.tid)
+        wanted = batch.place(clone3.set_tid(numbers))
+        arguments = batch.place(clone3.arguments(_THREAD_FLAGS, 0, wanted, len(numbers)))
         batch.add(call("clone3", arguments, clone3.SIZE), f"making thread {thread.tid}")
 
 
@@ -46,8 +48,11 @@ def room(state: Thread, current: Credentials) -> int:
     return _FIXED_ROOM + pending + credentials.room(state.credentials, current) + seccomp.room(state)
 
 
-def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: bool, batch: Batch) -> None:
-    """Add the calls that the thread makes itself. ``parent_stays``: ``restore`` will not end before the program."""
+def rebuild(state: Thread, own: tuple[int, int], current: Credentials, parent_stays: bool, batch: Batch) -> None:
+    """Add the calls that the thread makes itself.
+
+    ``own``: its PID and TID as it sees them; ``parent_stays``: ``restore`` will not end before the program.
+    """
     batch.add(call("set_tid_address", state.tid_address), "setting the tid address")
     if state.robust_list:
         made = call("set_robust_list", state.robust_list, state.robust_list_size)
@@ -62,7 +67,7 @@ def rebuild(state: Thread, inner_pid: int, current: Credentials, parent_stays: b
     batch.add(call("prctl", PR_SET_NAME, batch.text(state.name)), "setting the thread's name")
     for siginfo in state.pending:
         number = int.from_bytes(siginfo[:4], "little")
-        made = call("rt_tgsigqueueinfo", inner_pid, state.tid, number, batch.place(siginfo))
+        made = call("rt_tgsigqueueinfo", *own, number, batch.place(siginfo))
         batch.add(made, f"queueing pending signal {number}")
     scheduling.rebuild(state.scheduling, batch)
     credentials.rebuild(state.credentials, current, batch)

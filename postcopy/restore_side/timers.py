@@ -13,6 +13,7 @@ from postcopy.kernel.prctl import (
     PR_TIMER_CREATE_RESTORE_IDS_OFF,
     PR_TIMER_CREATE_RESTORE_IDS_ON,
 )
+from postcopy.nesting import Nesting
 from postcopy.state import PosixTimer, Timers
 
 _TIMESPEC = struct.Struct("<qq")
@@ -21,7 +22,7 @@ _MOST_COUNTED = 2000
 _CLOCK_MONOTONIC = 1
 
 
-def rebuild(state: Timers, now: Mapping[int, int], batch: Batch) -> None:
+def rebuild(state: Timers, nesting: Nesting, now: Mapping[int, int], batch: Batch) -> None:
     """Add the calls. ``now``: what `Clocks` has read."""
     for which, interval in enumerate(state.intervals):
         if any(interval):
@@ -29,9 +30,9 @@ def rebuild(state: Timers, now: Mapping[int, int], batch: Batch) -> None:
     if not state.posix:
         return
     if posix_timer.ids_can_be_chosen():
-        create_by_id(state.posix, batch)
+        create_by_id(state.posix, nesting, batch)
     else:
-        create_by_counting(state.posix, batch)
+        create_by_counting(state.posix, nesting, batch)
     for timer in state.posix:
         flags, setting = _setting(timer, now)
         if any(setting):
@@ -54,16 +55,16 @@ class Clocks:
         return {c: _nanoseconds(*_TIMESPEC.unpack(answers.read(r, _TIMESPEC.size))) for c, r in self._rooms.items()}
 
 
-def create_by_id(timers: list[PosixTimer], batch: Batch) -> None:
+def create_by_id(timers: list[PosixTimer], nesting: Nesting, batch: Batch) -> None:
     """Add the calls that create timers with chosen ids (prctl(2), PR_TIMER_CREATE_RESTORE_IDS)."""
     ids = PR_TIMER_CREATE_RESTORE_IDS
     batch.add(call("prctl", ids, PR_TIMER_CREATE_RESTORE_IDS_ON, 0, 0, 0), "choosing timer ids")
     for timer in timers:
-        _create(timer, batch)
+        _create(timer, nesting, batch)
     batch.add(call("prctl", ids, PR_TIMER_CREATE_RESTORE_IDS_OFF, 0, 0, 0), "no longer choosing timer ids")
 
 
-def create_by_counting(timers: list[PosixTimer], batch: Batch) -> None:
+def create_by_counting(timers: list[PosixTimer], nesting: Nesting, batch: Batch) -> None:
     """Add the calls that create timers in a process that had none: ids count up from 0; those between are deleted.
 
     Raises RestoreError for ids that would take too long to count up to.
@@ -74,15 +75,15 @@ def create_by_counting(timers: list[PosixTimer], batch: Batch) -> None:
         raise RestoreError(f"POSIX timer {highest}: before Linux 6.16, ids only up to {_MOST_COUNTED} can be restored")
     for number in range(highest + 1):
         if number in wanted:
-            _create(wanted[number], batch)
+            _create(wanted[number], nesting, batch)
         else:
             room = batch.room(4)
             batch.add(call("timer_create", _CLOCK_MONOTONIC, 0, room), "counting timer ids up")
             batch.add(call("timer_delete", number), "counting timer ids up")
 
 
-def _create(timer: PosixTimer, batch: Batch) -> None:
-    event = posix_timer.sigevent(timer.value, timer.signal, timer.notify, timer.tid)
+def _create(timer: PosixTimer, nesting: Nesting, batch: Batch) -> None:
+    event = posix_timer.sigevent(timer.value, timer.signal, timer.notify, nesting.own(timer.tid) if timer.tid else 0)
     number = batch.place(struct.pack("<i", timer.number))
     # The kernel keeps a CPU-time clock as a negative number and takes it as an unsigned one.
     made = call("timer_create", timer.clock & 0xFFFF_FFFF, batch.place(event), number)

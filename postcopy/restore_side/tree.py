@@ -69,12 +69,12 @@ def build_tree(
     Every process is in ``newborns`` as soon as it is there, and ``memory`` has what of the tree's is not of one process
     alone. Raises RestoreError; all of them are then to be killed, and ``memory`` undone.
     """
-    if not tree.processes or tree.processes[0].pid != root.inner_pid:
+    if not tree.processes or tree.processes[0].pid != root.number:
         raise RestoreError("the state is not that of the process which the manifest announced")
     sizes = [space.sent_bytes for space in spaces_of(tree)]
     if sum(sizes) != len(pages):
         raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {sum(sizes)}")
-    shared = Shared(tree, memory, inherited)
+    shared = Shared(tree, memory, inherited, newborns)
     ptys.set_up(tree.descriptors.ptys, root.pidfd, inherited or {})
     try:
         bring_up(tree, root, newborns)

@@ -14,13 +14,22 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 300, 323
 MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
-SYS_CLONE, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = 56, 0x100, 0x200, 0x400, 0x4000, 0x20000000
+SYS_CLONE, CLONE_NEWNS, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = (
+    56,
+    0x20000,
+    0x100,
+    0x200,
+    0x400,
+    0x4000,
+    0x20000000,
+)
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -55,8 +64,29 @@ def vfork(directory: Path) -> None:
 def pid_namespace(directory: Path) -> None:
     if not os.fork():
         checked(libc.unshare(CLONE_NEWPID))
-        if not os.fork():
+        signal.pause()
+
+
+def entered_pid_namespace(directory: Path) -> None:
+    init = os.fork()
+    if not init:
+        checked(libc.unshare(CLONE_NEWPID))
+        if os.fork():
             signal.pause()
+        signal.pause()
+    link = Path(f"/proc/{init}/ns/pid_for_children")
+    while not os.path.exists(link):
+        time.sleep(0.001)
+    with link.open() as namespace:
+        if not os.fork():
+            checked(libc.setns(namespace.fileno(), CLONE_NEWPID))
+            os.fork()
+            signal.pause()
+
+
+def mount_namespace(directory: Path) -> None:
+    if not os.fork():
+        checked(libc.unshare(CLONE_NEWNS))
         signal.pause()
 
 
@@ -271,7 +301,9 @@ KINDS: dict[Callable[[Path], None], str] = {
     shared_table: "share their descriptor table (CLONE_FILES)",
     shared_places: "share their working directory (CLONE_FS)",
     vfork: "share their memory (vfork, CLONE_VM)",
-    pid_namespace: "it lives in another pid namespace than the root of the tree",
+    pid_namespace: "its children will live in a PID namespace that nobody is in yet (unshare)",
+    entered_pid_namespace: "its children would live in another PID namespace",
+    mount_namespace: "it lives in another mnt namespace than the root of the tree",
     tcp_connection: "can be moved with --tcp-established, or closed with --tcp-close",
     corked_udp: "a corked UDP socket (UDP_CORK) cannot be moved yet",
     netlink_socket: "netlink raw sockets (protocol 0) cannot be moved yet",

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tests.programs.cases import Case, differences, first_problem, libc, syscall, unlike
+from tests.programs.cases import Case, differences, first_problem, libc, required, syscall, unlike
 from tests.programs.cases.identity import prctl
 
 SYS_CLONE = 56
+CLONE_NEWNS, CLONE_NEWPID, MS_REC, MS_PRIVATE = 0x20000, 0x20000000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 2, 36
 ANSWER_SECONDS = 20
 WAIT_SECONDS = 10
@@ -741,6 +742,61 @@ class Credentials(Case):
         )
 
 
+class OwnPidNamespace(Case):
+    """A PID namespace that a child has made, with its own ``/proc``: an init, what is below it, one more level."""
+
+    def setup(self) -> None:
+        """The child unshares; its child is the init, which mounts ``/proc`` and has children."""
+        self.inherited = os.open(self.directory, os.O_RDONLY)
+        self.outer = Child(self._unshare, self.inherited)
+        self.before = self.outer.hear()
+
+    def _unshare(self, line: Line) -> None:
+        required(libc.unshare(CLONE_NEWPID | CLONE_NEWNS), "unshare")
+        required(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount")
+        init = Child(self._be_init, self.inherited)
+        while True:
+            line.say(init.hear())
+            line.wait()
+            # One more, which is born where the others live.
+            status = os.waitpid(os.spawnlp(os.P_NOWAIT, "true", "true"), 0)[1]
+            init.say(status)
+
+    def _be_init(self, line: Line) -> None:
+        required(libc.mount(b"proc", b"/proc", b"proc", 0, None), "mount")
+        below = [Child(answering), Child(self._nest)]
+        zombie = os.fork()
+        if not zombie:
+            os._exit(33)
+        os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        stat = open("/proc/self/stat")  # noqa: SIM115
+        while True:
+            stat.seek(0)
+            told = [child.hear() for child in below]
+            seen = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+            tids = sorted(os.listdir("/proc/self/task"))
+            inode = os.fstat(self.inherited).st_ino
+            line.say([relations(), told, seen, tids, stat.read().split()[0], inode, os.listdir("/proc/self/fd") != []])
+            line.wait()
+            for child in below:
+                child.say("again")
+
+    def _nest(self, line: Line) -> None:
+        required(libc.unshare(CLONE_NEWPID), "unshare")
+        inner = Child(lambda inner: answering(inner))
+        while True:
+            line.say([relations(), inner.hear()])
+            line.wait()
+            inner.say("again")
+
+    def verify(self) -> str | None:
+        """All of them see what they saw, and the next process gets the next PID."""
+        self.outer.say("again")
+        own, told, seen, *rest = self.before
+        return unlike("view from within", [own, told, seen, *rest], self.outer.hear())
+
+
 CASES: tuple[type[Case], ...] = (
     Generations,
     Sessions,
@@ -758,4 +814,5 @@ CASES: tuple[type[Case], ...] = (
     OwnMemory,
     ThreadsOfChild,
     Credentials,
+    OwnPidNamespace,
 )
