@@ -356,6 +356,10 @@ def _manifest(manifest: Manifest) -> Iterator[str]:
 def _process(process: Process) -> Iterator[str]:
     if process.threads and process.threads[0].tid != process.pid:
         yield f"threads[0].tid: {process.threads[0].tid} is not the pid {process.pid}"
+    if process.leader_ended is not None and (process.leader_ended not in range(0, 1 << 16, 1 << 8)):
+        yield f"leader_ended: {process.leader_ended:#x} is not how a thread ends"
+    if process.leader_ended is not None and len(process.threads) < 2:
+        yield "leader_ended: no thread goes on"
     for fd in _repeated(slot.fd for slot in process.slots):
         yield f"slots: descriptor {fd} occurs twice"
 

@@ -471,7 +471,7 @@ class Process:
     """One process; ``space`` numbers its address space in the page protocol; threads[0] is the leader.
 
     ``stopped_by``: the signal of the job-control stop that it is in, 0 for none; ``stop_told``: its parent has waited
-    for that.
+    for that. ``leader_ended``: the leader has, with this status as wait(2) gives it, while the other threads go on.
     """
 
     pid: Pid
@@ -487,6 +487,7 @@ class Process:
     slots: list[Slot]
     stopped_by: Unsigned
     stop_told: bool
+    leader_ended: Unsigned | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""PID namespaces that a tree has made: names at each level, who can make whom, and states that contradict themselves."""
+"""PID namespaces that a tree has made: numbers at each level, who can make whom, what contradicts itself."""
 
 import dataclasses
 

@@ -93,16 +93,6 @@ def test_kind_is_refused(refusal: Refusal, kind: object) -> None:
     assert [line for line in refusal.said if expected in line], refusal.said
 
 
-def test_main_thread_that_has_ended(pair: Pair) -> None:
-    exit_of_thread = "import ctypes, threading; threading.Thread(target=threading.Event().wait).start();"
-    program = pair.a.popen([sys.executable, "-c", f"{exit_of_thread} ctypes.CDLL(None).syscall(60, 0)"])
-    wait_until(lambda: pair.a.proc_state(program.pid) == "Z", SECONDS, "the main thread has ended")
-    result = dump(pair.a, program.pid)
-    assert result.returncode == 5, result.stderr
-    assert b"its main thread has ended while others go on" in result.stderr
-    program.kill()
-
-
 def test_unix_connection_to_a_process_that_is_not_moved(pair: Pair, tmp_path: Path) -> None:
     path, ready = str(tmp_path / "listening"), tmp_path / "connected"
     serve = f"import socket; s = socket.socket(1); s.bind({path!r}); s.listen(); c = s.accept(); print(flush=True)"

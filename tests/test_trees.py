@@ -228,6 +228,31 @@ def test_tree_moves_while_others_look_at_how_its_processes_were_started(hosts: P
     assert all(b"tests.programs.clan" in each for each in started)
 
 
+def test_root_whose_main_thread_has_ended_moves(hosts: Pair, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    count = f"log = open({str(log)!r}, 'a'); [print(n, os.uname().nodename, file=log, flush=True) or time.sleep(0.01)"
+    thread = f"def count():\n {count} for n in range(10**9)]"
+    end = "threading.Thread(target=count).start(); ctypes.CDLL(None).syscall(60, 0)"
+    program = hosts.a.popen([sys.executable, "-c", f"import ctypes, os, threading, time\n{thread}\n{end}"], pid=PID)
+    wait_until(lambda: hosts.a.proc_state(PID) == "Z", SECONDS, "the main thread has ended")
+    source, destination = hosts.a, hosts.b
+    for _ in range(2):
+        migration = move(source, destination, PID)
+        migration.wait_drained()
+        lines = len(log.read_text().splitlines())
+        wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, SECONDS, "it counts on")  # noqa: B023
+        assert log.read_text().splitlines()[-1].split()[1] == destination.name
+        assert destination.proc_state(PID) == "Z"
+        assert migration.restore is not None
+        source, destination = destination, source
+    assert program.wait(SECONDS) == -signal.SIGKILL
+    counted = [int(line.split()[0]) for line in log.read_text().splitlines()]
+    assert counted == list(range(len(counted)))
+    source.kill(PID, signal.SIGTERM)
+    assert migration.restore is not None
+    assert migration.restore.wait(SECONDS) == 128 + signal.SIGTERM
+
+
 def numbers(host: Host, pids: Sequence[int]) -> dict[int, list[str]]:
     """What processes are called in the host and in the PID namespaces within it."""
     outer = len((host.proc / "1" / "status").read_text().partition("\nNSpid:")[2].splitlines()[0].split()) - 1

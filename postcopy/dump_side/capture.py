@@ -80,9 +80,9 @@ class Capture:
         self.began = time.monotonic_ns()
         self.frozen.freeze()
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
-        self._traffic = network.traffic(self.frozen.pids, self._choices)
+        self._traffic = network.traffic(self.frozen.faces, self._choices)
         if self._traffic:
-            self._guard.locking(self.frozen.pids)
+            self._guard.locking(self.frozen.faces)
             network.lock(self._lock, self._traffic)
         if self._choices.scripts.paths:
             self._guard.giving_up_addresses()
@@ -109,7 +109,7 @@ class Capture:
     def sources(self) -> dict[int, PageSource]:
         """Where the pages of each space come from."""
         pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
-        processes = {state.space: FrozenProcess(frozen.pid, frozen.memory) for state, frozen in pairs}
+        processes = {state.space: FrozenProcess(frozen.face, frozen.memory) for state, frozen in pairs}
         return {**processes, **self._shared.sources}
 
     def content(self) -> memoryview:
@@ -143,7 +143,7 @@ class Capture:
     def end(self) -> None:
         """The tree is of no more use here."""
         if self._choices.connections == MOVED:
-            network.silence(self.frozen.pids)
+            network.silence(self.frozen.faces)
         self.frozen.kill()
         self._ended = True
         self._shared.end()

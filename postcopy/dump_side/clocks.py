@@ -23,7 +23,7 @@ def problems(pid: int, root: int) -> Iterator[str]:
 
 def now(pid: int) -> Clocks:
     """The clocks of process ``pid``."""
-    theirs, ours = time_namespace.offsets(pid), time_namespace.offsets(os.getpid())
+    theirs, ours = time_namespace.offsets(procfs.face(pid)), time_namespace.offsets(os.getpid())
     return Clocks(
         monotonic=time.clock_gettime_ns(time.CLOCK_MONOTONIC) + theirs[0] - ours[0],
         boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME) + theirs[1] - ours[1],

@@ -51,17 +51,18 @@ def collect(
     """
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
-    members = frozenset([*frozen.pids, *frozen.zombies])
+    members = frozenset([*frozen.faces, *frozen.zombies])
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     tids = {each.pid: [thread.status["NSpid"] for thread in each.threads] for each in frozen.processes}
-    kin = lineage.Kin([*frozen.pids, *frozen.zombies], statuses, frozen.zombies, tids)
+    faces = {**dict(zip(frozen.pids, frozen.faces, strict=True)), **{pid: pid for pid in frozen.zombies}}
+    kin = lineage.Kin(faces, statuses, frozen.zombies, tids)
     table.level = kin.level
-    problems += lineage.shared(frozen.pids)
+    problems += lineage.shared(frozen.faces)
     problems += kin.problems()
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
     for each in frozen.processes:
-        table.slots[each.pid] = descriptors.collect(table, each.pid, problems)
+        table.slots[each.face] = descriptors.collect(table, each.face, problems)
     epoll.complete(table, problems)
     unix_sockets.check_peers(table, problems)
     if problems:
@@ -75,7 +76,7 @@ def collect(
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
-    problems += shared.problems(set(frozen.pids), trusted.memory)
+    problems += shared.problems(set(frozen.faces), trusted.memory)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     files = list(dict.fromkeys((*needed.values(), *table.needed)))
@@ -111,10 +112,10 @@ def _process(
     checked: memory.Checked,
 ) -> tuple[Process, memory.Layout]:
     """The state of one process, and its layout."""
-    pid = frozen.pid
+    pid = frozen.face
     problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
     # It may have been born since the survey.
-    problems += [*namespaces.problems_of_member(pid, kin.root), *kin.problems_of(pid)]
+    problems += [*namespaces.problems_of_member(pid, kin.face(kin.root)), *kin.problems_of(frozen.pid)]
     places = filesystem.collect(pid, problems)
     maps = procfs.read(pid, "maps")
     known = smaps.foresee(pid, maps)
@@ -147,7 +148,7 @@ def _process(
         about_timers = timers.Question.ask(leaders, pid)
         about_limits = limits.Question.ask(leaders)
         about_attributes = attributes.Question.ask(leaders)
-        stops.ask(pid, leaders)
+        stops.ask(frozen.pid, leaders)
         about_threads = [threads.Question.ask(batch) for _, batch in asked]
         for executor, batch in asked:
             executor.start(batch)
@@ -155,7 +156,7 @@ def _process(
         edges.find(table, pid, executors[0])
         locks = memory.future_locks(frozen)
     leader = answers[0]
-    stops.answered(pid, leader)
+    stops.answered(frozen.pid, leader)
     found_threads = [
         question.answered(
             answer, pid, thread, sleepers.get(thread.tid), frozen.memory, kin.number(thread.status["NSpid"])
@@ -166,20 +167,25 @@ def _process(
     inner = {thread.tid: state.tid for thread, state in zip(frozen.threads, found_threads, strict=True)}
     queued = [*found_signals.pending, *(siginfo for thread in found_threads for siginfo in thread.pending)]
     found_timers = about_timers.answered(leader, inner, queued)
+    ended = threads.ended_leader(frozen, found_threads[0], kin.common(frozen.pid)) if pid != frozen.pid else None
     state = Process(
-        pid=kin.common(pid),
+        pid=kin.common(frozen.pid),
         space=space,
-        threads=[replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads],
+        threads=[
+            *filter(None, [ended]),
+            *(replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads),
+        ],
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),
         signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
         timers=found_timers,
         limits=about_limits.answered(leader),
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
-        lineage=kin.lineage(pid),
+        lineage=kin.lineage(frozen.pid),
         slots=table.slots[pid],
         stopped_by=frozen.stopped_by,
-        stop_told=stops.told(pid),
+        stop_told=stops.told(frozen.pid),
+        leader_ended=threads.end_of_leader(frozen.pid) if ended else None,
     )
     return state, layout
 

@@ -38,6 +38,7 @@ _THREAD_ROOM = PAGE_SIZE
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _LAST_LOOKS = 50  # of a millisecond each
+_BETWEEN_LOOKS = 0.0002  # seconds
 
 
 @dataclass
@@ -53,16 +54,21 @@ class FrozenThread:
 
 
 class Frozen:
-    """A process whose every thread is stopped under our ptrace; threads[0] is the leader."""
+    """A process whose every thread is stopped under our ptrace; threads[0] is the leader, unless that has ended.
+
+    ``face``: see `procfs.face`.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.face = procfs.face(pid)
         self.pidfd = os.pidfd_open(pid)
-        self.memory = ProcessMemory(pid)
+        self.memory = ProcessMemory(self.face)
         self.threads: list[FrozenThread] = []
         self.durable = False
         self._awaited: set[int] = set()
         self._stopped: dict[int, int] = {}
+        self._ended_leader = 0  # it stays to be seen as long as other threads go on
         self.arena = range(0)  # the executors' memory, while they have any
 
     @property
@@ -86,8 +92,8 @@ class Frozen:
             stopped: dict[int, int] = {}
             self._stopped = stopped
             while True:
-                for tid in sorted(self._awaited):
-                    group_stop = _wait_for_stop(tid)
+                for tid in sorted(self._awaited, key=lambda tid: (tid == self.pid, tid)):
+                    group_stop = _wait_for_stop(tid) if self._stops(tid) else None
                     self._awaited.remove(tid)
                     if group_stop is not None:
                         stopped[tid] = group_stop
@@ -95,16 +101,27 @@ class Frozen:
                     break
             order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
             self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
-        if not self.threads or self.threads[0].tid != self.pid:
-            self.thaw()
+        if not self.threads:
             raise DumpError(f"process {self.pid} ended while it was being frozen")
+        self.face = self.threads[0].tid
+
+    def _stops(self, tid: int) -> bool:
+        """Whether the stop, or end, of a thread is told: not that of a main thread before its last thread has ended."""
+        while tid == self.pid and len(self._awaited | self._stopped.keys()) > 1 and not ptrace.has_news(tid):
+            if _has_ended(self.pid, tid, traced=True):
+                self._ended_leader = tid
+                return False
+            time.sleep(_BETWEEN_LOOKS)
+        return True
 
     def _ask_those_not_in(self, stopped: Mapping[int, int]) -> bool:
         """Ask further threads to stop; whether there were any."""
-        fresh = [tid for tid in procfs.tids(self.pid) if tid not in stopped]
+        fresh = [tid for tid in procfs.tids(self.pid) if tid not in stopped and tid != self._ended_leader]
         for tid in fresh:
             if _seize(self.pid, tid):
                 self._awaited.add(tid)
+            elif tid == self.pid:
+                self._ended_leader = tid
         return bool(fresh)
 
     @contextlib.contextmanager
@@ -251,7 +268,7 @@ class Frozen:
             ) from None
 
     def _lone(self, stub: int, made: Call, swallowed: list[int]) -> int:
-        result = lone_syscall(self.pid, stub, made, swallowed)
+        result = lone_syscall(self.face, stub, made, swallowed)
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
         return result
@@ -277,18 +294,18 @@ def _seize(pid: int, tid: int) -> bool:
         ptrace.interrupt(tid)
     except OSError as error:
         # A thread that is just ending is refused with EPERM, like one that somebody else traces.
-        if error.errno == errno.ESRCH or (tid != pid and _has_ended(pid, tid)):
+        if error.errno == errno.ESRCH or _has_ended(pid, tid):
             return False
         raise DumpError(f"thread {tid} cannot be traced: {error.strerror}") from None
     return True
 
 
-def _has_ended(pid: int, tid: int) -> bool:
+def _has_ended(pid: int, tid: int, traced: bool = False) -> bool:
     try:
         status = procfs.status(pid, tid)
     except OSError:
         return True
-    return status["State"][0] in "XZ" and status["TracerPid"] == "0"
+    return status["State"][0] in "XZ" and (traced or status["TracerPid"] == "0")
 
 
 def _give_up(awaited: set[int]) -> None:

@@ -32,6 +32,11 @@ class FrozenTree:
         return [frozen.pid for frozen in self.processes]
 
     @property
+    def faces(self) -> list[int]:
+        """Of each the thread by which ``/proc`` shows it (`procfs.face`)."""
+        return [frozen.face for frozen in self.processes]
+
+    @property
     def threads(self) -> int:
         """How many there are in all."""
         return sum(len(frozen.threads) for frozen in self.processes)

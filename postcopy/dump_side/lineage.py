@@ -70,26 +70,32 @@ class Kin:
 
     def __init__(
         self,
-        pids: Iterable[int],
+        faces: Mapping[int, int],
         statuses: dict[int, dict[str, str]] | None = None,
         zombies: Iterable[int] = (),
         tids: Mapping[int, Iterable[str]] | None = None,
     ) -> None:
-        """``statuses``: those of ``/proc/PID/status`` that have been read already; ``tids``: see `Looking.found`.
+        """``faces``: for each, the root first, see `procfs.face`; ``statuses``: those of ``/proc/PID/status`` that have
+        been read already; ``tids``: see `Looking.found`.
 
         Raises OSError: one is gone.
         """
         known = statuses or {}
-        self._statuses = {pid: known.get(pid) or procfs.status(pid) for pid in pids}
+        self._faces = faces
+        self._statuses = {pid: known.get(pid) or procfs.status(face) for pid, face in faces.items()}
         self.root = next(iter(self._statuses))
         self.level = pid_namespaces.level(self._statuses[self.root])
-        self._common = {pid: self.number(status["NSpid"]) for pid, status in self._statuses.items()}
-        self._looking = pid_namespaces.Looking(self._statuses, zombies)
+        self._common = {pid: self.number(status["NStgid"]) for pid, status in self._statuses.items()}
+        self._looking = pid_namespaces.Looking(self._statuses, faces, zombies)
         self.pid_namespaces = self._looking.found(tids)
         self._nesting = Nesting(self.pid_namespaces)
         ids = {key: self.number(self._statuses[self.root][key]) for key in ("NSsid", "NSpgid")}
         # What the root does not lead it has from outside, and so have those of the same session or group.
         self._outside = {key: value for key, value in ids.items() if value != self._common[self.root]}
+
+    def face(self, pid: int) -> int:
+        """See `procfs.face`."""
+        return self._faces[pid]
 
     def number(self, numbers: str) -> int:
         """Of the numbers that a status tells, that in the common PID namespace (`postcopy.nesting`); 0 for none."""
@@ -106,7 +112,7 @@ class Kin:
 
     def lineage(self, pid: int) -> Lineage:
         """The relations of one of them. Raises OSError."""
-        status, fields = self._statuses[pid], procfs.stat(pid)
+        status, fields = self._statuses[pid], procfs.stat(pid, pid)
         session, group = (
             0 if value == self._outside.get(key) else value
             for key, value in ((key, self.number(status[key])) for key in ("NSsid", "NSpgid"))
@@ -121,8 +127,6 @@ class Kin:
 
     def problems(self) -> Iterator[str]:
         """Why the relations cannot be made again."""
-        if self._looking.problems:
-            return  # which are told of each process
         try:
             self._nesting.check(plan(self.lineage(pid).relative(self._common[pid]) for pid in self._statuses))
         except Unrelated as reason:

@@ -294,7 +294,7 @@ class Question:
 
 def future_locks(frozen: Frozen) -> int:
     """What mlockall(2) was told of mappings to come; while the executors have theirs, which shows it."""
-    pid, arena = frozen.pid, frozen.arena
+    pid, arena = frozen.face, frozen.arena
     grown = _locked(procfs.status(pid)) - _locked(frozen.threads[0].status)
     if grown < len(arena):
         return 0

@@ -140,7 +140,7 @@ def _tcp_sockets(pids: Iterable[int], keep: bool = False) -> Iterator[socket.soc
     seen: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            process = os.pidfd_open(pid)
+            process = pidfd.of_task(pid)
             try:
                 yield from _of_process(process, pid, seen, keep)
             finally:

@@ -67,7 +67,7 @@ class Opened:
     @contextlib.contextmanager
     def duplicate(self) -> Iterator[int]:
         """A descriptor of ours of the same open file description."""
-        process = os.pidfd_open(self.pid)
+        process = pidfd.of_task(self.pid)
         try:
             own = pidfd.getfd(process, self.fd)
         finally:

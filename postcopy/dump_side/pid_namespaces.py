@@ -18,7 +18,7 @@ def level(status: Mapping[str, str]) -> int:
 
     An init is made together with its namespace, so it is named as the one around it names it.
     """
-    names = status["NSpid"].split()
+    names = status["NStgid"].split()
     return len(names) - 1 - (len(names) > 1 and names[-1] == "1")
 
 
@@ -28,15 +28,18 @@ class Looking:
     ``problems``: why a process cannot be moved, with its PID; `found` is then without it.
     """
 
-    def __init__(self, statuses: Mapping[int, Mapping[str, str]], zombies: Iterable[int] = ()) -> None:
+    def __init__(
+        self, statuses: Mapping[int, Mapping[str, str]], faces: Mapping[int, int], zombies: Iterable[int] = ()
+    ) -> None:
         self.problems: list[tuple[int, str]] = []
         self._statuses = statuses
+        self._faces = faces
         self._zombies = set(zombies)
         self._root = next(iter(statuses))
         self._level = level(statuses[self._root])
-        self._links = {pid: _link(pid, "pid") for pid in statuses}
+        self._links = {pid: _link(face, "pid") for pid, face in faces.items()}
         self._inits = {
-            self._links[pid]: pid for pid in statuses if self._depth(pid) and self._names(pid, "NSpid")[-1] == 1
+            self._links[pid]: pid for pid in statuses if self._depth(pid) and self._names(pid, "NStgid")[-1] == 1
         }
         self._parents: dict[int, int] = {}
         for pid in sorted(self._inits.values(), key=self._depth):
@@ -47,7 +50,7 @@ class Looking:
         return [int(word) for word in self._statuses[pid][key].split()[self._level :]]
 
     def _depth(self, pid: int) -> int:
-        return len(self._names(pid, "NSpid")) - 1
+        return len(self._names(pid, "NStgid")) - 1
 
     def found(self, tids: Mapping[int, Iterable[str]] | None = None) -> list[PidNamespace]:
         """The namespaces, outer ones first. ``tids``: of each process the ``NSpid`` of its threads."""
@@ -59,7 +62,7 @@ class Looking:
             if around is None:
                 self.problems.append((pid, _foreign("pid")))
                 continue
-            numbers = [self._names(pid, key) for key in ("NSpid", "NSsid", "NSpgid")]
+            numbers = [self._names(pid, key) for key in ("NStgid", "NSsid", "NSpgid")]
             numbers += [[int(word) for word in each.split()[self._level :]] for each in (tids or {}).get(pid, ())]
             for common_number, *inner in filter(any, numbers):
                 for init, number in zip(around, inner, strict=False):
@@ -68,7 +71,7 @@ class Looking:
             if pid not in self._zombies:
                 self._look_for_children(pid, around, awaited)
         mounted = self._mounts()
-        common_names = {pid: self._names(pid, "NSpid")[0] for pid in self._statuses}
+        common_names = {pid: self._names(pid, "NStgid")[0] for pid in self._statuses}
         return [
             PidNamespace(
                 init=common_names[init],
@@ -97,12 +100,12 @@ class Looking:
 
     def _look_for_children(self, pid: int, around: list[int], awaited: dict[int, list[int]]) -> None:
         """Whether the next child of a process is born in its own namespace."""
-        link = _link(pid, "pid_for_children")
+        link = _link(self._faces[pid], "pid_for_children")
         if link == self._links[pid]:
             return
         init = self._inits.get(link)
         if not link:
-            if os.path.lexists(f"/proc/{pid}/ns/pid_for_children") and not _has_ended(pid):
+            if os.path.lexists(f"/proc/{self._faces[pid]}/ns/pid_for_children") and not _has_ended(self._faces[pid]):
                 self.problems.append((pid, "its children will live in a PID namespace that nobody is in yet (unshare)"))
         elif init is None or self._parents[init] != (around[-1] if around else COMMON) or init in self._zombies:
             self.problems.append((pid, "its children would live in another PID namespace, whose init is not there"))
@@ -116,9 +119,9 @@ class Looking:
         """
         found: dict[int, list[int]] = defaultdict(list)
         kinds: dict[str, int] = {}
-        root = _link(self._root, "mnt")
+        root = _link(self._faces[self._root], "mnt")
         for pid in self._statuses:
-            link = _link(pid, "mnt")
+            link = _link(self._faces[pid], "mnt")
             if pid in self._zombies:
                 # It has none any more, and will be made with that of its maker.
                 link = _link(self._statuses[pid]["PPid"], "mnt")
@@ -136,11 +139,11 @@ class Looking:
         return found
 
     def _same_mounts(self, pid: int) -> bool:
-        return namespaces.mounts(str(pid)) == namespaces.mounts(str(self._root))
+        return namespaces.mounts(str(self._faces[pid])) == namespaces.mounts(str(self._faces[self._root]))
 
     def _told_of(self, pid: int) -> int:
         """The init of the namespace of the tree that the ``/proc`` of a process tells of; `COMMON` for others."""
-        return self._inits.get(_link(f"{pid}/root/proc/1", "pid"), COMMON)
+        return self._inits.get(_link(f"{self._faces[pid]}/root/proc/1", "pid"), COMMON)
 
 
 def for_each_problem(looking: Looking, pid: int) -> Iterator[str]:

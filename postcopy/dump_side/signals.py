@@ -50,7 +50,8 @@ def late(frozen: Frozen, collected: Process) -> list[LateSignal]:
     leader = frozen.threads[0].tid
     pid = collected.pid
     found = [LateSignal(pid, 0, siginfo) for siginfo in _new(leader, True, collected.signals.pending)]
-    for thread, state in zip(frozen.threads, collected.threads, strict=True):
+    alive = collected.threads[collected.leader_ended is not None :]
+    for thread, state in zip(frozen.threads, alive, strict=True):
         found += [LateSignal(pid, state.tid, siginfo) for siginfo in _new(thread.tid, False, state.pending)]
     return found
 

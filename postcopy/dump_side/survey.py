@@ -38,7 +38,7 @@ _LOOKS, _BETWEEN_LOOKS = 4, 0.02
 
 
 def check_target(pid: int) -> None:
-    """That there is a process to move. Raises DumpError with the reason if not, ProblemsError if it cannot be seen."""
+    """That there is a process to move. Raises DumpError with the reason if not."""
     if not procfs.exists(pid):
         raise DumpError(f"there is no process {pid}", "look for its PID with ps or pgrep")
     fields, status = procfs.stat(pid), procfs.status(pid)
@@ -55,12 +55,6 @@ def check_target(pid: int) -> None:
         raise DumpError(
             f"process {pid} ({name}) is traced by process {status['TracerPid']} (a debugger or strace)",
             "detach it there and try again",
-        )
-    if fields[3] in "ZX":
-        # Nothing else can be seen of it: what a process has, /proc shows by its main thread.
-        raise ProblemsError(
-            ["its main thread has ended while others go on, which cannot be moved yet"],
-            f"process {pid} ({name}) cannot be moved",
         )
 
 
@@ -86,26 +80,35 @@ def _survey(pid: int, choices: Choices) -> tuple[Manifest, Trusted]:
         descendants = procfs.descendants(pid)
         looks += 1
         try:
-            return _look(pid, descendants, choices)
+            return _look({each: _face(each) for each in (pid, *descendants)}, choices)
         except ProblemsError:
             if not descendants or looks == _LOOKS:
                 raise
             time.sleep(_BETWEEN_LOOKS)
 
 
-def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest, Trusted]:
+def _face(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return procfs.face(pid)
+    return pid
+
+
+def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
+    """``faces``: of each process of the tree, the root first (`procfs.face`)."""
     shared = SharedObjects()
+    root, *descendants = faces
+    of_root = faces[root]
     level = pid_namespaces.level(procfs.status(root))
-    found = _Findings(root, Table(frozenset({root, *descendants}), shared, choices=choices, level=level))
-    found.look(root)
-    found.problems += namespaces.problems_of_member(root, root)
+    found = _Findings(of_root, Table(frozenset(faces.values()), shared, choices=choices, level=level))
+    found.look(of_root)
+    found.problems += namespaces.problems_of_member(of_root, of_root)
     for pid in descendants:
         name = _name(pid)
         own = len(found.problems)
         try:
             if not _has_ended(pid):
-                found.look(pid)
-                found.problems += namespaces.problems_of_member(pid, root)
+                found.look(faces[pid])
+                found.problems += namespaces.problems_of_member(faces[pid], of_root)
         except OSError:
             if not _has_ended(pid):
                 raise
@@ -115,18 +118,18 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
     epoll.complete(found.table, found.problems)
     unix_sockets.check_peers(found.table, found.problems)
-    alive = [pid for pid in descendants if pid in found.tids]
+    alive = [pid for pid in descendants if faces[pid] in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
-        found.problems += lineage.shared([root, *alive])
-        kin = lineage.Kin([root, *descendants], zombies=set(descendants) - set(alive))
+        found.problems += lineage.shared([of_root, *(faces[pid] for pid in alive)])
+        kin = lineage.Kin(faces, zombies=set(descendants) - set(alive))
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
         found.problems += [*kin.problems_of(root), *kin.problems()]
-    found.problems += shared.problems({root, *descendants})
+    found.problems += shared.problems(set(faces.values()))
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
     manifest = Manifest(
-        pid=found.tids[root][0],
+        pid=common(found.table, root),
         tids=[tid for tids in found.tids.values() for tid in tids],
         name=_name(root),
         files=list(dict.fromkeys((*found.files.values(), *found.table.needed))),
@@ -146,7 +149,7 @@ def _look(root: int, descendants: list[int], choices: Choices) -> tuple[Manifest
 
 @dataclass
 class _Findings:
-    """What is found of one process after the other; ``tids``: of each its threads, as it sees them itself."""
+    """What is found of one process after the other; ``tids``: of each its threads, as the tree numbers them."""
 
     root: int
     table: Table

@@ -1,9 +1,9 @@
 """Threads: registers and everything the kernel keeps for one thread."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from postcopy.dump_side import scheduling, seccomp, sleepers
-from postcopy.dump_side.freeze import FrozenThread
+from postcopy.dump_side.freeze import Frozen, FrozenThread
 from postcopy.dump_side.sleepers import Observation
 from postcopy.kernel import procfs, ptrace
 from postcopy.kernel.calls import NUMBERS, call
@@ -17,7 +17,7 @@ from postcopy.kernel.prctl import (
     PR_GET_TIMERSLACK,
 )
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.state import Credentials, Rseq, Thread
+from postcopy.state import Credentials, Rseq, Seccomp, Thread
 
 _STACK_T_SIZE = 24
 
@@ -76,6 +76,31 @@ class Question:
             seccomp=seccomp.collect(frozen.tid, frozen.status),
             scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
         )
+
+
+def ended_leader(frozen: Frozen, other: Thread, number: int) -> Thread:
+    """What is left of a leader that has ended; as to the rest, it is like ``other``, which goes on."""
+    status = procfs.status(frozen.pid, frozen.pid)
+    return replace(
+        other,
+        tid=number,
+        name=procfs.read(frozen.pid, "comm").removesuffix(b"\n"),
+        pending=[],
+        alternate_stack=bytes(_STACK_T_SIZE),
+        tid_address=0,
+        robust_list=0,
+        robust_list_size=0,
+        rseq=Rseq(0, 0, 0),
+        sleep=None,
+        parent_death_signal=0,
+        credentials=Credentials.from_status(status, other.credentials.securebits),
+        seccomp=Seccomp(0, []),
+    )
+
+
+def end_of_leader(pid: int) -> int:
+    """The wait status of a leader that has ended before the other threads."""
+    return int(procfs.stat(pid, pid)[52])
 
 
 def boot_set(frozen: FrozenThread) -> list[int]:

@@ -95,6 +95,16 @@ def tids(pid: int) -> list[int]:
     return sorted(found, key=lambda tid: tid != pid)
 
 
+def face(pid: int) -> int:
+    """The thread by which ``/proc`` shows what a process has: after the end of its main thread, another one.
+
+    Raises OSError: it is gone.
+    """
+    if stat(pid)[3] not in "ZX":
+        return pid
+    return next((tid for tid in tids(pid)[1:] if stat(pid, tid)[3] not in "ZX"), pid)
+
+
 def children(pid: int) -> list[int]:
     """The child processes, of all threads."""
     return [child for tid in tids(pid) for child in children_of_thread(pid, tid)]

@@ -167,6 +167,11 @@ def look(tid: int) -> Stop | None:
     return _stop(status) if found else None
 
 
+def has_news(tid: int) -> bool:
+    """Whether `wait` would return at once."""
+    return os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL) is not None
+
+
 def _stop(status: int) -> Stop:
     if os.WIFSTOPPED(status):
         return Stop(signal=os.WSTOPSIG(status), event=status >> 16)

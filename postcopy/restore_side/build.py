@@ -154,6 +154,8 @@ class _Builder:
         self._remove()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             threads.finish(tid, thread, tid in self._asleep)
+        if state.leader_ended is not None:
+            threads.end(pid, self._vdso_syscall(), state.leader_ended)
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes; the program's own is set in the end."""
@@ -204,10 +206,8 @@ class _Builder:
 
     def _remove(self) -> None:
         """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
-        vma = next(v for v in self._state.memory.vmas if v.backing == "vdso")
-        at = vma.start + vdso.syscall_offset(self._state.memory.vdso)
         pid = self._newborn.pid
-        result = lone_syscall(pid, at, call("munmap", self._base, self._size))
+        result = lone_syscall(pid, self._vdso_syscall(), call("munmap", self._base, self._size))
         if result:
             raise RestoreError(f"unmapping the executor: {errno.errorcode.get(-result, result)}")
         ptrace.interrupt(pid)
@@ -215,6 +215,11 @@ class _Builder:
         stop = ptrace.wait(pid)
         if stop.event != ptrace.PTRACE_EVENT_STOP:
             raise RestoreError(f"process {pid} met {stop} while it was being built")
+
+    def _vdso_syscall(self) -> int:
+        """The address of an instruction ``syscall`` of the program's own."""
+        vma = next(v for v in self._state.memory.vmas if v.backing == "vdso")
+        return vma.start + vdso.syscall_offset(self._state.memory.vdso)
 
     # -- the batches --------------------------------------------------------------------------------------------------
 

@@ -127,6 +127,13 @@ def finish(tid: int, state: Thread, asleep: bool) -> None:
     ptrace.set_signal_mask(tid, state.signal_mask)
 
 
+def end(tid: int, syscall_at: int, status: int) -> None:
+    """Have a leader, once it is let go, do nothing but end as ``status`` says; the other threads go on."""
+    made = {"rip": syscall_at, "rax": NUMBERS["exit"], "rdi": status >> 8, "orig_rax": _NO_CALL}
+    ptrace.set_registers(tid, untrapped(ptrace.get_registers(tid)).changed(**made))
+    ptrace.set_signal_mask(tid, _NO_CALL)
+
+
 def _expect(tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
     while True:
         stop = ptrace.wait(tid)

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,21 +66,12 @@ def pid_namespace(directory: Path) -> None:
         signal.pause()
 
 
-def entered_pid_namespace(directory: Path) -> None:
-    init = os.fork()
-    if not init:
+def born_into_a_pid_namespace(directory: Path) -> None:
+    if not os.fork():
         checked(libc.unshare(CLONE_NEWPID))
         if os.fork():
-            signal.pause()
-        signal.pause()
-    link = Path(f"/proc/{init}/ns/pid_for_children")
-    while not os.path.exists(link):
-        time.sleep(0.001)
-    with link.open() as namespace:
-        if not os.fork():
-            checked(libc.setns(namespace.fileno(), CLONE_NEWPID))
             os.fork()
-            signal.pause()
+        signal.pause()
 
 
 def mount_namespace(directory: Path) -> None:
@@ -302,7 +292,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     shared_places: "share their working directory (CLONE_FS)",
     vfork: "share their memory (vfork, CLONE_VM)",
     pid_namespace: "its children will live in a PID namespace that nobody is in yet (unshare)",
-    entered_pid_namespace: "its children would live in another PID namespace",
+    born_into_a_pid_namespace: "is in another PID namespace than its parent, and not its init",
     mount_namespace: "it lives in another mnt namespace than the root of the tree",
     tcp_connection: "can be moved with --tcp-established, or closed with --tcp-close",
     corked_udp: "a corked UDP socket (UDP_CORK) cannot be moved yet",

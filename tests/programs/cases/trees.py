@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from tests.programs.cases import Case, differences, first_problem, libc, required, syscall, unlike
 from tests.programs.cases.identity import prctl
 
-SYS_CLONE = 56
+SYS_CLONE, SYS_EXIT = 56, 60
 CLONE_NEWNS, CLONE_NEWPID, MS_REC, MS_PRIVATE = 0x20000, 0x20000000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 2, 36
 ANSWER_SECONDS = 20
@@ -797,6 +797,54 @@ class OwnPidNamespace(Case):
         return unlike("view from within", [own, told, seen, *rest], self.outer.hear())
 
 
+class EndedLeader(Case):
+    """A child whose main thread has ended while another goes on."""
+
+    def setup(self) -> None:
+        """A thread answers; the main thread ends, and no other."""
+        self.child = Child(self._live)
+        self.before = self.child.hear()
+
+    def _live(self, line: Line) -> NoReturn:
+        threading.Thread(target=self._go_on, args=(line,)).start()
+        libc.syscall(SYS_EXIT, 7)
+        raise AssertionError("the main thread has not ended")
+
+    @staticmethod
+    def _go_on(line: Line) -> None:
+        def leader() -> list[str]:
+            with open(f"/proc/self/task/{os.getpid()}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+            return [fields[0], fields[49]]
+
+        wait_for(lambda: leader()[0] == "Z")
+        grandchild = Child(answering)
+        for _ in range(2):
+            wait_for(lambda: leader()[0] == "Z")
+            tasks = sorted(os.listdir("/proc/self/task"))
+            line.say(
+                [
+                    threading.get_native_id(),
+                    os.getpid(),
+                    tasks,
+                    leader(),
+                    os.listdir("/proc/thread-self/fd"),
+                    grandchild.hear(),
+                ]
+            )
+            line.wait()
+            grandchild.say("again")
+        libc.syscall(SYS_EXIT, 5)
+
+    def verify(self) -> str | None:
+        """The same, and the end."""
+        self.child.say("again")
+        told = self.child.hear()
+        self.child.say("end")
+        status = os.waitpid(self.child.pid, 0)[1]
+        return first_problem(unlike("view", self.before, told), unlike("status", 5 << 8, status))
+
+
 CASES: tuple[type[Case], ...] = (
     Generations,
     Sessions,
@@ -815,4 +863,5 @@ CASES: tuple[type[Case], ...] = (
     ThreadsOfChild,
     Credentials,
     OwnPidNamespace,
+    EndedLeader,
 )
