@@ -6,7 +6,7 @@ or by a brother of its own in the right session (CLONE_PARENT, clone(2)); a lead
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 OUTSIDE = 0
@@ -61,6 +61,15 @@ def joining(makings: dict[int, Making]) -> list[Making]:
 def plan(relatives: Iterable[Relative]) -> dict[int, Making]:
     """What each process does, by its PID, those who make others before these. Raises Unrelated."""
     return _Planner(relatives).plan()
+
+
+def check_sharing(makings: Mapping[int, Making], owners: Mapping[int, int], what: str) -> None:
+    """Raises Unrelated where somebody has ``what`` from another process than who makes it; ``owners``: of those who
+    have it from others, the first that has it."""
+    for pid, making in makings.items():
+        for child in making.births:
+            if child in owners and owners[child] != owners.get(pid, pid):
+                raise Unrelated(f"process {child} shares its {what} with {owners[child]}, and not with its parent")
 
 
 class _Planner:

@@ -16,7 +16,7 @@ from typing import Any
 from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
-from postcopy.kinship import Unrelated, plan
+from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.state import (
@@ -317,7 +317,12 @@ def _tree(tree: Tree) -> Iterator[str]:
         yield from problems
         return
     try:
-        nesting.check(plan(member.lineage.relative(member.pid) for member in tree.members))
+        makings = plan(member.lineage.relative(member.pid) for member in tree.members)
+        nesting.check(makings)
+        for name in ("table_of", "places_of"):
+            owners = {each.pid: getattr(each, name) for each in tree.processes if getattr(each, name)}
+            check_sharing(makings, owners, "descriptor table" if name == "table_of" else "working directory")
+            yield from _owners(tree, name, owners)
     except Unrelated as reason:
         yield f"processes: {reason}"
     if tree.processes[0].lineage.parent:
@@ -333,6 +338,18 @@ def _tree(tree: Tree) -> Iterator[str]:
     for space in _repeated(spaces):
         yield f"processes: space {space} occurs twice"
     yield from _references_to_memory(tree)
+
+
+def _owners(tree: Tree, name: str, owners: Mapping[int, int]) -> Iterator[str]:
+    """What processes share by clone(2) is that of one before them which has it for itself."""
+    before: set[int] = set()
+    for place, process in enumerate(tree.processes):
+        owner = owners.get(process.pid, 0)
+        if owner and (owner not in before or owner in owners):
+            yield f"processes[{place}].{name}: {owner} is none before it that has its own"
+        if name == "table_of" and owner and process.slots:
+            yield f"processes[{place}].slots: {len(process.slots)} of them, where those of process {owner} count"
+        before.add(process.pid)
 
 
 def _references_to_memory(tree: Tree) -> Iterator[str]:

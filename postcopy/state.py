@@ -336,7 +336,10 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """One thread. ``registers``: struct user_regs_struct; ``sleep``: the call it is to go on waiting in, if any."""
+    """One thread. ``registers``: struct user_regs_struct; ``sleep``: the call it is to go on waiting in, if any.
+
+    ``filesystem``: directories and umask that it does not share with its process (unshare(2)).
+    """
 
     tid: Pid
     name: bytes
@@ -354,6 +357,7 @@ class Thread:
     credentials: Credentials
     seccomp: Seccomp
     scheduling: Scheduling
+    filesystem: Filesystem | None = None
 
 
 # -- descriptors: what is open (a description) and where (a slot) ------------------------------------------------------
@@ -472,6 +476,8 @@ class Process:
 
     ``stopped_by``: the signal of the job-control stop that it is in, 0 for none; ``stop_told``: its parent has waited
     for that. ``leader_ended``: the leader has, with this status as wait(2) gives it, while the other threads go on.
+    ``table_of``, ``places_of``: the process before it with which it shares its descriptor table, which stands there
+    alone, or its directories and umask (clone(2), CLONE_FILES and CLONE_FS); 0 for its own.
     """
 
     pid: Pid
@@ -488,6 +494,8 @@ class Process:
     stopped_by: Unsigned
     stop_told: bool
     leader_ended: Unsigned | None = None
+    table_of: Unsigned = 0
+    places_of: Unsigned = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--tree-processes", type=int, default=100, help="of the largest tree that is moved (default: 100)")
     group.addoption("--redis-megabytes", type=int, default=50, help="of the Redis server that is moved (default: 50)")
+    group.addoption("--tree-threads", type=int, default=200, help="of a tree of twenty processes (default: 200)")
     group.addoption("--connections", type=int, default=60, help="of the service that is moved with many (default: 60)")
     group.addoption(
         "--stress-without", default="", metavar="OPERATIONS", help="leave operations out: op_lock,op_fork,…"

@@ -195,9 +195,30 @@ def test_storm_of_forks_moves(hosts: Pair, tmp_path: Path) -> None:
 def test_hundred_processes_move(hosts: Pair, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     processes = int(pytestconfig.getoption("--tree-processes"))
     clan = Clan(hosts.a, tmp_path, processes, "--interval", "0.2")
-    migration = move(hosts.a, hosts.b, clan.pid)
+    members = clan.members()
+    migration = move(hosts.a, hosts.b, clan.pid, dump_options=["--timeout", "60"])
     migration.wait_drained()
     clan.all_count("the clan counts on", hosts.b.name)
+    clan.nothing_is_wrong()
+    assert len(members) == processes
+    assert sorted([PID, *descendants(hosts.b, PID)]) == sorted(members)
+
+
+def test_hundreds_of_threads_over_a_tree_move(hosts: Pair, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    processes, threads = 20, int(pytestconfig.getoption("--tree-threads"))
+    clan = Clan(hosts.a, tmp_path, processes, "--interval", "0.2", "--threads", str(threads // processes - 1))
+
+    def tids(host: Host) -> list[int]:
+        return sorted(
+            int(tid) for pid in [PID, *descendants(host, PID)] for tid in os.listdir(host.proc / f"{pid}/task")
+        )
+
+    before = tids(hosts.a)
+    migration = move(hosts.a, hosts.b, clan.pid, dump_options=["--timeout", "60"])
+    migration.wait_drained()
+    clan.all_count("the clan counts on", hosts.b.name)
+    assert len(before) == threads
+    assert tids(hosts.b) == before
     clan.nothing_is_wrong()
 
 

@@ -58,10 +58,10 @@ def collect(
     faces = {**dict(zip(frozen.pids, frozen.faces, strict=True)), **{pid: pid for pid in frozen.zombies}}
     kin = lineage.Kin(faces, statuses, frozen.zombies, tids)
     table.level = kin.level
-    problems += lineage.shared(frozen.faces)
-    problems += kin.problems()
+    sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)))
+    problems += [*sharing.problems, *kin.problems(sharing)]
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
-    for each in frozen.processes:
+    for each in [each for each in frozen.processes if each.pid not in sharing.tables]:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)
     epoll.complete(table, problems)
     unix_sockets.check_peers(table, problems)
@@ -72,7 +72,7 @@ def collect(
     checked: memory.Checked = {}
     stops = lineage.Stops(kin, frozen.processes)
     for each in frozen.processes:
-        state, layout = _process(each, len(processes), smaps, table, kin, stops, sleepers, checked)
+        state, layout = _process(each, len(processes), smaps, table, kin, sharing, stops, sleepers, checked)
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
@@ -107,6 +107,7 @@ def _process(
     smaps: SmapsReader,
     table: Table,
     kin: lineage.Kin,
+    sharing: lineage.Sharing,
     stops: lineage.Stops,
     sleepers: Sleepers,
     checked: memory.Checked,
@@ -117,6 +118,8 @@ def _process(
     # It may have been born since the survey.
     problems += [*namespaces.problems_of_member(pid, kin.face(kin.root)), *kin.problems_of(frozen.pid)]
     places = filesystem.collect(pid, problems)
+    apart = lineage.with_places_of_their_own(pid, [thread.tid for thread in frozen.threads], problems)
+    places_apart = {tid: filesystem.collect(tid, problems) for tid in apart}
     maps = procfs.read(pid, "maps")
     known = smaps.foresee(pid, maps)
     if known is None:
@@ -153,7 +156,8 @@ def _process(
         for executor, batch in asked:
             executor.start(batch)
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
-        edges.find(table, pid, executors[0])
+        if pid in table.slots:
+            edges.find(table, pid, executors[0])
         locks = memory.future_locks(frozen)
     leader = answers[0]
     stops.answered(frozen.pid, leader)
@@ -173,7 +177,10 @@ def _process(
         space=space,
         threads=[
             *filter(None, [ended]),
-            *(replace(t, pending=timers.without_raised(t.pending, found_timers)) for t in found_threads),
+            *(
+                replace(t, pending=timers.without_raised(t.pending, found_timers), filesystem=places_apart.get(own.tid))
+                for t, own in zip(found_threads, frozen.threads, strict=True)
+            ),
         ],
         memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),
         signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
@@ -182,9 +189,11 @@ def _process(
         filesystem=places,
         attributes=about_attributes.answered(leader, pid),
         lineage=kin.lineage(frozen.pid),
-        slots=table.slots[pid],
+        slots=table.slots.get(pid, []),
         stopped_by=frozen.stopped_by,
         stop_told=stops.told(frozen.pid),
+        table_of=kin.common(sharing.tables[frozen.pid]) if frozen.pid in sharing.tables else 0,
+        places_of=kin.common(sharing.places[frozen.pid]) if frozen.pid in sharing.places else 0,
         leader_ended=threads.end_of_leader(frozen.pid) if ended else None,
     )
     return state, layout

@@ -1,5 +1,6 @@
 """Parents, sessions and process groups; and what ties threads and processes together otherwise."""
 
+import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from postcopy.kernel import kcmp, procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.ptrace import SIGINFO_SIZE, WALL
-from postcopy.kinship import Unrelated, plan
+from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
 from postcopy.state import Lineage, Zombie
 
@@ -40,10 +41,21 @@ def _of_thread(pid: int, tid: int) -> Iterator[str]:
     try:
         if not kcmp.same_table(pid, tid) and not is_ending(pid, tid):
             yield f"thread {tid} has a descriptor table of its own (unshare), which cannot be moved yet"
-        if not kcmp.same_places(pid, tid) and not is_ending(pid, tid):
-            yield f"thread {tid} has a working directory of its own (unshare), which cannot be moved yet"
     except OSError:
         return  # it has ended while we looked
+
+
+def with_places_of_their_own(pid: int, tids: Iterable[int], problems: list[str]) -> list[int]:
+    """The threads that do not share directories and umask with their process; of those that do with one another no
+    more can be moved, which is added to ``problems``."""
+    found: list[int] = []
+    for tid in tids:
+        with contextlib.suppress(OSError):
+            if tid != pid and not kcmp.same_places(pid, tid) and not is_ending(pid, tid):
+                if any(kcmp.same_places(other, tid) for other in found):
+                    problems.append(f"thread {tid} shares a working directory with some threads, which cannot be moved")
+                found.append(tid)
+    return found
 
 
 def is_ending(pid: int, tid: int) -> bool:
@@ -54,15 +66,38 @@ def is_ending(pid: int, tid: int) -> bool:
         return True
 
 
-def shared(pids: Iterable[int]) -> Iterator[str]:
-    """What processes of a tree share that cannot be moved as shared."""
-    pids = list(pids)
-    for kind, name in kcmp.SHAREABLE.items():
+class Sharing:
+    """What processes of a tree share, although they are no threads of one another.
+
+    ``tables``, ``places``: for each that has its descriptor table, or its directories, from another, the first such.
+    """
+
+    def __init__(self, faces: Mapping[int, int]) -> None:
+        """``faces``: of all of them, see `procfs.face`. Raises OSError: one is gone."""
+        self._pids = {face: pid for pid, face in faces.items()}
+        self.problems: list[str] = []
+        for kind in (kcmp.MEMORY, kcmp.SIGNAL_ACTIONS):
+            for pid, other in self._shared(kind).items():
+                text = f"processes {min(pid, other)} and {max(pid, other)} share their {kcmp.SHAREABLE[kind]}"
+                self.problems.append(f"{text}, which cannot be moved yet")
+        self.tables = self._shared(kcmp.TABLE)
+        self.places = self._shared(kcmp.PLACES)
+
+    def _shared(self, kind: int) -> dict[int, int]:
         # By sorting, in which those that share come to stand side by side.
-        in_order = sorted(pids, key=cmp_to_key(partial(kcmp.order, kind)))
+        in_order = sorted(self._pids, key=cmp_to_key(partial(kcmp.order, kind)))
+        groups = [in_order[:1]]
         for one, other in pairwise(in_order):
             if kcmp.order(kind, one, other) == 0:
-                yield f"processes {min(one, other)} and {max(one, other)} share their {name}, which cannot be moved yet"
+                groups[-1].append(other)
+            else:
+                groups.append([other])
+        place = {face: number for number, face in enumerate(self._pids)}
+        found: dict[int, int] = {}
+        for group in groups:
+            first, *others = sorted(group, key=place.__getitem__)
+            found.update((self._pids[face], self._pids[first]) for face in others)
+        return found
 
 
 class Kin:
@@ -125,12 +160,26 @@ class Kin:
             foreground=int(fields[8]) == int(fields[5]),
         )
 
-    def problems(self) -> Iterator[str]:
+    def problems(self, sharing: Sharing) -> Iterator[str]:
         """Why the relations cannot be made again."""
         try:
-            self._nesting.check(plan(self.lineage(pid).relative(self._common[pid]) for pid in self._statuses))
+            makings = plan(self.lineage(pid).relative(self._common[pid]) for pid in self._statuses)
         except Unrelated as reason:
             yield str(reason)
+            return
+        tables, places = (
+            {self._common[pid]: self._common[owner] for pid, owner in owners.items()}
+            for owners in (sharing.tables, sharing.places)
+        )
+        for check in (
+            partial(self._nesting.check, makings),
+            partial(check_sharing, makings, tables, "descriptor table"),
+            partial(check_sharing, makings, places, "working directory"),
+        ):
+            try:
+                check()
+            except Unrelated as reason:
+                yield str(reason)
 
     def problems_of(self, pid: int) -> Iterator[str]:
         """Namespaces of one of them that cannot be moved."""

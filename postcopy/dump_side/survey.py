@@ -121,10 +121,11 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
     alive = [pid for pid in descendants if faces[pid] in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
-        found.problems += lineage.shared([of_root, *(faces[pid] for pid in alive)])
+        sharing = lineage.Sharing({pid: faces[pid] for pid in (root, *alive)})
+        found.problems += sharing.problems
         kin = lineage.Kin(faces, zombies=set(descendants) - set(alive))
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
-        found.problems += [*kin.problems_of(root), *kin.problems()]
+        found.problems += [*kin.problems_of(root), *kin.problems(sharing)]
     found.problems += shared.problems(set(faces.values()))
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
@@ -169,7 +170,8 @@ class _Findings:
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
         slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)
-        filesystem.collect(pid, self.problems)
+        for tid in (pid, *lineage.with_places_of_their_own(pid, procfs.tids(pid), self.problems)):
+            filesystem.collect(tid, self.problems)
         for file in (*_exe(pid, self.problems), *memory.identities(layout, self.files)):
             self.files[file.path] = file
         if not self.vdso:

@@ -10,11 +10,12 @@ _ORDER = (0, -1, 1)
 _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND, _KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 7
 
 # What processes may share by clone(2) although they are no threads of one another.
+MEMORY, TABLE, PLACES, SIGNAL_ACTIONS = _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND
 SHAREABLE = {
-    _KCMP_VM: "memory (vfork, CLONE_VM)",
-    _KCMP_FILES: "descriptor table (CLONE_FILES)",
-    _KCMP_FS: "working directory (CLONE_FS)",
-    _KCMP_SIGHAND: "signal actions (CLONE_SIGHAND)",
+    MEMORY: "memory (vfork, CLONE_VM)",
+    TABLE: "descriptor table (CLONE_FILES)",
+    PLACES: "working directory (CLONE_FS)",
+    SIGNAL_ACTIONS: "signal actions (CLONE_SIGHAND)",
 }
 
 

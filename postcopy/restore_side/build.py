@@ -73,9 +73,10 @@ class Built:
 
 
 class Building:
-    """A process on the way to being `Built`: first every process of a tree is begun, in its order, then each finished.
+    """A process on the way to being `Built`: first every process of a tree is begun, in its order, then the files of
+    each are opened, then each is finished.
 
-    Both raise RestoreError with what was refused and why; the new process is then to be killed.
+    All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
 
     def __init__(self, state: Process, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool) -> None:
@@ -85,10 +86,15 @@ class Building:
         self._parent_stays = parent_stays
 
     def begin(self, pages: memoryview) -> None:
-        """Lay out and fill its memory, make its threads, open its files; ``pages`` is the content that came with it."""
+        """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it."""
         with _errors_named(self.built.state):
             self._builder = _Builder(self.built, self._shared, self._parent_stays)
             self._builder.begin(pages)
+
+    def open(self) -> None:
+        """Open its files; those that share a table have all begun."""
+        with _errors_named(self.built.state):
+            self._builder.open()
 
     def finish(self) -> Built:
         """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last."""
@@ -129,7 +135,7 @@ class _Builder:
         self._stop = stop_signal(0, pending)
 
     def begin(self, pages: memoryview) -> None:
-        """Up to where the other processes of the tree may refer to this one."""
+        """Up to where a descriptor table is ready for the program's descriptors."""
         self._allow_descriptors()
         self._install()
         self._run_memory()
@@ -140,7 +146,12 @@ class _Builder:
         """What may refer to the other processes of the tree, and what must come last."""
         pid, state, leader = self._newborn.pid, self._state, self._executors[0]
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
-        descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
+        if not state.table_of:
+            descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
+        if state.pid in self._shared.owners_of_places:
+            batch = leader.batch()
+            filesystem.rebuild(state.filesystem, batch)
+            self._checked(leader.run(batch))
         self._await_children()
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
@@ -229,6 +240,9 @@ class _Builder:
         present = list(procfs.for_each_vma(self._newborn.pid))
         keep = range(self._base, self._base + self._size)
         lent = [0, 1, 2, birth.lender_number(), *self._shared.inherited.values()]
+        if self._state.table_of:
+            # Whoever has the table has moved them already.
+            lent = list(range(len(lent)))
         high = max(memory.descriptors(self._state.memory), *(fd + 1 for fd in lent))
         lender = high + 3
         attributes.disable_huge_pages(batch)
@@ -256,14 +270,26 @@ class _Builder:
         self._welcome(leader.born)
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
+
+    def open(self) -> None:
+        """Up to where the other processes of the tree may refer to this one's files."""
+        state, leader = self._state, self._executors[0]
+        for executor, thread in zip(self._executors, state.threads, strict=True):
+            if thread.filesystem is not None:
+                batch = executor.batch()
+                threads.part_places(thread.filesystem, batch)
+                self._checked(executor.run(batch))
         batch = leader.batch()
         if self._nesting.mounts(state.pid):
             pid_namespace.mount_proc(batch)
-        descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
-        filesystem.rebuild(state.filesystem, batch)
+        if not state.table_of:
+            descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
+        if not state.places_of and state.pid not in self._shared.owners_of_places:
+            filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
         self._checked(leader.run(batch))
-        descriptors.fill(state, self._shared, self._newborn.pidfd)
+        if not state.table_of:
+            descriptors.fill(state, self._shared, self._newborn.pidfd)
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""

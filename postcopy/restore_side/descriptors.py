@@ -62,6 +62,7 @@ class Shared:
         """``inherited``: which descriptor of the newborn processes is to take the place of which external resource;
         ``newborns``: these, once they are there."""
         self.nesting = Nesting(tree.pid_namespaces)
+        self.owners_of_places = {process.places_of for process in tree.processes} - {0}
         self.newborns = {} if newborns is None else newborns
         self.memory = memory
         self.descriptors: Descriptors = tree.descriptors

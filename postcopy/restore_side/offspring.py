@@ -48,6 +48,10 @@ class _Nursery:
     def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], tree: Tree) -> None:
         self._terminals = tree.descriptors.ptys
         self._nesting = Nesting(tree.pid_namespaces)
+        files, places = clone3.CLONE_FILES, clone3.CLONE_FS
+        self._shares = {
+            each.pid: (files if each.table_of else 0) | (places if each.places_of else 0) for each in tree.processes
+        }
         self._makings = makings
         self._newborns = newborns
         self._stop = stop_signal(0, 0)
@@ -121,6 +125,7 @@ class _Nursery:
             exit_signal = 0 if flags else self._makings[pid].relative.exit_signal
             numbers = self._nesting.numbers(pid)
             kind = clone3.CLONE_NEWPID if self._nesting.is_init(pid) else 0
+            kind |= self._shares.get(pid, 0)
             wanted = batch.place(clone3.set_tid(numbers))
             arguments = batch.place(clone3.arguments(flags | kind, exit_signal, wanted, len(numbers)))
             batch.add(call("clone3", arguments, clone3.SIZE), f"making process {pid}")

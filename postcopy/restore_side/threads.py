@@ -17,8 +17,8 @@ from postcopy.kernel.executor import (
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.ptrace import Registers
 from postcopy.nesting import Nesting
-from postcopy.restore_side import credentials, scheduling, seccomp
-from postcopy.state import Credentials, Thread
+from postcopy.restore_side import credentials, filesystem, scheduling, seccomp
+from postcopy.state import Credentials, Filesystem, Thread
 
 _THREAD_FLAGS = (
     clone3.CLONE_VM
@@ -45,7 +45,14 @@ def ask_for(others: list[Thread], nesting: Nesting, batch: Batch) -> None:
 def room(state: Thread, current: Credentials) -> int:
     """How many bytes of a batch `rebuild` takes at most."""
     pending = sum(RECORD_SIZE + len(siginfo) for siginfo in state.pending)
-    return _FIXED_ROOM + pending + credentials.room(state.credentials, current) + seccomp.room(state)
+    places = 4 * (len(state.filesystem.root) + len(state.filesystem.cwd)) + _FIXED_ROOM if state.filesystem else 0
+    return _FIXED_ROOM + pending + places + credentials.room(state.credentials, current) + seccomp.room(state)
+
+
+def part_places(state: Filesystem, batch: Batch) -> None:
+    """Add the calls by which a thread gets directories and a umask of its own."""
+    batch.add(call("unshare", clone3.CLONE_FS), "parting its directories from those of its process")
+    filesystem.rebuild(state, batch)
 
 
 def rebuild(state: Thread, own: tuple[int, int], current: Credentials, parent_stays: bool, batch: Batch) -> None:

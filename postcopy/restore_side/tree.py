@@ -88,6 +88,8 @@ def build_tree(
         buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
         buildings[-1].begin(content)
         place += size
+    for building in buildings:
+        building.open()
     built = [building.finish() for building in buildings]
     memory.finish()
     return BuiltTree(built)

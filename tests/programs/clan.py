@@ -11,14 +11,18 @@ import mmap
 import os
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.programs.cases import libc
 from tests.programs.cases.identity import prctl
 
 PR_SET_PDEATHSIG = 1
+SYS_GETTID = 186
 PAGES = 16
+PAUSE = 0.5  # seconds between the rounds of a thread
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,30 @@ def records(log: Path) -> list[Record]:
 class Member:
     """One process: what it was when it began."""
 
-    def __init__(self, number: int, log: int, interval: float) -> None:
+    def __init__(self, number: int, log: int, interval: float, threads: int) -> None:
         self._number, self._log, self._interval = number, log, interval
         self._count = 0
         self._memory = mmap.mmap(-1, PAGES * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for page in range(PAGES):
             self._memory[page * mmap.PAGESIZE] = (number + page) % 256
         self._relations = self._look()
+        self._wrong: list[str] = []
+        self._rounds: dict[int, int] = {}
+        for _ in range(threads):
+            threading.Thread(target=self._turn, daemon=True).start()
+        while len(self._rounds) < threads:
+            time.sleep(0.01)
+        self._tids = sorted(os.listdir("/proc/self/task"))
+
+    def _turn(self) -> None:
+        """A thread that sees whether it is itself."""
+        tid = threading.get_native_id()
+        self._rounds[tid] = 0
+        while True:
+            time.sleep(PAUSE)
+            self._rounds[tid] += 1
+            if libc.syscall(SYS_GETTID) != tid:
+                self._wrong.append(f"thread {tid} is {libc.syscall(SYS_GETTID)}")
 
     def _look(self) -> list[int]:
         # The root's parent is somebody else after a move.
@@ -55,7 +76,12 @@ class Member:
     def tick(self, children: list[int]) -> None:
         """One record."""
         self._count += 1
-        wrong = []
+        before = dict(self._rounds)
+        while any(self._rounds[tid] == rounds for tid, rounds in before.items()):
+            time.sleep(0.01)
+        wrong, self._wrong = self._wrong, []
+        if (tids := sorted(os.listdir("/proc/self/task"))) != self._tids:
+            wrong.append(f"had threads {self._tids}, has {tids}")
         if self._look() != self._relations:
             wrong.append(f"was {self._relations}, is {self._look()}")
         page = self._count % PAGES
@@ -101,7 +127,7 @@ def live(first: int, count: int, width: int, log: int, options: argparse.Namespa
         children.append(pid)
         at += share
         rest -= share
-    member = Member(first, log, options.interval)
+    member = Member(first, log, options.interval, options.threads)
     while True:
         member.tick(children)
         if options.storm:
@@ -115,6 +141,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--width", type=int, default=3, help="children of each process")
     parser.add_argument("--interval", type=float, default=0.01, help="seconds between the records of each")
+    parser.add_argument("--threads", type=int, default=0, help="of each process, beside the main thread")
     parser.add_argument("--storm", action="store_true")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -47,12 +47,23 @@ def checked(result: int) -> int:
     return result
 
 
-def shared_table(directory: Path) -> None:
-    cloned(CLONE_FILES)
+def table_shared_by_grandchildren(directory: Path) -> None:
+    if not os.fork():
+        if not checked(libc.syscall(SYS_CLONE, CLONE_FILES | signal.SIGCHLD, 0, 0, 0, 0)):
+            cloned(CLONE_FILES)
+            checked(libc.unshare(CLONE_FILES))
+        signal.pause()
 
 
-def shared_places(directory: Path) -> None:
-    cloned(CLONE_FS)
+def thread_with_a_table(directory: Path) -> None:
+    def part() -> None:
+        checked(libc.unshare(CLONE_FILES))
+        parted.set()
+        threading.Event().wait()
+
+    parted = threading.Event()
+    threading.Thread(target=part, daemon=True).start()
+    parted.wait()
 
 
 def vfork(directory: Path) -> None:
@@ -288,8 +299,8 @@ def time_namespace_of_a_child(directory: Path) -> None:
 
 #: What is made, and what dump says of it.
 KINDS: dict[Callable[[Path], None], str] = {
-    shared_table: "share their descriptor table (CLONE_FILES)",
-    shared_places: "share their working directory (CLONE_FS)",
+    table_shared_by_grandchildren: "shares its descriptor table with",
+    thread_with_a_table: "has a descriptor table of its own (unshare), which cannot be moved yet",
     vfork: "share their memory (vfork, CLONE_VM)",
     pid_namespace: "its children will live in a PID namespace that nobody is in yet (unshare)",
     born_into_a_pid_namespace: "is in another PID namespace than its parent, and not its init",

@@ -17,6 +17,7 @@ from tests.programs.cases import Case, differences, first_problem, libc, require
 from tests.programs.cases.identity import prctl
 
 SYS_CLONE, SYS_EXIT = 56, 60
+CLONE_FS, CLONE_FILES = 0x200, 0x400
 CLONE_NEWNS, CLONE_NEWPID, MS_REC, MS_PRIVATE = 0x20000, 0x20000000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 2, 36
 ANSWER_SECONDS = 20
@@ -845,6 +846,103 @@ class EndedLeader(Case):
         return first_problem(unlike("view", self.before, told), unlike("status", 5 << 8, status))
 
 
+class SharedTable(Case):
+    """A descriptor table that a child, its child and a brother have together, made by clone(2); the parent has not."""
+
+    def setup(self) -> None:
+        """The first child shares with those that it makes."""
+        self.first = Child(self._live)
+        self.before = self.first.hear()
+
+    def _live(self, line: Line) -> None:
+        write_end = os.pipe()[1]
+        below, brother = self._clone(CLONE_FILES), self._clone(CLONE_FILES | CLONE_FS)
+        for _ in range(2):
+            line.say([below.hear(), brother.hear(), os.getcwd()])
+            line.wait()
+            below.say("again")
+            brother.say("again")
+            # Opened by one, there in all; and the directory, which the brother alone shares.
+            below.hear()
+            brother.hear()
+            os.dup2(write_end, 55)
+            os.chdir("/usr")
+            os.umask(0o027)
+            below.say("look")
+            brother.say("look")
+
+    def _clone(self, flags: int) -> Line:
+        """A process that shares, with a line to it, all of which is in the shared table."""
+        down, up = os.pipe(), os.pipe()
+        if not syscall(SYS_CLONE, flags | signal.SIGCHLD, 0, 0, 0, 0):
+            try:
+                prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                self._below(Line(down[0], up[1]))
+            finally:
+                os._exit(99)
+        return Line(up[0], down[1])
+
+    @staticmethod
+    def _below(line: Line) -> None:
+        while True:
+            umask = os.umask(0)
+            os.umask(umask)
+            link = os.readlink("/proc/self/fd/55") if os.path.lexists("/proc/self/fd/55") else "none"
+            line.say([os.getcwd(), umask, link, relations()])
+            line.wait()
+            line.say("yes")
+            line.wait()
+
+    def verify(self) -> str | None:
+        """What one has opened, the others have; where one goes, the brother is."""
+        self.first.say("again")
+        below, brother, own = self.first.hear()
+        expected = ["/usr", 0o027, below[2]]
+        return first_problem(
+            unlike("directory of the first", "/usr", own),
+            unlike("what the brother has", expected, brother[:3]),
+            unlike("whether the other has the descriptor", True, below[2].startswith("pipe:")),
+            unlike("directory of the other", self.before[0][:2], below[:2]),
+            unlike("relations", [each[3] for each in self.before[:2]], [below[3], brother[3]]),
+        )
+
+
+class ThreadWithPlaces(Case):
+    """A thread with a working directory and umask of its own, in a child."""
+
+    def setup(self) -> None:
+        """It unshares and goes elsewhere."""
+        self.child = Child(self._live)
+        self.before = self.child.hear()
+
+    def _live(self, line: Line) -> None:
+        parted, asked, told = threading.Event(), threading.Event(), threading.Event()
+        answer: list[str] = []
+
+        def live() -> None:
+            required(libc.unshare(CLONE_FS), "unshare")
+            os.chdir("/usr")
+            os.umask(0o055)
+            parted.set()
+            asked.wait()
+            answer.extend([os.getcwd(), str(os.umask(0))])
+            told.set()
+
+        threading.Thread(target=live, daemon=True).start()
+        parted.wait()
+        line.say([os.getcwd(), os.umask(0o022)])
+        line.wait()
+        asked.set()
+        told.wait()
+        line.say([os.getcwd(), os.umask(0o022), answer])
+        line.wait()
+
+    def verify(self) -> str | None:
+        """Both are where they were."""
+        self.child.say("again")
+        return unlike("directories", [self.before[0], 0o022, ["/usr", str(0o055)]], self.child.hear())
+
+
 CASES: tuple[type[Case], ...] = (
     Generations,
     Sessions,
@@ -864,4 +962,6 @@ CASES: tuple[type[Case], ...] = (
     Credentials,
     OwnPidNamespace,
     EndedLeader,
+    SharedTable,
+    ThreadWithPlaces,
 )
