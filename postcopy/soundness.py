@@ -189,6 +189,9 @@ def check(tree: Tree, manifest: Manifest) -> None:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
     if not manifest.shell_job and any(each.stream for each in tree.descriptors.descriptions):
         raise ProtocolError("manifest.shell_job: the state has a terminal that was not asked for")
+    # The root was made as the manifest says: were it no init, the numbers of its namespace would be those of others.
+    if manifest.init != Nesting(tree.pid_namespaces).is_init(tree.processes[0].pid):
+        raise ProtocolError(f"manifest.init: {manifest.init} is not what the state says of the root")
 
 
 def check_message(name: str, message: Any) -> None:

@@ -301,6 +301,15 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.slots", twice, "occurs twice"),
     (f"{P}.slots[0].description", -1, "is none of the"),
     (f"{P}.slots[0].description", 1 << 40, "is none of the"),
+    (f"{P}.leader_ended", 9, "leader_ended: 0x9 is not how a thread ends"),
+    (f"{P}.table_of", 3, "processes[0].table_of: 3 is none before it that has its own"),
+    (f"{P}.places_of", 3, "processes[0].places_of: 3 is none before it that has its own"),
+    (f"{P}.threads[0].filesystem", {"root": "", "cwd": "/", "umask": 0}, "filesystem.root: ''"),
+    (
+        "pid_namespaces",
+        [{"init": 99, "parent": 0, "names": [[99, 1]], "awaited_by": [], "mounted_for": []}],
+        "pid_namespaces[0].init: 99 is no process",
+    ),
     ("descriptors.descriptions[0]", {}, "kind: none where exactly one is due"),
     (
         "descriptors.descriptions[0]",
@@ -345,6 +354,7 @@ def test_senseless_state_is_refused_with_its_field_and_value(
         ("tids", [], "manifest.tids: a length of 0"),
         ("xsave_size", 1 << 40, "manifest.xsave_size"),
         ("memory_bytes", (1 << 64) - 1, "manifest.memory_bytes"),
+        ("init", True, "manifest.init: True is not what the state says of the root"),
     ],
 )
 def test_senseless_manifest_is_refused(taken: Taken, path: str, value: Any, expected: str) -> None:

@@ -93,6 +93,22 @@ def test_kind_is_refused(refusal: Refusal, kind: object) -> None:
     assert [line for line in refusal.said if expected in line], refusal.said
 
 
+def test_process_outside_of_the_tree_in_its_pid_namespace(pair: Pair) -> None:
+    program = pair.a.popen(["unshare", "--pid", "--fork", "--mount-proc", "sleep", "1000"])
+    children = pair.a.proc / f"{program.pid}/task/{program.pid}/children"
+    wait_until(lambda: children.read_text(), SECONDS, "the init is there")
+    init = int(children.read_text())
+    wait_until(lambda: (pair.a.proc / f"{init}/comm").read_text() == "sleep\n", SECONDS, "it sleeps")
+    stranger = pair.a.popen(["nsenter", "--target", str(init), "--pid", "sleep", "1000"])
+    children = pair.a.proc / f"{stranger.pid}/task/{stranger.pid}/children"
+    wait_until(lambda: children.read_text(), SECONDS, "somebody has entered")
+    result = dump(pair.a, program.pid)
+    assert result.returncode == 5, result.stderr
+    assert f"process {children.read_text().strip()} lives in its PID namespace".encode() in result.stderr
+    for each in (stranger, program):
+        each.kill()
+
+
 def test_unix_connection_to_a_process_that_is_not_moved(pair: Pair, tmp_path: Path) -> None:
     path, ready = str(tmp_path / "listening"), tmp_path / "connected"
     serve = f"import socket; s = socket.socket(1); s.bind({path!r}); s.listen(); c = s.accept(); print(flush=True)"

@@ -70,6 +70,7 @@ class Looking:
                         names[init][common_number] = number
             if pid not in self._zombies:
                 self._look_for_children(pid, around, awaited)
+        self._look_for_strangers()
         mounted = self._mounts()
         common_names = {pid: self._names(pid, "NStgid")[0] for pid in self._statuses}
         return [
@@ -111,6 +112,23 @@ class Looking:
             self.problems.append((pid, "its children would live in another PID namespace, whose init is not there"))
         else:
             awaited[init].append(pid)
+
+    def _look_for_strangers(self) -> None:
+        """Processes that were not born in the tree but live in its namespaces, and would end with the init."""
+        others = (int(name) for name in os.listdir("/proc") if name.isdigit()) if self._inits else ()
+        for pid in others:
+            init = self._inits.get(_link(pid, "pid"))
+            if init is not None and pid not in self._statuses and not self._is_offspring(pid):
+                self.problems.append((init, f"process {pid} lives in its PID namespace, and is not moved along"))
+
+    def _is_offspring(self, pid: int) -> bool:
+        """Whether a process has been born in the tree, since this was looked at, or is gone."""
+        while pid > 1 and pid not in self._statuses:
+            try:
+                pid = int(procfs.status(pid)["PPid"])
+            except OSError:
+                return True
+        return pid in self._statuses
 
     def _mounts(self) -> dict[int, list[int]]:
         """The processes with a mount namespace of their own, by the init of the namespace that its ``/proc`` tells of.
