@@ -256,12 +256,20 @@ def test_root_whose_main_thread_has_ended_moves(hosts: Pair, tmp_path: Path) -> 
     end = "threading.Thread(target=count).start(); ctypes.CDLL(None).syscall(60, 0)"
     program = hosts.a.popen([sys.executable, "-c", f"import ctypes, os, threading, time\n{thread}\n{end}"], pid=PID)
     wait_until(lambda: hosts.a.proc_state(PID) == "Z", SECONDS, "the main thread has ended")
+
+    def counts_on() -> None:
+        lines = len(log.read_text().splitlines())
+        wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, SECONDS, "it counts on")
+
+    # Also when it is let go at the source.
+    written = ["dump", "-t", str(PID), "-D", str(tmp_path / "written"), "-R"]
+    hosts.a.run([*postcopy_command(), *written], check=True)
+    counts_on()
     source, destination = hosts.a, hosts.b
     for _ in range(2):
         migration = move(source, destination, PID)
         migration.wait_drained()
-        lines = len(log.read_text().splitlines())
-        wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, SECONDS, "it counts on")  # noqa: B023
+        counts_on()
         assert log.read_text().splitlines()[-1].split()[1] == destination.name
         assert destination.proc_state(PID) == "Z"
         assert migration.restore is not None

@@ -62,12 +62,8 @@ class Looking:
             if around is None:
                 self.problems.append((pid, _foreign("pid")))
                 continue
-            numbers = [self._names(pid, key) for key in ("NStgid", "NSsid", "NSpgid")]
-            numbers += [[int(word) for word in each.split()[self._level :]] for each in (tids or {}).get(pid, ())]
-            for common_number, *inner in filter(any, numbers):
-                for init, number in zip(around, inner, strict=False):
-                    if common_number and number:
-                        names[init][common_number] = number
+            for init, common_number, number in self._numbers(pid, around, (tids or {}).get(pid, ())):
+                names[init][common_number] = number
             if pid not in self._zombies:
                 self._look_for_children(pid, around, awaited)
         self._look_for_strangers()
@@ -83,6 +79,17 @@ class Looking:
             )
             for init, parent in self._parents.items()
         ]
+
+    def _numbers(self, pid: int, around: list[int], tids: Iterable[str]) -> Iterator[tuple[int, int, int]]:
+        """Within which namespace (by its init) which task, session or group has which number; ``tids``: of threads."""
+        if not around:
+            return
+        numbers = [self._names(pid, key) for key in ("NStgid", "NSsid", "NSpgid")]
+        numbers += [[int(word) for word in each.split()[self._level :]] for each in tids]
+        for common_number, *inner in filter(any, numbers):
+            for init, number in zip(around, inner, strict=False):
+                if common_number and number:
+                    yield init, common_number, number
 
     def _common(self) -> str:
         """The link of the common namespace; empty where nobody is in it, and so nobody can be in one like it."""

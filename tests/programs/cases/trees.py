@@ -758,19 +758,20 @@ class OwnPidNamespace(Case):
         required(libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount")
         init = Child(self._be_init, self.inherited)
         while True:
+            view = init.hear()
             # One more, which is born where the others live, where numbers are low.
             told, tell = os.pipe()
             if not (pid := os.fork()):
                 os.write(tell, b"low" if os.getpid() < LOW else b"high")
                 os._exit(0)
             os.waitpid(pid, 0)
-            line.say([init.hear(), os.read(told, 10).decode()])
+            line.say([view, os.read(told, 10).decode()])
             line.wait()
             init.say("again")
 
     def _be_init(self, line: Line) -> None:
         required(libc.mount(b"proc", b"/proc", b"proc", 0, None), "mount")
-        below = [Child(answering), Child(self._nest)]
+        below = [Child(answering), Child(self._nest), Child(self._outlive_leader)]
         zombie = os.fork()
         if not zombie:
             os._exit(33)
@@ -787,6 +788,17 @@ class OwnPidNamespace(Case):
             line.wait()
             for child in below:
                 child.say("again")
+
+    @staticmethod
+    def _outlive_leader(line: Line) -> None:
+        leader = os.fork()
+        if not leader:
+            signal.pause()
+        os.setpgid(leader, leader)
+        os.setpgid(0, leader)
+        os.kill(leader, signal.SIGKILL)
+        os.waitpid(leader, 0)
+        answering(line)
 
     def _nest(self, line: Line) -> None:
         required(libc.unshare(CLONE_NEWPID), "unshare")
