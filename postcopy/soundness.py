@@ -204,7 +204,7 @@ def prepare() -> None:
     """Find the rules of every type now, which takes milliseconds."""
     remaining: list[Any] = [Manifest, Tree]
     for kind in remaining:
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         remaining += [
             each for name in _rules(kind).inner for each in _dataclasses(hints[name]) if each not in remaining
         ]
