@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from postcopy.page_ranges import PageRanges
 from postcopy.state import Tree
 
+# F_SEAL_WRITE, F_SEAL_FUTURE_WRITE (fcntl(2)): whoever fills the memory must have done so before.
+_SEALED = 0x8 | 0x10
+
 
 @dataclass(frozen=True)
 class Space:
@@ -41,3 +44,28 @@ def spaces_of(tree: Tree) -> list[Space]:
             for number, each in enumerate(tree.shared_memory)
         ),
     ]
+
+
+def filled_first(tree: Tree) -> frozenset[int]:
+    """The numbers of those spaces whose lazy pages must be there before the tree runs.
+
+    Who touches a missing page by a shared mapping waits for it (userfaultfd). Not so read(2), which takes it for a
+    hole; so all memory comes first that the program has or can get a descriptor of, or a mapping that `restore` has not
+    made, or that it maps in a way that userfaultfd does not cover.
+    """
+    first = {each.memory.memory for each in tree.descriptors.descriptions if each.memory is not None}
+    for number, each in enumerate(tree.shared_memory):
+        if each.system_v is not None or each.seals & _SEALED:
+            first.add(number)
+    for process in tree.processes:
+        for vma in process.memory.vmas:
+            # Without VM_MAYWRITE: EPERM (fs/userfaultfd.c). A private page of zeros would hide the shared one.
+            if vma.backing == "object" and not (vma.shared and vma.writable):
+                first.add(vma.file)
+    return frozenset(tree.shared_memory[number].space for number in first)
+
+
+def pushed(tree: Tree) -> dict[int, PageRanges]:
+    """The lazy pages, by space, that the bulk stream brings: all but those that are `filled_first`, on demand."""
+    first = filled_first(tree)
+    return {space.number: space.lazy for space in spaces_of(tree) if space.number not in first}

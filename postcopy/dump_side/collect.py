@@ -142,6 +142,7 @@ def _process(
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
+    table.shared.add_boot_set(layout.vmas, boot_set)
     pages = memory.keep_together(pages, layout)
     with frozen.executors(vdso_range) as executors:
         asked = [(executor, executor.batch()) for executor in executors]

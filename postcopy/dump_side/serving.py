@@ -14,6 +14,7 @@ from postcopy.errors import ConnectionLost, PostcopyError
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter, Silent
 from postcopy.roles import Role
+from postcopy.spaces import filled_first
 from postcopy.transport import Channels, Listener
 from postcopy.wire import control
 
@@ -116,10 +117,12 @@ def give(
     giving = Giving(channels, reporter, timeout)
     try:
         has_state = giving.agree(checkpoint.manifest, checkpoint.tree.clocks, checkpoint.id)
+        first = filled_first(checkpoint.tree)
+        pushed = {space: pages for space, pages in plan.items() if space not in first}
         with giving.in_time("waiting for the destination to build the tree"):
             if not has_state:
                 giving.send_state(checkpoint.tree, checkpoint.sent_content())
-            giving.start_servers(plan, {space: checkpoint.source(space) for space in plan})
+            giving.start_servers(pushed, {space: checkpoint.source(space) for space in plan})
             giving.await_ready()
         giving.go(control.Go(checkpoint.tree.late_signals))
         giving.await_resumed()

@@ -23,6 +23,7 @@ from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
+from postcopy.spaces import pushed
 from postcopy.state import LateSignal, Manifest
 from postcopy.transport import Listener
 from postcopy.wire import control
@@ -189,7 +190,7 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
                     scripts.run(Action.POST_DUMP, options.pid)
                     giving.send_state(capture.tree, capture.content())
                     # Forked while the destination builds: this costs no stand-still.
-                    giving.start_servers(capture.lazy, capture.sources)
+                    giving.start_servers(pushed(capture.tree), capture.sources)
                     go = _await_go(capture, giving, reporter)
                 _commit(options, capture, giving, go)
     except (ConnectionLost, LostAfterCommit):
@@ -214,7 +215,7 @@ def _offer(
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
                 giving.send_state(capture.tree, capture.content())
-            giving.start_servers(capture.lazy, capture.sources)
+            giving.start_servers(pushed(capture.tree), capture.sources)
             go = _await_go(capture, giving, reporter)
         _commit(options, capture, giving, go)
     except (LostAfterCommit, Interrupted):

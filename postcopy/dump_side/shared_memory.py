@@ -8,20 +8,22 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from postcopy.dump_side.page_source import OpenMemory
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, system_v
 from postcopy.kernel.holes import data_ranges
-from postcopy.kernel.page import page_down, page_up
+from postcopy.kernel.page import PAGE_SIZE, page_down, page_up
 from postcopy.kernel.procfs import MapsLine
 from postcopy.page_ranges import PageRanges
-from postcopy.state import SharedMemory, SystemV
+from postcopy.state import SharedMemory, SystemV, Vma
 
 DELETED = " (deleted)"
-MOST_SENT = 256 << 20
+# Bytes: of one such memory, and of all, that travel with the state although they could be fetched later.
+MOST_SENT, MOST_SENT_OF_ALL = 64 << 10, 4 << 20
 
 _PREFIXES = {"/dev/zero": "anonymous", "/SYSV": "system_v", "/memfd:": "memfd"}
 _FIRST_SPACE = 1 << 20  # in the page protocol; the numbers below are those of processes
@@ -43,7 +45,10 @@ DEVICE = _device_of_nameless_memory()
 
 @dataclass
 class Found:
-    """One such memory: ``path`` leads to it as long as its finder stays frozen; ``mapped``: for sharing."""
+    """One such memory: ``path`` leads to it as long as its finder stays frozen; ``mapped``: for sharing.
+
+    ``boot_set``: offsets of pages that are touched at once when the tree goes on.
+    """
 
     key: Key
     kind: str
@@ -51,6 +56,7 @@ class Found:
     path: str
     mapped: bool = False
     reserved: bool = True
+    boot_set: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -79,6 +85,14 @@ class SharedObjects:
         self.found[number].mapped = True
         return number
 
+    def add_boot_set(self, vmas: Iterable[Vma], addresses: Iterable[int]) -> None:
+        """Of a frozen process's layout: what its threads, or the kernel for them, touch at once when they go on."""
+        pages = sorted({page_down(address) for address in addresses})
+        for vma in vmas:
+            if vma.backing == "object":
+                for page in pages[bisect_left(pages, vma.start) : bisect_left(pages, vma.end)]:
+                    self.found[vma.file].boot_set.add(page - vma.start + vma.offset)
+
     def _number(self, key: Key, shown: str, path: str) -> int:
         if key not in self._numbers:
             self._numbers[key] = len(self.found)
@@ -95,7 +109,7 @@ class SharedObjects:
         return frozenset(self._numbers)
 
     def problems(self, pids: set[int], trusted: frozenset[Key] = frozenset()) -> Iterator[str]:
-        """What is shared with processes other than ``pids``, and what is too much.
+        """What is shared with processes other than ``pids``.
 
         Looking for others takes long; of ``trusted`` an earlier look has found none.
         """
@@ -105,23 +119,19 @@ class SharedObjects:
         for key, holder in _holders(set(doubtful), own).items():
             what = _called(doubtful[key])
             yield f"{what} is shared with process {holder}, which is not moved"
-        total = sum(_existing(each) for each in self.found)
-        if total > MOST_SENT:
-            yield (
-                f"it has {total >> 20} MiB of shared memory, which travels while it stands still; "
-                f"at most {MOST_SENT >> 20} MiB can be moved"
-            )
 
     # -- of a frozen tree ---------------------------------------------------------------------------------------------
 
     def collect(self) -> list[SharedMemory]:
         """All of it, and open it: `sources` reads its content. Raises DumpError."""
-        states = []
+        states: list[SharedMemory] = []
+        left = MOST_SENT_OF_ALL
         for space, each in enumerate(self.found, _FIRST_SPACE):
             try:
                 fd = os.open(each.path, os.O_RDONLY | os.O_CLOEXEC)
                 self.sources[space] = OpenMemory(fd, _called(each))
-                states.append(_collect(each, space, fd))
+                states.append(_collect(each, space, fd, min(left, MOST_SENT)))
+                left -= PageRanges.unpack(states[-1].sent).total_pages * PAGE_SIZE
             except OSError as error:
                 raise DumpError(f"{_called(each)} cannot be read: {error.strerror}") from None
         return states
@@ -157,17 +167,15 @@ def _called(each: Found) -> str:
     return f"deleted file {each.name}"
 
 
-def _existing(each: Found) -> int:
-    """Bytes of it that exist, roughly."""
-    with contextlib.suppress(OSError):
-        return os.stat(each.path).st_blocks * 512
-    return 0
-
-
-def _collect(each: Found, space: int, fd: int) -> SharedMemory:
+def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != each.key:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    existing = _data(fd, status.st_size)
+    lazy = PageRanges()
+    if existing.total_pages * PAGE_SIZE > most_sent:
+        boot_set = PageRanges.from_pairs((page, page + PAGE_SIZE) for page in each.boot_set)
+        lazy = existing.subtract(boot_set)
     segment = system_v.stat(each.key[1]) if each.kind == "system_v" else None
     return SharedMemory(
         kind=each.kind,
@@ -180,8 +188,8 @@ def _collect(each: Found, space: int, fd: int) -> SharedMemory:
         seals=fcntl.fcntl(fd, fcntl.F_GET_SEALS) if each.kind == "memfd" else 0,
         reserved=each.reserved,
         system_v=SystemV(each.key[1], segment.key, segment.removed) if segment else None,
-        sent=_data(fd, status.st_size).pack(),
-        lazy=PageRanges().pack(),
+        sent=existing.subtract(lazy).pack(),
+        lazy=lazy.pack(),
     )
 
 

@@ -36,6 +36,11 @@ def ioctl(what: str, fd: int, request: int, argument: Any) -> int:
     return result
 
 
+def memory_at(address: int, length: int) -> memoryview:
+    """``length`` bytes of our own memory; the caller sees to it that they stay."""
+    return memoryview(ffi.buffer(ffi.cast("char *", address), length))
+
+
 def address_of(buffer: Any) -> int:
     """The address of a writable or read-only Python buffer (the caller keeps the buffer alive)."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))

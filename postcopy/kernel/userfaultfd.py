@@ -64,6 +64,7 @@ _RANGE = Struct("=QQ")
 _COPY = Struct("=QQQQq")
 _ZEROPAGE = Struct("=QQQq")
 _POISON = Struct("=QQQq")
+_CONTINUE = Struct("=QQQq")
 _MESSAGE = Struct("=B7xQQQ")
 
 
@@ -81,6 +82,7 @@ UFFDIO_UNREGISTER = _ior(0x01, _RANGE.size)
 UFFDIO_WAKE = _ior(0x02, _RANGE.size)
 UFFDIO_COPY = _iowr(0x03, _COPY.size)
 UFFDIO_ZEROPAGE = _iowr(0x04, _ZEROPAGE.size)
+UFFDIO_CONTINUE = _iowr(0x07, _CONTINUE.size)
 UFFDIO_POISON = _iowr(0x08, _POISON.size)
 
 _MESSAGES_A_READ = 64
@@ -195,6 +197,15 @@ def zeropage(fd: int, start: int, length: int, mode: int = 0) -> int:
                 return zeroed
         raise
     return length
+
+
+def continue_(fd: int, start: int, length: int) -> None:
+    """UFFDIO_CONTINUE: map the pages of shared memory that exist there, and wake who waits for them (Linux 5.14).
+
+    EEXIST: they are mapped (and nobody was woken); EFAULT: they do not exist; EINVAL: this is no shared memory;
+    others as of `copy`. The range need not be registered for minor faults.
+    """
+    _ioctl(fd, UFFDIO_CONTINUE, bytearray(_CONTINUE.pack(start, length, 0, 0)))
 
 
 def wake(fd: int, start: int, length: int) -> None:

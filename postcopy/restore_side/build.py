@@ -366,7 +366,7 @@ class _Builder:
                     self._asleep.add(executor.tid)
 
     def _arm(self) -> None:
-        for area in memory.lazy_vmas(self._state.memory):
+        for area in memory.lazy_vmas(self._state.memory, self._shared.memory):
             userfaultfd.register(self._built.uffd, area.start, len(area), userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
 
     def _checked(self, answers: Answers) -> Answers:

@@ -9,15 +9,17 @@ from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.errors import RestoreError
 from postcopy.kernel import userfaultfd
+from postcopy.kernel.libc import memory_at
 from postcopy.kernel.page import PAGE_SHIFT
 from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.roles import Role
 from postcopy.trouble import Trouble
 
 _MOST_WORKERS = 4
 
 
-def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace]) -> None:
+def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace], objects: Sequence[HandedObject]) -> None:
     """Put every lazy page of the checkpoint where it belongs; each is verified before.
 
     Raises CheckpointError for the first that is not what it was, RestoreError where the kernel refuses it.
@@ -27,9 +29,9 @@ def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace]) -> None:
     workers: list[Role] = []
     try:
         for share in range(1, shares):
-            body = trouble.telling(partial(_fill_share, checkpoint, spaces, share, shares))
+            body = trouble.telling(partial(_fill_share, checkpoint, spaces, objects, share, shares))
             workers.append(roles.start("postcopy-fill", body, dies_with_parent=True))
-        _fill_share(checkpoint, spaces, 0, shares)
+        _fill_share(checkpoint, spaces, objects, 0, shares)
         while workers:
             if code := workers.pop().wait():
                 raise trouble.of(code, "filling the program's memory", RestoreError)
@@ -39,10 +41,24 @@ def fill(checkpoint: Checkpoint, spaces: Sequence[HandedSpace]) -> None:
         trouble.close()
 
 
-def _fill_share(checkpoint: Checkpoint, spaces: Sequence[HandedSpace], share: int, shares: int) -> None:
+def _fill_share(
+    checkpoint: Checkpoint, spaces: Sequence[HandedSpace], objects: Sequence[HandedObject], share: int, shares: int
+) -> None:
     for each in spaces:
         for address, data, length in checkpoint.verified_runs(each.space, share, shares):
             _copy(each.uffd, address, data, length)
+    for shared in objects:
+        for offset, data, length in checkpoint.verified_runs(shared.space, share, shares):
+            _write(shared.fd, offset, memory_at(data, min(length, shared.size - offset)))
+
+
+def _write(fd: int, offset: int, content: memoryview) -> None:
+    while content:
+        try:
+            done = os.pwrite(fd, content, offset)
+        except OSError as error:
+            raise RestoreError(f"filling shared memory at {offset:#x}: {error.strerror}") from None
+        content, offset = content[done:], offset + done
 
 
 def _copy(uffd: int, address: int, data: int, length: int) -> None:

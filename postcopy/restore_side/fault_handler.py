@@ -24,13 +24,15 @@ import msgpack
 from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
-from postcopy.kernel.page import PAGE_SHIFT, page_down
+from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE, page_down
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.filling import Cause, Filling, Lost, Mm
+from postcopy.restore_side.hole_lock import HoleLock
 from postcopy.restore_side.latency import LatencyHistogram
 from postcopy.restore_side.residency import ABSENT, REMOVED, REQUESTED, AddressSpace
 from postcopy.restore_side.ring import Ring
+from postcopy.restore_side.shared_filling import HandedObject, Part, Parts, SharedObject
 from postcopy.wire import pages as wire
 
 log = logging.getLogger(__name__)
@@ -38,20 +40,26 @@ log = logging.getLogger(__name__)
 # What a fault may have to wait for: some 50 us, at 2.5 GB/s. Half of it costs a tenth more time for all of the memory.
 PIECE_PAGES = 32
 
+# Tells the fault handler that no page is to be filled any more.
+GIVE_UP = signal.SIGUSR2
+
 _TICK_NS = 200_000_000
 _PROBE_NS = 1_000_000_000
 # The thread that changes the layout still has to run before EAGAIN ends; it usually does so within these many polls.
 _HOT_RETRIES = 20
 _STREAMS = 16
+_FIRST_REQUESTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HandedSpace:
-    """An address space to fill: its number at the source, its userfaultfd, and the pages that it lacks."""
+    """An address space to fill: its number at the source, its userfaultfd, the pages that it lacks, and where
+    shared memory is in it that lacks pages."""
 
     space: int
     uffd: int
     lazy: PageRanges
+    shared: Sequence[Part] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +90,14 @@ class FaultHandler:
         reports: socket.socket,
         background: Background,
         exit_watch: Sequence[int],
+        objects: Sequence[HandedObject] = (),
     ) -> None:
         """``exit_watch``: pidfds whose end may be the end of an address space.
 
         The userfaultfds have fork, remap, remove and unmap events enabled and are non-blocking.
         """
         self._demand = demand_socket
+        demand_socket.setblocking(False)
         self._ring = ring
         self._reports = reports
         self._background = background
@@ -95,7 +105,10 @@ class FaultHandler:
         self._epoll: select.epoll | None = None
         self._filling = Filling(self._forgotten)
         for each in spaces:
-            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy))
+            parts = Parts(each.shared) if each.shared else None
+            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy), parts)
+        self._objects = objects
+        self.own_uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK) if objects else -1
 
         self._answers = mmap.mmap(-1, 1 << 20)
         self._answers_view = memoryview(self._answers)
@@ -115,6 +128,10 @@ class FaultHandler:
         self._put_off: deque[_Answer] = deque()
         self._put_off_faults: dict[tuple[Mm, int], int] = {}
         self._retries = 0
+        # Who waits for shared memory at a place that we did not know of, until nothing lacks there any more.
+        self._unplaced: set[tuple[Mm, int]] = set()
+        # Somebody waits for the whole of shared memory.
+        self._hurry = False
 
         self._faults = 0
         self._latency = LatencyHistogram()
@@ -133,9 +150,11 @@ class FaultHandler:
         gc.disable()
         # A thread that waits for a page waits for this process.
         scheduling(nice=-10)
+        signal.signal(GIVE_UP, _give_up)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
+            self._adopt_objects()
             self._serve()
             self._finish()
         except (Lost, PostcopyError) as error:
@@ -144,8 +163,48 @@ class FaultHandler:
             log.exception("fault handler")
             self._wait_for_death(f"fault handler: {type(error).__name__}: {error}")
 
+    def _adopt_objects(self) -> None:
+        """Fill what the tree needs whole; take the rest on, and keep everybody from dropping pages of it.
+
+        Before the first event is read: who is about to drop pages waits for that.
+        """
+        if not self._objects:
+            return
+        try:
+            uffdio.api(self.own_uffd, 0)
+            for each in self._objects:
+                self._filling.adopt_object(SharedObject(each, self.own_uffd))
+            if any(each.first for each in self._objects):
+                for shared in self._filling.objects.values():
+                    if shared.handed.first:
+                        self._fetch(shared, shared.residency.lazy.total_pages)
+                self._latency = LatencyHistogram()
+                self._report({"event": "filled first"})
+            for shared in self._filling.objects.values():
+                if shared.open:
+                    self._fetch(shared, 1)
+                if shared.open:
+                    shared.lock = HoleLock(shared.handed.fd, shared.residency.lazy.address(0), self.own_uffd)
+        except OSError as error:
+            raise Lost(f"shared memory cannot be filled: {error.strerror or error}") from error
+
+    def _fetch(self, shared: SharedObject, pages: int) -> None:
+        """Fill the first ``pages`` of its lazy pages now, a few requests on their way at a time."""
+        residency = shared.residency
+        missing = residency.absent_pages - pages
+        while residency.absent_pages > missing:
+            while len(self._waiting) < _FIRST_REQUESTS and 0 <= (ordinal := residency.next_absent()) < pages:
+                wanted = residency.window(ordinal, min(wire.MOST_DEMAND_PAGES, pages - ordinal))
+                self._request(shared, ordinal, wanted, monotonic_ns())
+            select.select([self._demand], [], [], _TICK_NS / 1e9)
+            self._read_answers()
+            if self._put_off:
+                self._retry()
+
     def _wait_for_death(self, reason: str) -> NoReturn:
+        signal.signal(GIVE_UP, signal.SIG_IGN)
         log.error("lost: %s", reason)
+        self.unlock()
         try:
             self._report({"event": "lost", "reason": reason})
         except OSError as error:
@@ -153,11 +212,16 @@ class FaultHandler:
         while True:
             signal.pause()
 
+    def unlock(self) -> None:
+        """Let who waits to punch a hole into shared memory; nothing may be filled from here on."""
+        for shared in self._filling.objects.values():
+            if shared.lock is not None:
+                shared.lock.release()
+
     def _serve(self) -> None:
         epoll = self._epoll = select.epoll()
         for fd in (*self._filling.mms, self._demand.fileno(), self._ring.filled, *self._exit_watch):
             epoll.register(fd, select.EPOLLIN)
-        self._demand.setblocking(False)
         if self._background.mode == "eager":
             self._start_background()
         demand_fd = self._demand.fileno()
@@ -182,8 +246,11 @@ class FaultHandler:
             now = monotonic_ns()
             if now - self._last_tick >= _TICK_NS:
                 self._tick(now)
-            if self._bulk_ended and self._asked_rest is None:
+            if self._asked_rest is None and (self._bulk_ended or (self._hurry and not self._background_on)):
                 self._ask_for_rest()
+            if self._unplaced and not self._filling.lacks_shared:
+                unplaced, self._unplaced = self._unplaced, set()
+                self._put_off_faults |= dict.fromkeys(unplaced, now)
 
     def _patience(self) -> float:
         """How long the main loop may sleep, in seconds."""
@@ -223,24 +290,58 @@ class FaultHandler:
         ordinal = residency.lookup(address)
         state = residency.states[ordinal] if ordinal >= 0 else REMOVED
         if state == ABSENT:
-            source_address = residency.lazy.address(ordinal)
-            key = (residency.source, source_address)
-            if key in self._waiting:
+            if (residency.source, residency.lazy.address(ordinal)) in self._waiting:
                 residency.mark(ordinal, 1, REQUESTED)
-                return
-            pages = 1 if self._background_on else self._fault_around(mm, ordinal)
-            self._waiting[key] = now
-            residency.mark(ordinal, pages, REQUESTED)
-            self._send(wire.request(residency.source, source_address, pages))
-        elif state != REQUESTED and not self._filling.zero(mm, address):
-            # Never at the source, dropped since, or filled since the fault: in the last case it is there (EEXIST).
+            else:
+                self._request(mm, ordinal, self._fault_around(mm, ordinal), now)
+        elif state != REQUESTED and not self._fault_elsewhere(mm, address, now):
             self._put_off_faults[mm, address] = now
 
-    def _fault_around(self, mm: Mm, ordinal: int) -> int:
+    def _request(self, of: Mm | SharedObject, ordinal: int, pages: int, now: int) -> None:
+        residency = of.residency
+        source_address = residency.lazy.address(ordinal)
+        self._waiting[residency.source, source_address] = now
+        residency.mark(ordinal, pages, REQUESTED)
+        self._send(wire.request(residency.source, source_address, pages))
+
+    def _fault_elsewhere(self, mm: Mm, address: int, now: int) -> bool:
+        """A fault that is none on a missing page of the process's own memory; False when it has to be put off.
+
+        What is put into shared memory is right by its offset, wherever a process has it: so to be wrong about the
+        place costs a fault, and no content. Only a page that is to become zero at an address of the process must not
+        be one of shared memory that is still to come. The kernel tells private memory from shared memory, and there
+        an existing page from a missing one; so a missing page at a place that we know nothing of waits for the last.
+        """
+        filling = self._filling
+        if mm.parts is None or not filling.lacks_shared:
+            # Never at the source, dropped since, or filled since the fault: in the last case it is there (EEXIST).
+            return filling.zero(mm, address)
+        if part := mm.parts.at(address):
+            shared, offset = filling.objects[part.space], address - part.start + part.offset
+            ordinal = shared.residency.lookup(offset) if shared.open else -1
+            state = shared.residency.states[ordinal] if ordinal >= 0 else REMOVED
+            if state in (ABSENT, REQUESTED):
+                shared.wait(offset, mm, address)
+                if state == ABSENT:
+                    self._request(shared, ordinal, self._fault_around(shared, ordinal), now)
+                return True
+            if ordinal < 0 and filling.zero_in_object(shared, offset):
+                uffdio.wake(mm.uffd, address, PAGE_SIZE)
+                return True
+        done = filling.share(mm, address)
+        if done is None:
+            self._unplaced.add((mm, address))
+        if not done:
+            self._hurry = self._hurry or done is None or mm.stuck
+        return done is not False
+
+    def _fault_around(self, of: Mm | SharedObject, ordinal: int) -> int:
         """How many pages to ask for: more and more for a reader that goes on where its last pages ended."""
-        streams = mm.streams
+        if self._background_on:
+            return 1
+        streams = of.streams
         wanted = min(streams.pop(ordinal, 0) * 4 or 1, wire.MOST_DEMAND_PAGES)
-        pages = mm.residency.window(ordinal, wanted)
+        pages = of.residency.window(ordinal, wanted)
         streams[ordinal + pages] = pages
         if len(streams) > _STREAMS:
             del streams[next(iter(streams))]
@@ -252,13 +353,21 @@ class FaultHandler:
             case uffdio.Fork(fd):
                 self._fork(mm, fd)
             case uffdio.Remap(old, new, length):
-                mm.residency.remap(old, new, length)
-                uffdio.wake(mm.uffd, old, length)
-                uffdio.wake(mm.uffd, new, length)
+                if mm.parts is not None:
+                    mm.parts.remap(old, new, length)
+                # Shared memory that is mapped once more: nothing has moved, and nobody has waited there yet.
+                if length:
+                    mm.residency.remap(old, new, length)
+                    uffdio.wake(mm.uffd, old, length)
+                    uffdio.wake(mm.uffd, new, length)
             case uffdio.Remove(start, end):
+                # Of shared memory nothing is dropped as long as pages are missing: see `HoleLock`.
+                self._hurry = self._hurry or (mm.parts is not None and mm.parts.overlaps(start, end))
                 mm.residency.remove(start, end)
                 uffdio.wake(mm.uffd, start, end - start)
             case uffdio.Unmap(start, end):
+                if mm.parts is not None:
+                    mm.parts.unmap(start, end)
                 mm.residency.unmap(start, end)
                 uffdio.wake(mm.uffd, start, end - start)
         self._filling.event_read(mm)
@@ -267,7 +376,7 @@ class FaultHandler:
 
     def _fork(self, mm: Mm, uffd: int) -> None:
         os.set_blocking(uffd, False)
-        self._filling.adopt(uffd, mm.residency.fork())
+        self._filling.adopt(uffd, mm.residency.fork(), mm.parts.fork() if mm.parts is not None else None)
         assert self._epoll is not None
         self._epoll.register(uffd, select.EPOLLIN)
         self._report({"event": "forked", "uffd": uffd}, uffd)
@@ -386,7 +495,7 @@ class FaultHandler:
     def _ask_for_rest(self) -> None:
         """Ask for a missing page that the bulk stream, which has ended, did not bring."""
         for mm in self._filling.incomplete:
-            if mm.stalled_since:
+            if mm.stalled_since or (isinstance(mm, Mm) and not self._bulk_ended):
                 continue
             ordinal = mm.residency.next_absent()
             if ordinal >= 0:
@@ -454,3 +563,7 @@ class FaultHandler:
         except OSError as error:
             # Pages matter more than reports: who no longer listens must not stop the filling.
             log.warning("%s cannot be reported: %s", message["event"], error)
+
+
+def _give_up(*_: object) -> NoReturn:
+    raise Lost("the program is being ended")

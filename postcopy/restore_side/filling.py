@@ -18,6 +18,7 @@ from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.populating import populating
 from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace
+from postcopy.restore_side.shared_filling import Parts, SharedObject
 
 _OUT_OF_MEMORY_NS = 10_000_000_000
 # EAGAIN ends when the thread that changes the layout has run and its event has been read; that is a matter of 10 us.
@@ -43,6 +44,8 @@ class Mm:
 
     uffd: int
     residency: AddressSpace
+    # Where shared memory is in it; None: there has never been any.
+    parts: Parts | None = None
     gone: bool = False
     # Fault-around: the ordinal at which a sequential reader will fault next -> the pages it was given last.
     streams: dict[int, int] = field(default_factory=dict)
@@ -71,20 +74,35 @@ class Filling:
     def __init__(self, forgotten: Callable[[Mm], None]) -> None:
         """No address spaces yet."""
         self.mms: dict[int, Mm] = {}
+        self.objects: dict[int, SharedObject] = {}
         # Those that lack pages.
-        self.incomplete: set[Mm] = set()
+        self.incomplete: set[Mm | SharedObject] = set()
         self.filled = dict.fromkeys(Cause, 0)
         self.waits_for_memory = False
         self._forgotten = forgotten
         self._families: dict[int, list[Mm]] = {}
         self._out_of_memory_since = 0
 
-    def adopt(self, uffd: int, residency: AddressSpace) -> None:
+    def adopt(self, uffd: int, residency: AddressSpace, parts: Parts | None = None) -> None:
         """One more address space."""
-        mm = self.mms[uffd] = Mm(uffd, residency)
+        mm = self.mms[uffd] = Mm(uffd, residency, parts)
         self._families.setdefault(residency.source, []).append(mm)
         if residency.absent_pages:
             self.incomplete.add(mm)
+
+    def adopt_object(self, shared: SharedObject) -> None:
+        """Shared memory, which lacks pages."""
+        self.objects[shared.residency.source] = shared
+        self.incomplete.add(shared)
+
+    @property
+    def lacks_shared(self) -> bool:
+        """Whether any shared memory lacks pages."""
+        return any(shared in self.incomplete for shared in self.objects.values())
+
+    def _close_object(self, shared: SharedObject) -> None:
+        self.incomplete.discard(shared)
+        shared.close()
 
     def forget(self, mm: Mm) -> None:
         """The process of this address space has ended or executed another program."""
@@ -96,6 +114,11 @@ class Filling:
         del self.mms[mm.uffd]
         self._forgotten(mm)
         os.close(mm.uffd)
+        if not self.mms:
+            # Nobody is left who could read them.
+            for shared in self.objects.values():
+                if shared in self.incomplete:
+                    self._close_object(shared)
 
     def probe(self) -> None:
         """Forget the address spaces that are gone."""
@@ -118,6 +141,8 @@ class Filling:
 
         ``address`` is where they were at the source, ``data`` where they are in this process.
         """
+        if (shared := self.objects.get(space)) is not None:
+            return self._fill_object(shared, address, pages, data, cause)
         family = self._families.get(space)
         if family is None:
             raise ProtocolError(f"the source has sent pages of an address space {space}, which there is not")
@@ -137,6 +162,71 @@ class Filling:
             if not residency.absent_pages:
                 self.incomplete.discard(mm)
         return complete
+
+    def _fill_object(self, shared: SharedObject, offset: int, pages: int, data: int, cause: Cause) -> bool:
+        residency = shared.residency
+        if shared not in self.incomplete:
+            return True
+        for run in residency.missing_runs(offset, pages):
+            at, end = run.address, run.address + (run.pages << PAGE_SHIFT)
+            while at < end:
+                try:
+                    done = shared.copy(at, data + at - offset, end - at)
+                except OSError as error:
+                    if error.errno == errno.EAGAIN or self._out_of_memory(error):
+                        return False
+                    if error.errno == errno.EEXIST:
+                        raise Lost(f"a page of shared memory was there before its content had come ({at:#x})") from None
+                    raise Lost(f"UFFDIO_COPY to shared memory at {at:#x}: {error.strerror}") from error
+                residency.mark(residency.lookup(at), done >> PAGE_SHIFT, PRESENT)
+                self.filled[cause] += done
+                shared.wake(at, at + done)
+                at += done
+        if not residency.absent_pages:
+            self._close_object(shared)
+        return True
+
+    def zero_in_object(self, shared: SharedObject, offset: int) -> bool:
+        """Put a page of zeros that the source never had, or that was dropped; whether there was none."""
+        if not shared.open:
+            return False
+        try:
+            made = shared.zero(offset)
+        except OSError as error:
+            if not self._out_of_memory(error):
+                raise Lost(f"UFFDIO_ZEROPAGE in shared memory at {offset:#x}: {error.strerror}") from error
+            return False
+        if made:
+            self.filled[Cause.ZERO] += PAGE_SIZE
+        return made
+
+    def share(self, mm: Mm, address: int) -> bool | None:
+        """Let who waits at ``address`` go on, whatever is there, without making a page of shared memory.
+
+        None when shared memory is there that has no such page (yet); False when it has to be put off.
+        """
+        try:
+            uffdio.continue_(mm.uffd, address, PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.EAGAIN and mm.stalled_since:
+                mm.end_stall()
+            match error.errno:
+                case errno.EFAULT:
+                    return None
+                case errno.EINVAL:
+                    return self.zero(mm, address)
+                case errno.EAGAIN:
+                    mm.stalled_since = mm.stalled_since or monotonic_ns()
+                    return False
+                case errno.EEXIST | errno.ENOENT:
+                    uffdio.wake(mm.uffd, address, PAGE_SIZE)
+                case errno.ESRCH:
+                    self.forget(mm)
+                case _:
+                    if self._out_of_memory(error):
+                        return False
+                    raise Lost(f"UFFDIO_CONTINUE at {address:#x}: {error.strerror}") from error
+        return True
 
     def settled(self, mm: Mm) -> bool:
         """Whether every layout change that the kernel has begun has been read; see `AddressSpace.settle`."""

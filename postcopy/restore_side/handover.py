@@ -9,15 +9,17 @@ import msgpack
 
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.restore_side.shared_filling import HandedObject, Part
 
 _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
 
 @dataclass(frozen=True)
 class Handover:
-    """The address spaces to fill, and the processes of the tree, the root first: PIDs as we see them, and pidfds."""
+    """What to fill, and the processes of the tree, the root first: PIDs as we see them, and pidfds."""
 
     spaces: Sequence[HandedSpace]
+    objects: Sequence[HandedObject]
     processes: Sequence[tuple[int, int]]
 
     @property
@@ -27,12 +29,14 @@ class Handover:
 
     def send(self, connection: socket.socket) -> None:
         """Pass it on by a Unix seqpacket socket; ranges by a memfd, since they may be many. Raises OSError."""
-        content = msgpack.packb([[pid for pid, _ in self.processes], [[s.space, s.lazy.pack()] for s in self.spaces]])
+        spaces = [[s.space, s.lazy.pack(), s.shared] for s in self.spaces]
+        objects = [[o.space, o.size, o.lazy.pack(), o.first] for o in self.objects]
+        content = msgpack.packb([[pid for pid, _ in self.processes], spaces, objects])
         with os.fdopen(os.memfd_create("postcopy-handover"), "wb") as memory:
             memory.write(content)
             memory.flush()
             socket.send_fds(connection, [b"h"], [memory.fileno()])
-        fds = [*self.pidfds, *(s.uffd for s in self.spaces)]
+        fds = [*self.pidfds, *(s.uffd for s in self.spaces), *(o.fd for o in self.objects)]
         for first in range(0, len(fds), _MOST_DESCRIPTORS):
             socket.send_fds(connection, [b"f"], fds[first : first + _MOST_DESCRIPTORS])
 
@@ -44,15 +48,23 @@ class Handover:
             return None
         with os.fdopen(first[0], "rb") as memory:
             memory.seek(0)
-            pids, spaces = msgpack.unpackb(memory.read())
+            pids, spaces, objects = msgpack.unpackb(memory.read())
         fds: list[int] = []
-        while len(fds) < len(pids) + len(spaces):
+        while len(fds) < len(pids) + len(spaces) + len(objects):
             said, more, _, _ = socket.recv_fds(connection, 1, _MOST_DESCRIPTORS)
             if not said:
                 return None
             fds += more
-        handed = [
-            HandedSpace(space, uffd, PageRanges.unpack(lazy))
-            for (space, lazy), uffd in zip(spaces, fds[len(pids) :], strict=True)
-        ]
-        return cls(handed, list(zip(pids, fds, strict=False)))
+        left = iter(fds)
+        processes = [(pid, next(left)) for pid in pids]
+        return cls(
+            [
+                HandedSpace(space, next(left), PageRanges.unpack(lazy), [Part(*part) for part in shared])
+                for space, lazy, shared in spaces
+            ],
+            [
+                HandedObject(space, next(left), size, PageRanges.unpack(lazy), first)
+                for space, size, lazy, first in objects
+            ],
+            processes,
+        )

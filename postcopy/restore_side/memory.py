@@ -14,6 +14,7 @@ from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_V
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import system_v
+from postcopy.restore_side.shared_filling import Part
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Memory, Vma
 
@@ -121,12 +122,22 @@ def write_pages(memory: Memory, pages: memoryview, target: ProcessMemory) -> Non
         raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {place}")
 
 
-def lazy_vmas(memory: Memory) -> list[range]:
+def lazy_parts(memory: Memory, shared: SharedObjects) -> list[Part]:
+    """The mappings of shared memory that processes wait for page by page."""
+    return [
+        Part(vma.start, vma.end, shared.states[vma.file].space, vma.offset)
+        for vma in memory.vmas
+        if vma.backing == "object" and vma.file in shared.lazy
+    ]
+
+
+def lazy_vmas(memory: Memory, shared: SharedObjects) -> list[range]:
     """The address ranges to be covered by userfaultfd, adjacent ones joined."""
     joined: list[range] = []
     for vma in memory.vmas:
+        of_shared = vma.backing == "object" and vma.file in shared.lazy
         # What fork must wipe has come whole: a page filled later would be there in the child.
-        if vma.backing not in ("anonymous", "stack") or "wf" in vma.flags:
+        if not of_shared and (vma.backing not in ("anonymous", "stack") or "wf" in vma.flags):
             continue
         if joined and joined[-1].stop == vma.start:
             joined[-1] = range(joined[-1].start, vma.end)

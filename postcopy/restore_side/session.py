@@ -11,7 +11,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -44,6 +44,7 @@ from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, TAKING_ADDRESSES, Watchdog
@@ -290,22 +291,46 @@ class _Takeover:
         self._channels.demand.close()
         self._channels.bulk.close()
 
-    def _spaces(self, built: BuiltTree) -> list[HandedSpace]:
+    def _to_fill(self, built: BuiltTree) -> tuple[list[HandedSpace], list[HandedObject]]:
         """What is left to fill once the tree has been built."""
-        spaces = built.spaces()
+        spaces, objects = built.spaces(), self._shared.to_fill()
         if self._options.lazy:
-            return spaces
+            return spaces, objects
         assert self._checkpoint is not None
-        eager.fill(self._checkpoint, spaces)
-        self._reporter.event("filled", pages=sum(each.lazy.total_pages for each in spaces))
-        return [HandedSpace(each.space, each.uffd, PageRanges()) for each in spaces]
+        eager.fill(self._checkpoint, spaces, objects)
+        self._reporter.event("filled", pages=_pages(each.lazy for each in spaces) + _pages(o.lazy for o in objects))
+        return [HandedSpace(each.space, each.uffd, PageRanges()) for each in spaces], []
 
     def _hand_over(self, built: BuiltTree) -> None:
         """Give the built tree to the daemon; from here on that alone keeps its memory waiting for pages."""
-        spaces = self._spaces(built)
-        self._lazy_pages = sum(each.lazy.total_pages for each in spaces)
-        Handover(spaces, [(each.pid, each.newborn.pidfd) for each in built.processes]).send(self._handovers)
+        spaces, objects = self._to_fill(built)
+        first = _pages(each.lazy for each in objects if each.first)
+        self._lazy_pages = _pages(each.lazy for each in spaces) + _pages(each.lazy for each in objects) - first
+        Handover(spaces, objects, [(each.pid, each.newborn.pidfd) for each in built.processes]).send(self._handovers)
         built.close_userfaultfds()
+        if first:
+            self._await_first(first)
+        self._shared.finish()
+
+    def _await_first(self, pages: int) -> None:
+        """Until the daemon has filled what the tree needs whole."""
+        assert self._news is not None
+        assert self._watchdog is not None
+        news, control_fd = self._news.fileno(), self._channels.control.fileno()
+        event = ""
+        while event != "filled first":
+            ready, _, _ = select.select([news, control_fd, self._watchdog.pidfd], [], [])
+            if control_fd in ready:
+                # Nothing is due there but the reason why no pages come.
+                self._channels.control.receive({})
+            if news not in ready:
+                self._check_daemon()
+                continue
+            report = msgpack.unpackb(self._news.recv(_NEWS_SIZE) or msgpack.packb({"event": "lost"}))
+            event = report["event"]
+            if event == "lost":
+                raise RestoreError(f"the program's shared memory cannot be filled: {report.get('reason', 'no reason')}")
+        self._reporter.event("filled", pages=pages)
 
     def undo(self) -> None:
         """Leave nothing here."""
@@ -473,3 +498,7 @@ def _told_of_children() -> socket.socket:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(telling.detach(), warn_on_full_buffer=False)
     return told
+
+
+def _pages(sets: Iterable[PageRanges]) -> int:
+    return sum(each.total_pages for each in sets)

@@ -9,11 +9,12 @@ import mmap
 import os
 
 from postcopy.errors import RestoreError
-from postcopy.kernel import procfs, system_v
+from postcopy.kernel import procfs, system_v, userfaultfd
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import page_up
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.leftovers import Leftovers
+from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.state import SharedMemory
 
 _MAP_NORESERVE = 0x4000
@@ -26,11 +27,21 @@ class SharedObjects:
         self._leftovers = leftovers
         self.states: list[SharedMemory] = []
         self.fds: list[int] = []
+        # Those that processes wait for page by page; the others are there before the tree runs.
+        self.lazy: frozenset[int] = frozenset()
         self._segments: list[int] = []
+        self._segment_fds: dict[int, int] = {}
 
-    def make(self, states: list[SharedMemory], content: memoryview) -> None:
-        """Make all of it; ``content``: that of the pages that came along. Raises RestoreError."""
+    def make(self, states: list[SharedMemory], content: memoryview, first: frozenset[int]) -> None:
+        """Make all of it; ``content``: that of the pages that came along; ``first``: see `filled_first`.
+
+        Raises RestoreError.
+        """
         self.states = states
+        if any(PageRanges.unpack(state.lazy) for state in states) and _can_wait():
+            self.lazy = frozenset(
+                n for n, state in enumerate(states) if PageRanges.unpack(state.lazy) and state.space not in first
+            )
         for state in states:
             size = sum(r.end - r.start for r in PageRanges.unpack(state.sent))
             try:
@@ -44,11 +55,7 @@ class SharedObjects:
             self._make_segment(state, content)
             return -1
         fd = _anonymous(state) if state.kind == "anonymous" else _memfd(state)
-        place = 0
-        for each in PageRanges.unpack(state.sent):
-            length = each.end - each.start
-            _write(fd, content[place : place + length][: max(state.size - each.start, 0)], each.start)
-            place += length
+        _fill(fd, state, content)
         return fd
 
     def _make_segment(self, state: SharedMemory, content: memoryview) -> None:
@@ -62,18 +69,25 @@ class SharedObjects:
         address = system_v.attach(identifier)
         try:
             fd = os.open(_map_file(address, page_up(state.size)), os.O_RDWR | os.O_CLOEXEC)
-            place = 0
-            for each in PageRanges.unpack(state.sent):
-                length = each.end - each.start
-                _write(fd, content[place : place + length][: max(state.size - each.start, 0)], each.start)
-                place += length
-            os.close(fd)
+            self._segment_fds[len(self.fds)] = fd
+            _fill(fd, state, content)
         finally:
             system_v.detach(address)
         system_v.set_owner(identifier, state.owner, state.mode)
 
+    def to_fill(self) -> list[HandedObject]:
+        """What of it lacks pages; the descriptors stay ours."""
+        return [
+            HandedObject(state.space, self._segment_fds.get(n, fd), state.size, lazy, first=n not in self.lazy)
+            for n, (state, fd) in enumerate(zip(self.states, self.fds, strict=True))
+            if (lazy := PageRanges.unpack(state.lazy))
+        ]
+
     def finish(self) -> None:
-        """Once the processes are built: what would have kept them from mapping it. Raises RestoreError."""
+        """Once the processes are built, and all is filled that they do not wait for: what would have been in the way.
+
+        Raises RestoreError.
+        """
         for state, fd in zip(self.states, self.fds, strict=True):
             try:
                 if state.seals:
@@ -92,10 +106,20 @@ class SharedObjects:
         self._close()
 
     def _close(self) -> None:
-        for fd in self.fds:
+        for fd in (*self.fds, *self._segment_fds.values()):
             if fd >= 0:
                 os.close(fd)
         self.fds = []
+        self._segment_fds = {}
+
+
+def _can_wait() -> bool:
+    """Whether the kernel can say what is at an address that a thread waits for: see `Filling.share` (Linux 5.14)."""
+    fd = userfaultfd.userfaultfd(os.O_CLOEXEC)
+    try:
+        return bool(userfaultfd.api(fd, 0) & userfaultfd.UFFD_FEATURE_MINOR_SHMEM)
+    finally:
+        os.close(fd)
 
 
 def _anonymous(state: SharedMemory) -> int:
@@ -120,7 +144,16 @@ def _memfd(state: SharedMemory) -> int:
     return fd
 
 
-def _write(fd: int, content: memoryview, offset: int) -> None:
-    while content:
-        written = os.pwrite(fd, content, offset)
-        content, offset = content[written:], offset + written
+def _fill(fd: int, state: SharedMemory, content: memoryview) -> None:
+    """Write the pages that came along, and no others: a huge page would bring its neighbours, empty."""
+    sent = PageRanges.unpack(state.sent)
+    if not sent:
+        return
+    with mmap.mmap(fd, state.size) as mapping:
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        place = 0
+        for each in sent:
+            length = min(each.end, state.size) - each.start
+            mapping[each.start : each.start + length] = bytes(content[place : place + length])
+            place += each.end - each.start

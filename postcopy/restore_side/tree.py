@@ -12,9 +12,10 @@ from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.descriptors import Shared
 from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.restore_side.memory import lazy_parts
 from postcopy.restore_side.offspring import bring_up
 from postcopy.restore_side.shared_memory import SharedObjects
-from postcopy.spaces import spaces_of
+from postcopy.spaces import filled_first, spaces_of
 from postcopy.state import LateSignal, Tree
 
 
@@ -23,6 +24,7 @@ class BuiltTree:
     """A tree that is ready to go on; it dies with us until `resume`. The root is the first."""
 
     processes: list[Built]
+    memory: SharedObjects
 
     @property
     def root(self) -> Built:
@@ -32,7 +34,12 @@ class BuiltTree:
     def spaces(self) -> list[HandedSpace]:
         """Its address spaces, with the pages that are missing."""
         return [
-            HandedSpace(built.state.space, built.uffd, PageRanges.unpack(built.state.memory.lazy))
+            HandedSpace(
+                built.state.space,
+                built.uffd,
+                PageRanges.unpack(built.state.memory.lazy),
+                lazy_parts(built.state.memory, self.memory),
+            )
             for built in self.processes
         ]
 
@@ -80,7 +87,7 @@ def build_tree(
         bring_up(tree, root, newborns)
     except OSError as error:
         raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
-    memory.make(tree.shared_memory, pages[sum(sizes[: len(tree.processes)]) :])
+    memory.make(tree.shared_memory, pages[sum(sizes[: len(tree.processes)]) :], filled_first(tree))
     buildings = []
     place = 0
     for process, size in zip(tree.processes, sizes, strict=False):
@@ -90,6 +97,4 @@ def build_tree(
         place += size
     for building in buildings:
         building.open()
-    built = [building.finish() for building in buildings]
-    memory.finish()
-    return BuiltTree(built)
+    return BuiltTree([building.finish() for building in buildings], memory)

@@ -27,7 +27,7 @@ from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import syscall
 from postcopy.kernel.prctl import PR_SET_PDEATHSIG
 from postcopy.restore_side.bulk_receiver import receive_bulk
-from postcopy.restore_side.fault_handler import Background, FaultHandler
+from postcopy.restore_side.fault_handler import GIVE_UP, Background, FaultHandler
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.ring import Ring
@@ -101,8 +101,10 @@ class Watchdog:
             self.channels.bulk.close()
             self._to_handler.close()
             if tree := Handover.receive(handovers):
-                _take_over_at_death_of(watchdog, tree, self.namespace_init)
-                FaultHandler(tree.spaces, demand, ring, reports, self.background, tree.pidfds).run()
+                args = (tree.spaces, demand, ring, reports, self.background, tree.pidfds, tree.objects)
+                faults = FaultHandler(*args)
+                _take_over_at_death_of(watchdog, tree, self.namespace_init, faults)
+                faults.run()
 
         return body
 
@@ -154,6 +156,8 @@ class Watchdog:
                 self.tree.send(self._to_handler)
             except OSError:
                 raise PostcopyError("the fault handler has died") from None
+            for each in self.tree.objects:
+                os.close(each.fd)
 
     def _take_order(self) -> bool:
         """Act on the control process's next word; whether it was the last."""
@@ -183,8 +187,8 @@ class Watchdog:
         report: dict[str, Any] = msgpack.unpackb(content)
         self.uffds += fds
         name = report.pop("event")
-        if name == "progress":
-            self._tell({"event": "progress", **report})
+        if name in ("progress", "filled first"):
+            self._tell({"event": name, **report})
         elif name == "gone":
             self._close_those_gone()
         elif name == "lost":
@@ -236,6 +240,9 @@ class Watchdog:
                 self.channels.control.send(Kind.FAILED, control.Failed(message, ""))
         if self.tree is not None:
             kill_tree(self.tree, self.namespace_init)
+            # Else who waits to punch a hole into shared memory could not end.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handler.pidfd, GIVE_UP)
         if self.took_addresses and not self.committed:
             self.scripts.report(Action.NETWORK_LOCK, self.program)
         _wait_for_end_of(self.uffds)
@@ -243,13 +250,14 @@ class Watchdog:
         self._tell({"event": "lost", "reason": error.message})
 
 
-def _take_over_at_death_of(watchdog: int, tree: Handover, namespace_init: int | None) -> None:
+def _take_over_at_death_of(watchdog: int, tree: Handover, namespace_init: int | None, faults: FaultHandler) -> None:
     """In the fault handler: when the watchdog dies, end the tree before the last userfaultfd is closed."""
 
     def end(*_: object) -> NoReturn:
         log.error("the watchdog has died; the program is killed here, it never saw a wrong byte")
         kill_tree(tree, namespace_init)
-        _wait_for_end_of(_own_userfaultfds())
+        faults.unlock()
+        _wait_for_end_of([fd for fd in _own_userfaultfds() if fd != faults.own_uffd])
         os._exit(1)
 
     signal.signal(_WATCHDOG_DIED, end)

@@ -204,7 +204,7 @@ class SealedMemfds(Case):
 class MemfdWithoutDescriptor(Case):
     """A memfd whose descriptors are closed: two mappings are all that is left of it."""
 
-    PAGES = 16
+    PAGES = 48
 
     def setup(self) -> None:
         """Map twice, close."""
