@@ -89,7 +89,7 @@ def test_memory_of_busy_workers_follows_lazily(hosts: Pair, tmp_path: Path, back
     if background == "eager":
         hosts.set_rate("200mbit")
     migration = move(hosts.a, hosts.b, PID, restore_options=("--background", background))
-    assert next(event for event in migration.restore_events if event["event"] == "running")["lazy_pages"] > 5000
+    assert next(event for event in migration.dump_events if event["event"] == "state")["lazy_pages"] > 5000
     workers.go_on(30)
     assert migration.restore is not None
     workers.stop(migration.restore)
