@@ -74,7 +74,7 @@ class Workers:
         (self.directory / "stop").touch()
         assert end.wait(60) == 0, self.said() + (self.directory / "stderr").read_text()
         assert [line for line in self.said().splitlines() if line.isdigit()] == self.said().splitlines()
-        assert len(self.said().splitlines()) == 4
+        assert len(self.said().splitlines()) == 5
 
 
 def test_workers_that_share_memory_do_not_notice(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Each worker has blocks of its own, which it writes and drops; the other blocks never change, and some have never been
 touched. Every look at a page is a check. All go on until the file ``--stop`` is there; then the result file says how
-many operations there were, or what was wrong first. The progress file gets a byte for each hundred operations.
+many operations there were, or what was wrong first. The progress file gets a byte for each hundred operations. One more
+process waits all the time for a word in the last page (futex(2), with a time-out).
 """
 
 import argparse
@@ -10,6 +11,7 @@ import ctypes
 import mmap
 import os
 import random
+import struct
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ PAGE = mmap.PAGESIZE
 WORKERS, BLOCK = 4, 8
 UNCHANGED, UNTOUCHED = WORKERS, WORKERS + 1
 MADV_DONTNEED, MADV_REMOVE = 4, 9
+SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE, WAITED = 202, 0, 1, 1
 SYS_MREMAP, MREMAP_MAYMOVE, MREMAP_FIXED = 25, 1, 2
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -50,7 +53,7 @@ class Arena:
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._mapping = mmap.mmap(-1, pages * PAGE)
+        self._mapping = mmap.mmap(-1, (pages + 1) * PAGE)
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self.owned: dict[int, list[int]] = {owner: [] for owner in range(WORKERS + 2)}
         for page in range(pages):
@@ -58,6 +61,24 @@ class Arena:
         for owner, owned in self.owned.items():
             for page in owned if owner != UNTOUCHED else ():
                 ctypes.memmove(self.base + page * PAGE, content(page + 1), PAGE)
+        self.word = self.base + pages * PAGE
+        ctypes.memmove(self.word, content(WAITED), PAGE)
+
+    def wait(self) -> None:
+        """Until `wake` of another process."""
+        timeout = ctypes.create_string_buffer(struct.pack("=qq", 600, 0))
+        checked(self._futex(FUTEX_WAIT, WAITED, ctypes.addressof(timeout)), "FUTEX_WAIT")
+        if (found := ctypes.string_at(self.word, PAGE)) != bytes(4) + content(WAITED)[4:]:
+            raise ValueError(f"the page of the futex begins {found[:8].hex()}")
+
+    def wake(self) -> None:
+        """Change the word, and tell of it."""
+        ctypes.memset(self.word, 0, 4)
+        checked(self._futex(FUTEX_WAKE, 1, 0), "FUTEX_WAKE")
+
+    def _futex(self, operation: int, value: int, timeout: int) -> int:
+        arguments = (ctypes.c_long(each) for each in (SYS_FUTEX, self.word, operation, value, timeout))
+        return int(libc.syscall(*arguments))
 
 
 class Worker:
@@ -162,18 +183,24 @@ def main() -> None:
     progress = os.open(options.progress, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     arena = Arena(options.pages)
     workers = {}
-    for number in range(WORKERS):
+    for number in range(WORKERS + 1):
         read, write = os.pipe()
         if not (pid := os.fork()):
             try:
-                said = f"{Worker(arena, number).run(options.stop, progress)}"
+                if number < WORKERS:
+                    said = f"{Worker(arena, number).run(options.stop, progress)}"
+                else:
+                    arena.wait()
+                    said = "1"
             except (OSError, ValueError) as error:
                 said = f"FAIL worker {number}: {error}"
             os.write(write, said.encode())
             os._exit(0)
         os.close(write)
         workers[pid] = read
-    for pid, read in workers.items():
+    for number, (pid, read) in enumerate(workers.items()):
+        if number == WORKERS:
+            arena.wake()
         said = os.read(read, 1000).decode() or "FAIL: a worker is gone"
         os.waitpid(pid, 0)
         with open(options.result, "a") as result:
