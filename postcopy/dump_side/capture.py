@@ -50,8 +50,6 @@ class Capture:
         self._guard = Guard(self._lock, self._choices.scripts, pid)
         self._smaps = SmapsReader(trusted.known)
         self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
-        # The forks have made our own memory copy-on-write; this touches most of it now, and not while the tree waits.
-        gc.collect()
 
     def __enter__(self) -> "Capture":
         return self

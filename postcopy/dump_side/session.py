@@ -4,6 +4,7 @@ Here is decided what is done when; the states and messages stand in docs/protoco
 """
 
 import contextlib
+import gc
 import logging
 import select
 from collections.abc import Callable, Iterator
@@ -184,6 +185,8 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
             with Capture(options.pid, trusted, reporter, options.choices) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
+                # Forks have made our own memory copy-on-write; this touches most of it before the tree stands still.
+                gc.collect()
                 with deadline(options.timeout, "the way from freeze to commit"):
                     capture.take()
                     # Before the destination's first: what they take away here is to come up there.
