@@ -23,7 +23,7 @@ from postcopy.roles import Role
 log = logging.getLogger("postcopy")
 
 _MOST_OUTPUT = 64 * 1024  # bytes
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.SIGPIPE, signal.SIGTTOU)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Action(enum.StrEnum):

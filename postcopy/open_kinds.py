@@ -131,7 +131,7 @@ class Pty:
     """A pseudoterminal with its master in the tree: ``/dev/pts/INDEX``; struct termios2 and struct winsize.
 
     ``locked``: its slave cannot be opened yet; ``packets``: TIOCPKT. ``session``: of whose leader it is the controlling
-    terminal, ``foreground``: with which process group in front (0: none).
+    terminal, ``foreground``: with which process group in front (0: none). ``hung_up``: its slave is open no more.
     """
 
     index: Unsigned
@@ -141,6 +141,7 @@ class Pty:
     packets: bool
     session: Unsigned
     foreground: Unsigned
+    hung_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,6 +193,43 @@ def test_terminals_move_with_their_sessions(hosts: Pair, tmp_path: Path, moves: 
     assert report == {"terminal_of_child": None}
 
 
+CLOSED_SLAVE = """
+import errno, os, select, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+master, slave = os.openpty()
+name = os.ttyname(slave)
+os.close(slave)
+never_opened = os.open("/dev/ptmx", os.O_RDWR)
+signal.sigwait({signal.SIGTERM})
+try:
+    os.read(master, 1)
+    os._exit(1)
+except OSError as error:
+    if error.errno != errno.EIO:
+        os._exit(2)
+poll = select.poll()
+poll.register(never_opened, select.POLLIN)
+if poll.poll(0):
+    os._exit(3)
+slave = os.open(name, os.O_RDWR | os.O_NOCTTY)
+os.write(slave, b"again")
+os._exit(0 if os.read(master, 10) == b"again" else 4)
+"""
+
+
+def test_terminal_whose_other_side_was_closed_moves(hosts: Pair) -> None:
+    for host in hosts:
+        host.run(["mount", "-t", "devpts", "-o", "newinstance,ptmxmode=0666", "none", "/dev/pts"], check=True)
+    hosts.a.popen([sys.executable, "-c", CLOSED_SLAVE], pid=PID)
+    table = hosts.a.proc / str(PID) / "fd"
+    hosts.a.wait_until(lambda: sorted(os.listdir(table))[3:] == ["3", "4"], what="both masters are open, alone")
+    migration = move(hosts.a, hosts.b, PID)
+    migration.wait_drained()
+    hosts.b.kill(PID, signal.SIGTERM)
+    assert migration.restore is not None
+    assert migration.restore.wait(20) == 0
+
+
 def test_terminal_whose_number_is_taken_is_refused(hosts: Pair, tmp_path: Path) -> None:
     with pytest.raises(MigrationFailed) as failure:
         run_program(hosts, tmp_path, 1, "--only", "terminal_of_child")

@@ -80,8 +80,6 @@ def _look(table: Table, index: int) -> Pty:
         waiting = pty.unread(master) + sum(_unread(*each) for each in slaves[:1])
         if waiting:
             raise Refused(f"{name}: {waiting} bytes in it are unread, which cannot be moved yet; try again")
-        if not slaves and _is_hung_up(master):
-            raise Refused(f"{name}: its other side was closed, which cannot be moved yet")
         return Pty(
             index=index,
             settings=pty.settings(master),
@@ -90,6 +88,7 @@ def _look(table: Table, index: int) -> Pty:
             packets=bool(pty.number(master, pty.TIOCGPKT)),
             session=common(table, session) if session else 0,
             foreground=_group(table, foreground),
+            hung_up=not slaves and _is_hung_up(master),
         )
 
 

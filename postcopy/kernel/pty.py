@@ -9,7 +9,7 @@ TIOCSPTLCK, TIOCGPTLCK, TIOCGPTN = 0x40045431, 0x80045439, 0x80045430
 TIOCPKT, TIOCGPKT = 0x5420, 0x80045438
 TCGETS2, TCSETS2 = 0x802C542A, 0x402C542B
 TIOCSPGRP, TIOCGSID = 0x5410, 0x5429
-TIOCGDEV = 0x80045432
+TIOCGDEV, TIOCGPTPEER = 0x80045432, 0x5441
 SETTINGS_SIZE, WINDOW_SIZE = 44, 8  # struct termios2, struct winsize
 
 _INT = struct.Struct("<i")
@@ -24,6 +24,11 @@ def number(master: int, request: int) -> int:
 def set_number(master: int, request: int, value: int) -> None:
     """Make an ioctl that takes a pointer to an int; raises OSError."""
     fcntl.ioctl(master, request, _INT.pack(value))
+
+
+def open_slave(master: int) -> int:
+    """A descriptor of its slave, whatever the path of that is; nobody's controlling terminal. Raises OSError."""
+    return int(fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
 
 
 def session(master: int) -> tuple[int, int]:

@@ -92,6 +92,8 @@ def set_up(states: Iterable[Pty], root: int, inherited: Mapping[str, int]) -> No
             fcntl.ioctl(master, pty.TCSETS2, state.settings)
             fcntl.ioctl(master, termios.TIOCSWINSZ, state.window)
             pty.set_number(master, pty.TIOCPKT, int(state.packets))
+            if state.hung_up:
+                os.close(pty.open_slave(master))
             os.close(master)
         except KeyError:
             raise RestoreError(f"terminal {slave(state.index)} came after the survey; try again") from None
