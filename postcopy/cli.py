@@ -255,7 +255,7 @@ def restore(
             )
 
     def running() -> None:
-        if shell_job and log_file is None:
+        if shell_job and not detached and log_file is None:
             reporter.leave_screen()
         reporting.announce(status_fd)
 

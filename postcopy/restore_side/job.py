@@ -7,6 +7,8 @@ import signal
 from postcopy.kernel import pty
 from postcopy.restore_side.build import Built
 
+_BY_TERMINAL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
 
 def terminal() -> int:
     """The first of our standard streams that is a terminal; -1 where there is none."""
@@ -61,16 +63,18 @@ class ShellJob:
                 os.tcsetpgrp(self._terminal, os.getpgrp())
 
     def follow(self) -> None:
-        """Be stopped where the program has been, and let it go on where we do: the shell knows us alone."""
-        if not self._group:
-            return  # what stops it stops us
+        """Stop where the terminal has stopped the program, and let it go on where we do: the shell knows only us."""
+        if not self._wants or not self._group:
+            return  # in our own group, what stops it stops us
         stop = os.waitid(os.P_PID, self._pid, os.WSTOPPED | os.WNOHANG)
-        if stop is None:
+        # Who sends SIGSTOP means the program, and not the shell's job.
+        if stop is None or stop.si_status not in _BY_TERMINAL:
             return
         # What the shell has put in front while we ran is put in front without a word to us.
-        if stop.si_status not in (signal.SIGTTIN, signal.SIGTTOU) or not self._is_ours():
+        if stop.si_status == signal.SIGTSTP or not self._is_ours():
             self.take_back()
-            os.kill(os.getpid(), signal.SIGTSTP)
+            if not _stop() and stop.si_status != signal.SIGTSTP:
+                return  # it would be stopped again, and again
         self.lend()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._group, signal.SIGCONT)
@@ -79,3 +83,12 @@ class ShellJob:
         with contextlib.suppress(OSError):
             return os.tcgetpgrp(self._terminal) == os.getpgrp()
         return False
+
+
+def _stop() -> bool:
+    """Stop until we are continued; False where that cannot be, since no shell is there to continue us (setpgid(2))."""
+    continued: list[int] = []
+    previous = signal.signal(signal.SIGCONT, lambda number, frame: continued.append(number))
+    os.kill(os.getpid(), signal.SIGTSTP)
+    signal.signal(signal.SIGCONT, previous)
+    return bool(continued)
