@@ -27,6 +27,8 @@ _STEP = 16 * 1024 * 1024  # bytes
 _GRACE_SECONDS = 2
 # Of callers that have not introduced themselves: each may keep a greeting's bytes and a descriptor for some seconds.
 _MOST_CALLERS = 256
+# Of destinations that have not opened all their channels.
+_MOST_SESSIONS = 64
 CHANNELS = ("control", "demand", "bulk")
 
 
@@ -311,6 +313,10 @@ class Listener:
             self._drop(caller, reason)
             return
         session.found[hello.channel] = channel
+        if name not in self._sessions and len(self._sessions) >= _MOST_SESSIONS:
+            oldest = next(iter(self._sessions))
+            log.warning("dropped %s: too many have begun", self._sessions[oldest].found["control"].peer)
+            self._sessions.pop(oldest).drop()
         self._sessions[name] = session
 
     def _drop(self, caller: _Caller, reason: object) -> None:
