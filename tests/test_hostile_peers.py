@@ -24,7 +24,7 @@ from postcopy.state import Clocks, LateSignal, decode, encode
 from postcopy.transport import Channel
 from postcopy.wire import control
 from postcopy.wire import pages as wire
-from postcopy.wire.control import HEADER, MAGIC, PROTOCOL_VERSION, Kind
+from postcopy.wire.control import HEADER, MAGIC, PROTOCOL_VERSION, Hello, Kind
 from tests.checkpoints import Taken
 from tests.hosts import wait_until
 from tests.sides import SECONDS, Side
@@ -380,6 +380,28 @@ def many_descriptors() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_flood_of_destinations_takes_little_memory_and_keeps_nobody_out(scene: Scene, watched: Watched) -> None:  # noqa: F811
+    source = watched.dump()
+    source.await_event("listening")
+    before = memory_of(source)
+    features = [*Hello("", b"").cpu_features, *(f"{number:x}" for number in range(8000))]
+    greeting = control.pack(Kind.HELLO, Hello("control", b"", cpu_features=features))
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            caller = stack.enter_context(socket_in(watched.hosts.b))
+            caller.connect((watched.hosts.a.address, watched.port))
+            caller.sendall(greeting)
+            caller.recv(1)
+        wait_until(lambda: "too many have begun" in source.text, SECONDS, "some are dropped")
+        destination = watched.restore(pause="connected")
+        destination.await_pause("connected")
+        assert memory_of(source) - before < 60 << 20
+        destination.process.kill()
+    source.ends(GONE)
+    watched.goes_on()
+    scene.nothing_is_left()
 
 
 def test_flood_of_greetings_takes_little_memory_and_keeps_nobody_out(scene: Scene, watched: Watched) -> None:  # noqa: F811
