@@ -65,7 +65,7 @@ SLOT = 1 << 30  # bytes between what is in use of the reserve
 SLOTS = 8
 MESSAGE = struct.Struct("<QQ")
 COPIES = 32  # of the pair in a message: 512 bytes, less than PIPE_BUF
-AREAS = {"anonymous": 192, "memfd": 192, "segment": 160, "deleted file": 128, "file": 64}
+AREAS = {"anonymous": 1024, "memfd": 1024, "segment": 1024, "deleted file": 128, "file": 64}
 
 TREE_OPERATIONS = {
     **CHILD_OPERATIONS,
