@@ -401,6 +401,19 @@ def test_tree_runs_on_when_a_side_is_killed_before_commit(
     clan.goes_on()
 
 
+@pytest.mark.parametrize(("victim", "step"), [("dump", "stopped"), ("restore", "built")])
+def test_tree_with_a_pid_namespace_runs_on_when_a_side_is_killed_before_commit(
+    hosts: Pair, tmp_path: Path, victim: str, step: str
+) -> None:
+    clan = Clan(hosts.a, tmp_path, 4, under=["unshare", "--pid", "--fork", "--mount-proc"])
+    before = set(hosts.b.pids())
+    killed, other = paused(hosts, clan, tmp_path, victim, step, 28200)
+    killed.process.kill()
+    other_ends(other, victim, step, 4, 7)
+    wait_until(lambda: set(hosts.b.pids()) <= before, SECONDS, "nothing is left at the destination")
+    clan.goes_on()
+
+
 @pytest.mark.parametrize("victim", ["dump", "restore"])
 def test_tree_is_lost_or_moved_but_never_two_when_a_side_is_killed_after_commit(
     hosts: Pair, tmp_path: Path, victim: str

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cmp_to_key, partial
@@ -190,6 +191,8 @@ class Kin:
         status = int(procfs.stat(pid)[52])
         if status & _CORE_DUMPED and status & 0x7F:
             problems.append(f"zombie {pid} has left a core dump when it ended, which its parent is yet to be told")
+        if status & 0x7F not in (0, signal.SIGKILL) and self._nesting.is_init(self._common[pid]):
+            problems.append(f"zombie {pid}, an init, has ended by a signal that cannot be sent to one")
         name = os.fsencode(procfs.stat(pid)[2])
         uid = int(self._statuses[pid]["Uid"].split()[0])
         return Zombie(self._common[pid], self.lineage(pid), name, uid, status)
