@@ -18,11 +18,6 @@ class Space:
     sent: PageRanges
     lazy: PageRanges
 
-    @property
-    def sent_bytes(self) -> int:
-        """How long the content of the pages is that are sent along."""
-        return sum(each.end - each.start for each in self.sent)
-
 
 def spaces_of(tree: Tree) -> list[Space]:
     """All of them, in the order in which the content of the pages that are sent follows the state.

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError
 from postcopy.printable import printable
+from postcopy.sent_pages import SentPages
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
 
@@ -75,19 +76,20 @@ class Channel:
         assert isinstance(found, body)
         return found
 
-    def send_pages(self, content: bytes | memoryview) -> None:
-        """Send the content of pages, as it is. Raises ConnectionLost."""
-        self.send_frame(control.pack_header(Kind.PAGES, len(content)))
+    def send_pages(self, pages: SentPages) -> None:
+        """Send the content of pages. Raises ConnectionLost."""
+        places, content = pages.pack()
+        self.send_frame(control.pack_header(Kind.PAGES, len(places) + len(content)) + places)
         self.send_frame(content)
 
-    def receive_pages(self, expected: int) -> memoryview:
-        """The content of the pages in the next frame, which must be PAGES and of so many bytes."""
+    def receive_pages(self, total: int) -> SentPages:
+        """The content of ``total`` pages in the next frame, which must be PAGES."""
         kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
         if kind != Kind.PAGES:
             raise ProtocolError(f"{self.peer} sent {kind.name} where PAGES was due")
-        if length != expected:
-            raise ProtocolError(f"{self.peer} sent {length} bytes of pages with a state that names {expected}")
-        return memoryview(self._exactly(length))
+        if not SentPages.fits(total, length):
+            raise ProtocolError(f"{self.peer} sent {length} bytes of pages with a state that names {total} pages")
+        return SentPages.unpack(total, self._exactly(length))
 
     def _exactly(self, length: int) -> bytearray:
         content = bytearray()

@@ -141,7 +141,7 @@ def test_workers_of_an_eager_fill_see_each_lazy_page_once(taken: Taken, shares: 
 
 def test_content_of_the_sent_pages_is_in_the_order_of_the_state(taken: Taken) -> None:
     checkpoint = Checkpoint.open(taken.directory)
-    assert checkpoint.sent_content() == b"".join(taken.content[address] for address in pages_of(taken.sent))
+    assert checkpoint.sent_content().content == b"".join(taken.content[address] for address in pages_of(taken.sent))
     checkpoint.close()
 
 
@@ -175,7 +175,9 @@ def test_lazy_pages_that_stay_elsewhere_are_not_held(tmp_path: Path) -> None:
     assert checkpoint.pages_elsewhere
     assert checkpoint.plan() == {SPACE: PageRanges()}
     assert runs_of(checkpoint, 1) == {}
-    assert checkpoint.sent_content() == b"".join(elsewhere.content[address] for address in pages_of(elsewhere.sent))
+    assert checkpoint.sent_content().content == b"".join(
+        elsewhere.content[address] for address in pages_of(elsewhere.sent)
+    )
     assert PageRanges.unpack(checkpoint.tree.processes[0].memory.lazy) == elsewhere.lazy
     with pytest.raises(CheckpointError, match="not among those held"):
         checkpoint.source(SPACE).read_into(next(pages_of(elsewhere.lazy)), memoryview(bytearray(PAGE_SIZE)))
@@ -647,7 +649,7 @@ def test_several_address_spaces(two_spaces: Path) -> None:
     checkpoint = Checkpoint.open(two_spaces)
     assert sorted(checkpoint.plan()) == [0, 1]
     sent = sum(PageRanges.unpack(process.memory.sent).total_pages for process in checkpoint.tree.processes)
-    assert len(checkpoint.sent_content()) == sent * PAGE_SIZE
+    assert len(checkpoint.sent_content().content) == sent * PAGE_SIZE
     checkpoint.close()
 
 

@@ -22,8 +22,10 @@ from postcopy.checkpoint.format import (
 )
 from postcopy.checkpoint.page_file import PageFile
 from postcopy.errors import CheckpointError, ProtocolError
+from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
+from postcopy.sent_pages import SentPages
 from postcopy.soundness import check
 from postcopy.spaces import Space, spaces_of
 from postcopy.state import Manifest, Tree
@@ -83,16 +85,16 @@ class Checkpoint:
         finally:
             files.close()
 
-    def sent_content(self) -> memoryview:
+    def sent_content(self) -> SentPages:
         """The content of the pages that go with the state: `spaces_of` in order, ranges in order. Verified."""
-        content = memoryview(bytearray(sum(space.sent_bytes for space in self._spaces)))
+        content = memoryview(bytearray(sum(space.sent.total_pages for space in self._spaces) * PAGE_SIZE))
         at = 0
         for space in self._spaces:
             for each in space.sent:
                 size = each.end - each.start
                 self._pages[space.number].read_into(each.start, content[at : at + size])
                 at += size
-        return content
+        return SentPages.plain(content)
 
     def source(self, space: int) -> PageFile:
         """Where the pages of an address space come from (see `PageSource`); what it raises is a CheckpointError."""

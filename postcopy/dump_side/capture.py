@@ -16,12 +16,14 @@ from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
+from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
 from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
+from postcopy.sent_pages import SentPages
 from postcopy.spaces import spaces_of
 from postcopy.state import LateSignal, Tree
 
@@ -107,20 +109,17 @@ class Capture:
     def sources(self) -> dict[int, PageSource]:
         """Where the pages of each space come from."""
         pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
-        processes = {state.space: FrozenProcess(frozen.face, frozen.memory) for state, frozen in pairs}
+        shares = len(self.frozen.processes) > 1
+        processes = {
+            state.space: FrozenProcess(frozen.face, frozen.memory, frozen.pagemap if shares else None)
+            for state, frozen in pairs
+        }
         return {**processes, **self._shared.sources}
 
-    def content(self) -> memoryview:
-        """The content of the pages that travel with the state: `spaces_of` in order, ranges in order."""
-        content = memoryview(bytearray(sum(space.sent_bytes for space in self._spaces)))
-        at = 0
-        sources = self.sources
-        for space in self._spaces:
-            for each in space.sent:
-                size = each.end - each.start
-                sources[space.number].read_into(each.start, content[at : at + size])
-                at += size
-        return content
+    def sent_pages(self) -> SentPages:
+        """The content of the pages that travel with the state."""
+        pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
+        return sent_pages(self._spaces, self.sources, {state.space: frozen.pagemap for state, frozen in pairs})
 
     def late_signals(self) -> list[LateSignal]:
         """The signals that have come since the state was collected."""

@@ -27,6 +27,7 @@ from postcopy.kernel.executor import (
 )
 from postcopy.kernel.libc import syscall
 from postcopy.kernel.page import PAGE_SIZE, page_up
+from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.ptrace import Registers
 from postcopy.kernel.vdso import slack
@@ -64,6 +65,7 @@ class Frozen:
         self.face = procfs.face(pid)
         self.pidfd = os.pidfd_open(pid)
         self.memory = ProcessMemory(self.face)
+        self.pagemap = Pagemap(self.face)
         self.threads: list[FrozenThread] = []
         self.durable = False
         self._awaited: set[int] = set()
@@ -160,6 +162,7 @@ class Frozen:
     def close(self) -> None:
         """Give the descriptors back."""
         self.memory.close()
+        self.pagemap.close()
         os.close(self.pidfd)
 
     def stop_durably(self) -> None:

@@ -15,6 +15,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
+from postcopy.sent_pages import SentPages
 from postcopy.state import Clocks, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
@@ -63,11 +64,11 @@ class Giving:
         self._reporter.event("prepared")
         return body.has_state
 
-    def send_state(self, tree: Tree, content: bytes | memoryview) -> None:
+    def send_state(self, tree: Tree, pages: SentPages) -> None:
         """The state, and the pages that travel with it."""
         self.control.send(Kind.STATE, tree)
-        self.control.send_pages(content)
-        self._boot_bytes = len(content)
+        self.control.send_pages(pages)
+        self._boot_bytes = len(pages.content)
 
     def start_servers(self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource]) -> None:
         """Fork the demand server and the bulk streamer of the pages of ``plan``, by address space."""

@@ -5,6 +5,8 @@ import os
 from typing import Protocol
 
 from postcopy.errors import DumpError
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.process_vm import process_vm_readv
 
@@ -19,14 +21,23 @@ class PageSource(Protocol):
 class FrozenProcess:
     """The memory of a stopped process, read in place: no copy is kept."""
 
-    def __init__(self, pid: int, memory: ProcessMemory | None = None) -> None:
-        """``pid``: any thread of the process, stopped for as long as this is used; ``memory``: the same process's."""
+    def __init__(self, pid: int, memory: ProcessMemory | None = None, pagemap: Pagemap | None = None) -> None:
+        """``pid``: any thread of the process, stopped for as long as this is used; ``memory``: the same process's.
+
+        ``pagemap``: the same process's, where it may have pages in common with others.
+        """
         self.pid = pid
         self._memory = memory or ProcessMemory(pid)
+        self._pagemap = pagemap
 
     def read_into(self, address: int, buffer: memoryview) -> None:
         """See `PageSource`."""
         try:
+            if self._pagemap and not self._pagemap.are_exclusive(address, len(buffer) // PAGE_SIZE):
+                # process_vm_readv(2) would give the process copies of its own of pages shared since a fork (mm/gup.c,
+                # gup_must_unshare): all of that memory twice, here on the source.
+                self._memory.read_into(address, buffer)
+                return
             try:
                 process_vm_readv(self.pid, address, buffer)
             except OSError as error:

@@ -25,6 +25,7 @@ _SCAN_ARGUMENT = struct.Struct("<12Q")
 _REGION = struct.Struct("<3Q")
 _REGIONS = 4096
 
+_PM_FRAME, _PM_EXCLUSIVE = (1 << 55) - 1, 1 << 56
 _PM_PRESENT, _PM_SWAPPED, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
 
 
@@ -66,6 +67,18 @@ class Pagemap:
                     raise
                 self._scan_is_missing = True
         yield from self._entries(start, end)
+
+    def frames(self, start: int, pages: int) -> list[int]:
+        """The numbers of the page frames (PFN) of ``pages`` pages; 0 where there is none, or we may not know it."""
+        entries = self._read(start, pages)
+        return [entry & _PM_FRAME if entry & _PM_PRESENT else 0 for entry in entries]
+
+    def are_exclusive(self, start: int, pages: int) -> bool:
+        """Whether no other process maps any of ``pages`` pages."""
+        return all(entry & _PM_EXCLUSIVE or not entry & _PM_PRESENT for entry in self._read(start, pages))
+
+    def _read(self, start: int, pages: int) -> "array.array[int]":
+        return array.array("Q", os.pread(self._fd, 8 * pages, 8 * (start // PAGE_SIZE)))
 
     def try_scan(self, start: int, end: int) -> None:
         """Raises OSError (ENOTTY) where the kernel has no PAGEMAP_SCAN."""

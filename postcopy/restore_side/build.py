@@ -40,6 +40,7 @@ from postcopy.restore_side import (
     timers,
 )
 from postcopy.restore_side.own import own_credentials
+from postcopy.sent_pages import SentPages
 from postcopy.state import Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
@@ -85,7 +86,7 @@ class Building:
         self._shared = shared
         self._parent_stays = parent_stays
 
-    def begin(self, pages: memoryview) -> None:
+    def begin(self, pages: SentPages) -> None:
         """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it."""
         with _errors_named(self.built.state):
             self._builder = _Builder(self.built, self._shared, self._parent_stays)
@@ -134,7 +135,7 @@ class _Builder:
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def begin(self, pages: memoryview) -> None:
+    def begin(self, pages: SentPages) -> None:
         """Up to where a descriptor table is ready for the program's descriptors."""
         self._allow_descriptors()
         self._install()

@@ -16,6 +16,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import system_v
 from postcopy.restore_side.shared_filling import Part
 from postcopy.restore_side.shared_memory import SharedObjects
+from postcopy.sent_pages import SentPages
 from postcopy.state import Memory, Vma
 
 _AT_FDCWD = -100
@@ -111,15 +112,17 @@ def _borrow(batch: Batch, shared: SharedObjects, number: int, writable: bool, le
     batch.add(call("openat", lender, batch.text(path), flags), f"opening {state.kind} memory {state.name}")
 
 
-def write_pages(memory: Memory, pages: memoryview, target: ProcessMemory) -> None:
-    """Write the pages that travelled with the state; ``pages`` is their content, one range after the other."""
+def write_pages(memory: Memory, pages: SentPages, target: ProcessMemory) -> None:
+    """Write the pages that travelled with the state; ``pages`` are theirs, one range after the other."""
     place = 0
     for sent in PageRanges.unpack(memory.sent):
-        size = sent.end - sent.start
-        target.write(sent.start, pages[place : place + size])
-        place += size
-    if place != len(pages):
-        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {place}")
+        at = sent.start
+        for run in pages.runs(place, sent.pages):
+            target.write(at, run)
+            at += len(run)
+        place += sent.pages
+    if place != pages.total:
+        raise RestoreError(f"{pages.total} pages came with the state, which names {place}")
 
 
 def lazy_parts(memory: Memory, shared: SharedObjects) -> list[Part]:

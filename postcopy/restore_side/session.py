@@ -205,9 +205,9 @@ class _Takeover:
             _warm_up()
             with deadline(self._options.timeout, "waiting for the state of the process"):
                 tree = self._channels.control.expect(Kind.STATE, Tree)
-                pages = self._channels.control.receive_pages(sum(space.sent_bytes for space in spaces_of(tree)))
+                pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
             soundness.check(tree, self._manifest)
-        self._reporter.event("received", boot_bytes=len(pages))
+        self._reporter.event("received", boot_bytes=len(pages.content))
         self._stopped_at = tree.clocks
         streams = [each.stream for each in tree.descriptors.descriptions if each.stream]
         self._terminal_settings = next((stream.settings for stream in streams if stream.settings), b"")
@@ -222,7 +222,7 @@ class _Takeover:
             self._network.prepare(self._leftovers)
             self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
             self._network.complete(self._pidfds())
-            self._boot_bytes = len(pages)
+            self._boot_bytes = len(pages.content)
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)
             self._reporter.event("built", pid=self._newborn.pid, processes=len(tree.processes), threads=threads)

@@ -15,6 +15,7 @@ from postcopy.kernel.page import page_up
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.shared_filling import HandedObject
+from postcopy.sent_pages import SentPages
 from postcopy.state import SharedMemory
 
 _MAP_NORESERVE = 0x4000
@@ -32,8 +33,8 @@ class SharedObjects:
         self._segments: list[int] = []
         self._segment_fds: dict[int, int] = {}
 
-    def make(self, states: list[SharedMemory], content: memoryview, first: frozenset[int]) -> None:
-        """Make all of it; ``content``: that of the pages that came along; ``first``: see `filled_first`.
+    def make(self, states: list[SharedMemory], pages: SentPages, first: frozenset[int]) -> None:
+        """Make all of it; ``pages``: those that came along; ``first``: see `filled_first`.
 
         Raises RestoreError.
         """
@@ -42,23 +43,24 @@ class SharedObjects:
             self.lazy = frozenset(
                 n for n, state in enumerate(states) if PageRanges.unpack(state.lazy) and state.space not in first
             )
+        place = 0
         for state in states:
-            size = sum(r.end - r.start for r in PageRanges.unpack(state.sent))
+            count = PageRanges.unpack(state.sent).total_pages
             try:
-                self.fds.append(self._make(state, content[:size]))
+                self.fds.append(self._make(state, pages.part(place, count)))
             except (OSError, ValueError, OverflowError) as error:
                 raise RestoreError(f"making {state.kind} memory {state.name} of {state.size} bytes: {error}") from None
-            content = content[size:]
+            place += count
 
-    def _make(self, state: SharedMemory, content: memoryview) -> int:
+    def _make(self, state: SharedMemory, pages: SentPages) -> int:
         if state.system_v is not None:
-            self._make_segment(state, content)
+            self._make_segment(state, pages)
             return -1
         fd = _anonymous(state) if state.kind == "anonymous" else _memfd(state)
-        _fill(fd, state, content)
+        _fill(fd, state, pages)
         return fd
 
-    def _make_segment(self, state: SharedMemory, content: memoryview) -> None:
+    def _make_segment(self, state: SharedMemory, pages: SentPages) -> None:
         assert state.system_v is not None
         identifier = state.system_v.identifier
         key = 0 if state.system_v.removed else state.system_v.key
@@ -70,7 +72,7 @@ class SharedObjects:
         try:
             fd = os.open(_map_file(address, page_up(state.size)), os.O_RDWR | os.O_CLOEXEC)
             self._segment_fds[len(self.fds)] = fd
-            _fill(fd, state, content)
+            _fill(fd, state, pages)
         finally:
             system_v.detach(address)
         system_v.set_owner(identifier, state.owner, state.mode)
@@ -144,7 +146,7 @@ def _memfd(state: SharedMemory) -> int:
     return fd
 
 
-def _fill(fd: int, state: SharedMemory, content: memoryview) -> None:
+def _fill(fd: int, state: SharedMemory, pages: SentPages) -> None:
     """Write the pages that came along, and no others: a huge page would bring its neighbours, empty."""
     sent = PageRanges.unpack(state.sent)
     if not sent:
@@ -155,5 +157,5 @@ def _fill(fd: int, state: SharedMemory, content: memoryview) -> None:
         place = 0
         for each in sent:
             length = min(each.end, state.size) - each.start
-            mapping[each.start : each.start + length] = bytes(content[place : place + length])
-            place += each.end - each.start
+            mapping[each.start : each.start + length] = pages.joined(place, each.pages)[:length]
+            place += each.pages

@@ -15,6 +15,7 @@ from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.memory import lazy_parts
 from postcopy.restore_side.offspring import bring_up
 from postcopy.restore_side.shared_memory import SharedObjects
+from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, spaces_of
 from postcopy.state import LateSignal, Tree
 
@@ -63,7 +64,7 @@ class BuiltTree:
 
 def build_tree(
     tree: Tree,
-    pages: memoryview,
+    pages: SentPages,
     root: Newborn,
     newborns: dict[int, Newborn],
     memory: SharedObjects,
@@ -78,23 +79,23 @@ def build_tree(
     """
     if not tree.processes or tree.processes[0].pid != root.number:
         raise RestoreError("the state is not that of the process which the manifest announced")
-    sizes = [space.sent_bytes for space in spaces_of(tree)]
-    if sum(sizes) != len(pages):
-        raise RestoreError(f"{len(pages)} bytes of pages came with the state, which names {sum(sizes)}")
+    counts = [space.sent.total_pages for space in spaces_of(tree)]
+    if sum(counts) != pages.total:
+        raise RestoreError(f"{pages.total} pages came with the state, which names {sum(counts)}")
     shared = Shared(tree, memory, inherited, newborns)
     ptys.set_up(tree.descriptors.ptys, root.pidfd, inherited or {})
     try:
         bring_up(tree, root, newborns)
     except OSError as error:
         raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
-    memory.make(tree.shared_memory, pages[sum(sizes[: len(tree.processes)]) :], filled_first(tree))
+    of_processes = sum(counts[: len(tree.processes)])
+    memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
     buildings = []
     place = 0
-    for process, size in zip(tree.processes, sizes, strict=False):
-        content = pages[place : place + size]
+    for process, count in zip(tree.processes, counts, strict=False):
         buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
-        buildings[-1].begin(content)
-        place += size
+        buildings[-1].begin(pages.part(place, count))
+        place += count
     for building in buildings:
         building.open()
     return BuiltTree([building.finish() for building in buildings], memory)
