@@ -1,20 +1,23 @@
 """Sets of pages as sorted, disjoint ranges: what is lazy, what is to be sent, what has arrived."""
 
+import functools
 import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from itertools import accumulate
+from operator import sub
 from struct import Struct
+from typing import NamedTuple
 
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SHIFT, PAGE_SIZE
 
 _COUNT = Struct("<Q")
+_SMALL = 1 << 14  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PageRange:
+class PageRange(NamedTuple):
     """The pages from ``start`` up to, not including, ``end``; both are page-aligned addresses."""
 
     start: int
@@ -49,24 +52,31 @@ class PageRanges:
         Raises ValueError when an address is misaligned, negative or past the end of user addresses, or when a range
         ends before it starts.
         """
-        made = cls()
+        starts: list[int] = []
+        ends: list[int] = []
+        last = -1
         for start, end in sorted(pairs):
             if (start | end) % PAGE_SIZE or not 0 <= start <= end <= ADDRESS_LIMIT:
                 raise ValueError(f"not a range of pages: {start:#x}-{end:#x}")
-            made._append(start, end)
-        return made
+            if start == end:
+                continue
+            if start > last:
+                starts.append(start)
+                ends.append(end)
+                last = end
+            elif end > last:
+                ends[-1] = last = end
+        return cls._of(starts, ends)
 
-    def _append(self, start: int, end: int) -> None:
-        if start >= end:
-            return
-        if self._ends and start <= self._ends[-1]:
-            self._total += max(end - self._ends[-1], 0) >> PAGE_SHIFT
-            self._ends[-1] = max(end, self._ends[-1])
-            return
-        self._firsts.append(self._total)
-        self._starts.append(start)
-        self._ends.append(end)
-        self._total += (end - start) >> PAGE_SHIFT
+    @classmethod
+    def _of(cls, starts: Iterable[int], ends: Iterable[int]) -> "PageRanges":
+        """Of ranges that are in order, not empty, and do not touch."""
+        made = cls()
+        made._starts, made._ends = array("Q", starts), array("Q", ends)
+        sizes = map(sub, made._ends, made._starts)
+        made._firsts = array("Q", accumulate((size >> PAGE_SHIFT for size in sizes), initial=0))
+        made._total = made._firsts.pop()
+        return made
 
     @property
     def total_pages(self) -> int:
@@ -137,26 +147,29 @@ class PageRanges:
 
     def clip(self, start: int, end: int) -> "PageRanges":
         """The pages of the set that lie within start-end."""
-        clipped = PageRanges()
-        for part, _ in self.overlapping(start, end):
-            clipped._append(part.start, part.end)
-        return clipped
+        parts = [part for part, _ in self.overlapping(start, end)]
+        return PageRanges._of((part.start for part in parts), (part.end for part in parts))
 
     def subtract(self, other: "PageRanges") -> "PageRanges":
         """The pages of this set that ``other`` has not."""
-        rest = PageRanges()
+        starts: list[int] = []
+        ends: list[int] = []
         at = 0
         for each in self:
             start = each.start
             at = bisect_right(other._ends, start, at)
             while at < len(other) and other._starts[at] < each.end:
-                rest._append(start, other._starts[at])
+                if start < other._starts[at]:
+                    starts.append(start)
+                    ends.append(other._starts[at])
                 start = other._ends[at]
                 if start >= each.end:
                     break
                 at += 1
-            rest._append(start, each.end)
-        return rest
+            if start < each.end:
+                starts.append(start)
+                ends.append(each.end)
+        return PageRanges._of(starts, ends)
 
     def pack(self) -> bytes:
         """The set as bytes: a count, the starts, the ends; all of them little-endian 64-bit numbers."""
@@ -170,6 +183,10 @@ class PageRanges:
     @classmethod
     def unpack(cls, packed: bytes) -> "PageRanges":
         """What `pack` made. Raises ProtocolError when it cannot have come from there."""
+        return _unpack_again(packed) if len(packed) <= _SMALL else cls._unpack(packed)
+
+    @classmethod
+    def _unpack(cls, packed: bytes) -> "PageRanges":
         if len(packed) < _COUNT.size:
             raise ProtocolError(f"page ranges of {len(packed)} bytes have no count")
         (count,) = _COUNT.unpack_from(packed)
@@ -179,13 +196,18 @@ class PageRanges:
         bounds.frombytes(packed[_COUNT.size :])
         if sys.byteorder == "big":
             bounds.byteswap()
-        made = cls()
+        starts, ends = bounds[:count], bounds[count:]
         last = -1
-        for start, end in zip(bounds[:count], bounds[count:], strict=True):
+        for start, end in zip(starts, ends, strict=True):
             if (start | end) % PAGE_SIZE:
                 raise ProtocolError(f"page range {start:#x}-{end:#x} is misaligned")
             if not last < start < end <= ADDRESS_LIMIT:
                 raise ProtocolError(f"page range {start:#x}-{end:#x} is empty, out of order or no user memory")
-            made._append(start, end)
             last = end
-        return made
+        return cls._of(starts, ends)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpack_again(packed: bytes) -> PageRanges:
+    """The sets of a process are asked for again and again while it is checked and built."""
+    return PageRanges._unpack(packed)

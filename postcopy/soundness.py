@@ -188,7 +188,7 @@ def check(tree: Tree, manifest: Manifest) -> None:
     if manifest.pid not in [process.pid for process in tree.processes]:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
     if not manifest.shell_job and any(each.stream for each in tree.descriptors.descriptions):
-        raise ProtocolError("manifest.shell_job: the state has a terminal that was not asked for")
+        raise ProtocolError("state.descriptors: a terminal is to be lent, of which the manifest says nothing")
     # The root was made as the manifest says: were it no init, the numbers of its namespace would be those of others.
     if manifest.init != Nesting(tree.pid_namespaces).is_init(tree.processes[0].pid):
         raise ProtocolError(f"manifest.init: {manifest.init} is not what the state says of the root")
@@ -441,14 +441,11 @@ def _pages(memory: Memory) -> Iterator[str]:
             yield f"{name}: {error.message}"
             return
     try:
-        places = {
-            "lazy": _places(v for v in memory.vmas if v.backing in _LAZY_BACKINGS and "wf" not in v.flags),
-            "sent": _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS),
-            "guards": _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS),
-        }
+        lazy = _places(v for v in memory.vmas if v.backing in _LAZY_BACKINGS and "wf" not in v.flags)
+        others = _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS)
     except ValueError:
         return  # a vma that is misaligned, which is said of the vma
-    for name, place in places.items():
+    for name, place in (("lazy", lazy), ("sent", others), ("guards", others)):
         for outside in sets[name].subtract(place):
             yield f"{name}: {outside.start:#x}-{outside.end:#x} is outside of the mappings that can have such pages"
     for name, other in (("lazy", "sent"), ("guards", "sent"), ("guards", "lazy")):

@@ -319,7 +319,7 @@ SENSELESS: list[tuple[str, Any, str]] = [
     ("descriptors.descriptions[0]", {"pipe": {"pipe": 0, "flags": 0}}, "pipe.pipe: 0 is none of the 0 pipes"),
     ("descriptors.descriptions[0]", {"stream": {"fd": 7, "flags": 0}}, "stream.fd: 7"),
     ("descriptors.descriptions[0]", {"stream": {"fd": 0, "flags": 0, "settings": b"12"}}, "settings: a length of 2"),
-    ("descriptors.descriptions[0]", {"stream": {"fd": 0, "flags": 0}}, "a terminal that was not asked for"),
+    ("descriptors.descriptions[0]", {"stream": {"fd": 0, "flags": 0}}, "of which the manifest says nothing"),
     (
         "descriptors.descriptions[0]",
         {"file": {"path": "/x", "flags": 0, "position": 0, "kind": "odd"}},
