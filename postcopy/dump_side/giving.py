@@ -94,7 +94,8 @@ class Giving:
         for fd in (self.control.fileno(), *(server.pidfd for server in self._servers)):
             poll.register(fd, select.POLLIN)
         while self.control.fileno() not in (ready := {fd for fd, _ in poll.poll()}):
-            self._check_servers()
+            if not select.select([self.control], [], [], _LAST_WORD_SECONDS)[0]:
+                self._check_servers()
             for fd in ready:
                 poll.unregister(fd)
         self.control.expect(Kind.READY, control.Nothing)
