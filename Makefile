@@ -21,6 +21,9 @@ test: lint
 	@$(call need,nats-server,nats-server)
 	@$(call need,gcc,gcc libc6-dev)
 	@$(call need,node,nodejs)
+	@$(call need,tmux,tmux)
+	@$(call need,top,procps)
+	@$(call need,vi,vim-tiny)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
