@@ -15,7 +15,7 @@ from typing import Any
 
 from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
-from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE, page_up
+from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SHIFT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRange, PageRanges
@@ -65,6 +65,8 @@ _MOST_MEMORY = 1 << 46  # bytes; what x86-64 with 4-level page tables can addres
 _VMA_NAME, _VMA_FLAGS = range(5 * _PATH_MAX), range(64)
 _XSTATE_SIZES = range(576, 16385)  # the legacy area and the header; what PTRACE_GETREGSET is asked for
 
+_HUGE_SHIFT = range(64)  # the logarithm of a page size, in 6 bits of the flags of mmap(2)
+
 # What a number may be.
 _NUMBERS: Mapping[type, Mapping[str, range]] = {
     Attributes: {
@@ -96,7 +98,13 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
     Rseq: {"pointer": _ADDRESS, "size": range(PAGE_SIZE + 1), "signature": _UINT32},
     Scheduling: {"io_priority": range(1 << 16), "timer_slack": _UINT64},
     SeccompFilter: {"flags": _UINT32},
-    SharedMemory: {"space": _UINT32, "inode": _UINT64, "mode": range(0o10000), "seals": _UINT32},
+    SharedMemory: {
+        "space": _UINT32,
+        "inode": _UINT64,
+        "mode": range(0o10000),
+        "seals": _UINT32,
+        "huge_shift": _HUGE_SHIFT,
+    },
     Sleep: {"call": _UINT32, "left": _INT64},
     StandardStream: {"fd": range(3), "flags": _UINT32},
     Thread: {
@@ -106,7 +114,7 @@ _NUMBERS: Mapping[type, Mapping[str, range]] = {
         "robust_list_size": range(PAGE_SIZE + 1),
         "parent_death_signal": _SIGNAL_OR_NONE,
     },
-    Vma: {"offset": _INT64},
+    Vma: {"offset": _INT64, "huge_shift": _HUGE_SHIFT},
     Zombie: {"uid": _UINT32, "status": range(1 << 16)},
     **open_soundness.NUMBERS,
     **socket_soundness.NUMBERS,
@@ -158,8 +166,8 @@ _ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
 _CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
     FileIdentity: {"kind": frozenset({"file", "directory", "fifo", "any"})},
     OpenFile: {"kind": frozenset({"regular", "directory", "device", "path", "live"})},
-    SharedMemory: {"kind": frozenset({"anonymous", "memfd", "system_v", "deleted"})},
-    Vma: {"backing": frozenset({"anonymous", "stack", "file", "object", "vvar", "vdso"})},
+    SharedMemory: {"kind": frozenset({"anonymous", "huge", "memfd", "system_v", "deleted"})},
+    Vma: {"backing": frozenset({"anonymous", "stack", "huge", "file", "object", "vvar", "vdso"})},
     **open_soundness.CHOICES,
 }
 
@@ -388,6 +396,7 @@ def _vma(vma: Vma) -> Iterable[str]:
     # There are thousands of them, and nearly all pass.
     sound = 0 <= vma.start < vma.end and not (vma.start | vma.end | vma.offset) % PAGE_SIZE and vma.offset in _INT64
     plain = vma.backing in _PLAIN_BACKINGS and (vma.file == -1 or vma.backing in _INDEXED_BACKINGS)
+    plain = plain and not vma.huge_shift
     short = len(vma.name) in _VMA_NAME and len(vma.flags) in _VMA_FLAGS
     if sound and plain and short and all(len(flag) == 2 for flag in vma.flags):
         return ()
@@ -400,6 +409,7 @@ def _wrong_with(vma: Vma) -> Iterator[str]:
     for name, value in (("start", vma.start), ("end", vma.end), ("offset", vma.offset)):
         if value % PAGE_SIZE:
             yield f"{name}: {value:#x} is no page boundary"
+    yield from _huge(vma.huge_shift, vma.backing, (vma.start, vma.end))
     if vma.backing not in _INDEXED_BACKINGS and vma.file != -1:
         yield f"file: {vma.file} given for a backing that is {vma.backing}"
     if vma.backing in _KERNEL_BACKINGS | {"stack"} and vma.shared:
@@ -465,9 +475,18 @@ def _places(vmas: Iterable[Vma]) -> PageRanges:
     return PageRanges.from_pairs((vma.start, vma.end) for vma in vmas)
 
 
+def _huge(shift: int, kind: str, places: Iterable[int]) -> Iterator[str]:
+    """hugetlb memory, and no other, has a size of pages; it consists of whole ones."""
+    if (kind == "huge") != (shift > PAGE_SHIFT):
+        yield f"huge_shift: {shift} for memory that is {kind}"
+    elif kind == "huge" and any(place % (1 << shift) for place in places):
+        yield f"huge_shift: memory that is not made of whole pages of {1 << shift} bytes"
+
+
 def _shared_memory(memory: SharedMemory) -> Iterator[str]:
     if (memory.kind == "system_v") != (memory.system_v is not None):
         yield f"system_v: does not fit memory of kind {memory.kind}"
+    yield from _huge(memory.huge_shift, memory.kind, (memory.size,))
     if "\0" in memory.name:
         yield f"name: {memory.name[:80]!r} has a NUL"
     sets: dict[str, PageRanges] = {}

@@ -50,7 +50,7 @@ def filled_first(tree: Tree) -> frozenset[int]:
     """
     first = {each.memory.memory for each in tree.descriptors.descriptions if each.memory is not None}
     for number, each in enumerate(tree.shared_memory):
-        if each.system_v is not None or each.seals & _SEALED:
+        if each.system_v is not None or each.seals & _SEALED or each.huge_shift:
             first.add(number)
     for process in tree.processes:
         for vma in process.memory.vmas:

@@ -65,9 +65,10 @@ class FileIdentity:
 class Vma:
     """One vma: [start, end), PROT_ bits, and what backs it.
 
-    ``backing`` is ``anonymous``, ``stack`` (grows down), ``file``, ``object``, ``vvar`` or ``vdso``; ``file`` indexes
-    ``Memory.files``, or for an object ``Tree.shared_memory`` (-1: none), ``offset`` is the place in it; ``writable``:
-    a shared mapping that mprotect may make so; ``flags`` are the VmFlags that mmap and madvise set.
+    ``backing`` is ``anonymous``, ``stack`` (grows down), ``huge`` (private hugetlb), ``file``, ``object``, ``vvar`` or
+    ``vdso``; ``file`` indexes ``Memory.files``, or for an object ``Tree.shared_memory`` (-1: none), ``offset`` is the
+    place in it; ``writable``: a shared mapping that mprotect may make so; ``flags`` are the VmFlags that mmap and
+    madvise set; ``huge_shift``: of private hugetlb memory, the logarithm of its page size (MAP_HUGE_SHIFT).
     """
 
     start: Address
@@ -80,6 +81,7 @@ class Vma:
     writable: bool
     flags: list[str]
     name: str
+    huge_shift: Unsigned = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class SystemV:
 class SharedMemory:
     """Memory with an identity of its own: vmas and descriptors of any process refer to it by its index.
 
-    ``kind``: ``anonymous`` (MAP_SHARED), ``memfd``, ``system_v`` or ``deleted`` (a mapped file without a name).
+    ``kind``: ``anonymous`` (MAP_SHARED), ``huge`` (the same of hugetlb pages, ``huge_shift`` as of `Vma`), ``memfd``,
+    ``system_v`` or ``deleted`` (a mapped file without a name).
     ``inode``: its number at the source; ``name``: a memfd's, or the path that the file had; ``size`` in bytes;
     ``seals``: F_SEAL_ bits. ``space`` numbers it in the page protocol, where addresses are offsets; ``sent`` and
     ``lazy`` as of `Memory`.
@@ -152,6 +155,7 @@ class SharedMemory:
     system_v: SystemV | None
     sent: bytes
     lazy: bytes
+    huge_shift: Unsigned = 0
 
 
 # -- what a whole process has ----------------------------------------------------------------------------------------
@@ -550,6 +554,7 @@ class Manifest:
 
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
     ``shell_job``: ``restore`` must lend its terminal; ``init``: the root is the init of a PID namespace of its own.
+    ``huge_pages``: how many hugetlb pages it takes, by their size (the logarithm).
     """
 
     tids: list[Pid]
@@ -565,6 +570,7 @@ class Manifest:
     shell_job: bool = False
     unix_names: list[UnixName] = field(default_factory=list)
     init: bool = False
+    huge_pages: list[tuple[Unsigned, Unsigned]] = field(default_factory=list)
 
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,7 +28,6 @@ _LARGE = 4 << 20  # bytes
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
-    "ht": "huge pages (hugetlb) cannot be moved yet",
     "um": "memory of a userfaultfd of its own cannot be moved",
     "uw": "memory of a userfaultfd of its own cannot be moved",
     "ui": "memory of a userfaultfd of its own cannot be moved",
@@ -57,6 +57,15 @@ class Layout:
         return any(vma.backing == "object" for vma in self.vmas)
 
     @property
+    def huge_pages(self) -> Counter[int]:
+        """How many pages of private hugetlb memory are reserved for it, by the logarithm of their size."""
+        found: Counter[int] = Counter()
+        for vma in self.vmas:
+            if vma.huge_shift and "nr" not in vma.flags:
+                found[vma.huge_shift] += (vma.end - vma.start) >> vma.huge_shift
+        return found
+
+    @property
     def vdso(self) -> range:
         """The addresses of the vdso; empty where there is none."""
         return next((range(v.start, v.end) for v in self.vmas if v.backing == "vdso"), range(0))
@@ -81,12 +90,15 @@ def layout(pid: int, shared: SharedObjects, lines: Iterable[MapsLine], checked: 
         if isinstance(backing, _Problem):
             found.problems.append(f"memory at {line.start:#x} ({line.name or 'anonymous'}): {backing.text}")
             continue
-        name, number = line.name, -1
+        name, number, huge_shift = line.name, -1, 0
         if isinstance(backing, _OtherName):
             name, backing = backing.path, "file"
         if backing == "file":
             mapped = MappedFile(name, writable=line.shared and "mw" in line.flags)
             number = numbers.setdefault(mapped, len(numbers))
+        elif backing == "huge":
+            with contextlib.suppress(FileNotFoundError):
+                huge_shift = shared_memory.huge_shift(os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}"))
         elif backing == "object":
             with contextlib.suppress(FileNotFoundError):  # a running process has changed its layout meanwhile
                 mapping = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
@@ -103,6 +115,7 @@ def layout(pid: int, shared: SharedObjects, lines: Iterable[MapsLine], checked: 
                 writable="mw" in line.flags,
                 flags=_carried(line.flags),
                 name=name,
+                huge_shift=huge_shift,
             )
         )
     found.files = list(numbers)
@@ -138,6 +151,10 @@ def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _OtherName | _
     for prefix, text in _SPECIAL_NAMES.items():
         if line.name.startswith(prefix):
             return _Problem(text)
+    if "ht" in line.flags:
+        if line.name != shared_memory.HUGE_NAME:
+            return _Problem("huge pages (hugetlb) of files, memfds and System V segments cannot be moved yet")
+        return "object" if line.shared else "huge"
     if os.makedev(*line.device) == shared_memory.DEVICE:
         return "object" if shared_memory.kind_of(line.name) else _Problem("memory of a kernel object cannot be moved")
     if not line.inode:

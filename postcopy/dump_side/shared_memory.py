@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ from postcopy.page_ranges import PageRanges
 from postcopy.state import SharedMemory, SystemV, Vma
 
 DELETED = " (deleted)"
+# What maps shows of anonymous hugetlb memory, private and shared (mm/hugetlb.c, fs/hugetlbfs/inode.c).
+HUGE_NAME = "/anon_hugepage" + DELETED
 # Bytes: of one such memory, and of all, that travel with the state although they could be fetched later.
 MOST_SENT, MOST_SENT_OF_ALL = 64 << 10, 4 << 20
 
@@ -57,6 +60,8 @@ class Found:
     mapped: bool = False
     reserved: bool = True
     boot_set: set[int] = field(default_factory=set)
+    huge_shift: int = 0
+    size: int = 0
 
 
 @dataclass
@@ -75,6 +80,9 @@ class SharedObjects:
         path = f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}"
         number = self._number((mapped.st_dev, mapped.st_ino), line.name, path)
         self.found[number].mapped |= line.shared
+        if "ht" in line.flags:
+            each = self.found[number]
+            each.kind, each.huge_shift, each.size = "huge", huge_shift(mapped), mapped.st_size
         if line.shared and "nr" in line.flags:
             self.found[number].reserved = False
         return number
@@ -100,6 +108,15 @@ class SharedObjects:
             kind = kind_of(shown) if key[0] == DEVICE else "deleted"
             self.found.append(Found(key, kind or "", name.removeprefix("/memfd:"), path))
         return self._numbers[key]
+
+    @property
+    def huge_pages(self) -> Counter[int]:
+        """How many pages of hugetlb memory there are of it, by the logarithm of their size."""
+        found: Counter[int] = Counter()
+        for each in self.found:
+            if each.huge_shift and each.reserved:
+                found[each.huge_shift] += each.size >> each.huge_shift
+        return found
 
     # -- what cannot be moved -----------------------------------------------------------------------------------------
 
@@ -156,12 +173,19 @@ def kind_of(shown: str) -> str | None:
     return next((kind for prefix, kind in _PREFIXES.items() if shown.startswith(prefix)), None)
 
 
+def huge_shift(mapped: os.stat_result) -> int:
+    """The logarithm of the page size of hugetlb memory, by the stat of its ``map_files`` entry."""
+    return mapped.st_blksize.bit_length() - 1
+
+
 def _called(each: Found) -> str:
     match each.kind:
         case "anonymous":
             return f"shared anonymous memory (inode {each.key[1]})"
         case "system_v":
             return f"System V segment {each.key[1]}"
+        case "huge":
+            return f"shared hugetlb memory (inode {each.key[1]})"
         case "memfd":
             return f"memfd {each.name}"
     return f"deleted file {each.name}"
@@ -190,6 +214,7 @@ def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
         system_v=SystemV(each.key[1], segment.key, segment.removed) if segment else None,
         sent=existing.subtract(lazy).pack(),
         lazy=lazy.pack(),
+        huge_shift=each.huge_shift,
     )
 
 

@@ -6,6 +6,7 @@ Gathers every reason why the tree cannot be moved, and what the destination must
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -143,6 +144,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         ptys=list(found.table.pty_numbers),
         unix_names=found.table.unix_names,
         init=level != len(procfs.status(root)["NSpid"].split()) - 1,
+        huge_pages=sorted((found.huge_pages + shared.huge_pages).items()),
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
     return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known)
@@ -159,6 +161,7 @@ class _Findings:
     checked: memory.Checked = field(default_factory=dict)
     tids: dict[int, list[int]] = field(default_factory=dict)
     known: dict[int, smaps.Known] = field(default_factory=dict)
+    huge_pages: Counter[int] = field(default_factory=Counter)
     vdso: bytes = b""
     memory_bytes: int = 0
     highest_fd: int = 0
@@ -169,6 +172,7 @@ class _Findings:
         layout = self.known[pid].layout
         self.problems += [*layout.problems, *lineage.problems(pid), *timers.problems(pid)]
         self.problems += [*clocks.problems(pid, self.root), *seccomp.problems(pid), *_of_process(pid)]
+        self.huge_pages += layout.huge_pages
         slots = self.table.slots[pid] = descriptors.collect(self.table, pid, self.problems)
         for tid in (pid, *lineage.with_places_of_their_own(pid, procfs.tids(pid), self.problems)):
             filesystem.collect(tid, self.problems)

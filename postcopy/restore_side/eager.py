@@ -1,6 +1,7 @@
 """Filling all of a built tree's memory from a checkpoint directory, before it runs."""
 
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -48,17 +49,11 @@ def _fill_share(
         for address, data, length in checkpoint.verified_runs(each.space, share, shares):
             _copy(each.uffd, address, data, length)
     for shared in objects:
-        for offset, data, length in checkpoint.verified_runs(shared.space, share, shares):
-            _write(shared.fd, offset, memory_at(data, min(length, shared.size - offset)))
-
-
-def _write(fd: int, offset: int, content: memoryview) -> None:
-    while content:
-        try:
-            done = os.pwrite(fd, content, offset)
-        except OSError as error:
-            raise RestoreError(f"filling shared memory at {offset:#x}: {error.strerror}") from None
-        content, offset = content[done:], offset + done
+        # Not by write(2), which files of huge pages have not.
+        with mmap.mmap(shared.fd, shared.size) as mapping:
+            for offset, data, length in checkpoint.verified_runs(shared.space, share, shares):
+                end = min(offset + length, shared.size)
+                mapping[offset:end] = memory_at(data, end - offset)
 
 
 def _copy(uffd: int, address: int, data: int, length: int) -> None:

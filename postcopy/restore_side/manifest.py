@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
@@ -31,6 +32,7 @@ def problems(
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
+        *_huge_pages(manifest.huge_pages),
         *files(manifest.files, frozen=False),
         *unix_sockets.problems(manifest.unix_names),
     ]
@@ -158,3 +160,23 @@ def _cpu(manifest: Manifest) -> Iterator[str]:
     size = cpu.xsave_size()
     if size != manifest.xsave_size:
         yield f"the CPU's register state takes {size} bytes here, {manifest.xsave_size} there: use the same CPU model"
+
+
+def _huge_pages(wanted: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Whether so many hugetlb pages can be had (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    for shift, count in wanted:
+        pool = f"/sys/kernel/mm/hugepages/hugepages-{(1 << shift) >> 10}kB"
+        try:
+            free, reserved, most_surplus, surplus = (
+                int(Path(pool, name).read_text())
+                for name in ("free_hugepages", "resv_hugepages", "nr_overcommit_hugepages", "surplus_hugepages")
+            )
+        except OSError:
+            yield f"there are no hugetlb pages of {(1 << shift) >> 10} KiB here"
+            continue
+        missing = count - (free - reserved) - max(most_surplus - surplus, 0)
+        if missing > 0:
+            yield (
+                f"{count} hugetlb pages of {(1 << shift) >> 10} KiB are needed here, {missing} more than are free: "
+                f"raise {pool}/nr_hugepages"
+            )

@@ -23,6 +23,7 @@ _AT_FDCWD = -100
 _PROT_WRITE = 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 _MAP_GROWSDOWN, _MAP_NORESERVE = 0x100, 0x4000
+_MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x40000, 26
 _MREMAP_MAYMOVE_FIXED = 3
 _MLOCK_ONFAULT = 1
 _MADV_GUARD_INSTALL = 102
@@ -84,7 +85,7 @@ def rebuild(
             _advise(batch, vma)
         elif vma.backing == "object":
             _map(batch, vma, numbers[_object(vma)])
-        elif vma.backing in ("anonymous", "stack", "file"):
+        elif vma.backing in ("anonymous", "stack", "huge", "file"):
             _map(batch, vma, vma.file)
     _set_mm(memory, batch, exe)
     batch.add(call("close_range", 0, descriptors(memory) - 1, 0), "closing the mapped files")
@@ -179,6 +180,7 @@ def _map(batch: Batch, vma: Vma, fd: int) -> None:
     flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
     flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
     flags |= _MAP_ANONYMOUS if fd < 0 else 0
+    flags |= _MAP_HUGETLB | vma.huge_shift << _MAP_HUGE_SHIFT if vma.huge_shift else 0
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
     where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
     # What was writable once stays accounted (and so apart from its neighbours) when it is made read-only.

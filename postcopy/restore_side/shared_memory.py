@@ -18,7 +18,7 @@ from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.sent_pages import SentPages
 from postcopy.state import SharedMemory
 
-_MAP_NORESERVE = 0x4000
+_MAP_NORESERVE, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x4000, 0x40000, 26
 
 
 class SharedObjects:
@@ -56,7 +56,7 @@ class SharedObjects:
         if state.system_v is not None:
             self._make_segment(state, pages)
             return -1
-        fd = _anonymous(state) if state.kind == "anonymous" else _memfd(state)
+        fd = _anonymous(state) if state.kind in ("anonymous", "huge") else _memfd(state)
         _fill(fd, state, pages)
         return fd
 
@@ -126,6 +126,7 @@ def _can_wait() -> bool:
 
 def _anonymous(state: SharedMemory) -> int:
     flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | (0 if state.reserved else _MAP_NORESERVE)
+    flags |= _MAP_HUGETLB | state.huge_shift << _MAP_HUGE_SHIFT if state.huge_shift else 0
     with mmap.mmap(-1, state.size, flags=flags) as mapping:
         return os.open(_map_file(address_of(mapping), state.size), os.O_RDWR | os.O_CLOEXEC)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 SYS_TIMER_CREATE, SYS_IO_URING_SETUP, SYS_MSEAL = 222, 425, 462
 SYS_INOTIFY_INIT1, SYS_FANOTIFY_INIT, SYS_USERFAULTFD = 294, 300, 323
-MAP_HUGETLB, CLONE_NEWTIME = 0x40000, 0x80
+MAP_NORESERVE, CLONE_NEWTIME = 0x4000, 0x80
 SYS_CLONE, CLONE_NEWNS, CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_VFORK, CLONE_NEWPID = (
     56,
     0x20000,
@@ -266,9 +266,12 @@ def leave_behind(*keep: int) -> None:
 
 
 def hugetlb(directory: Path) -> None:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB
-    if libc.mmap(None, 2 << 20, 3, flags, -1, 0) == ctypes.c_void_p(-1).value:
+    fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    os.ftruncate(fd, 2 << 20)
+    # Nothing is reserved for it, since it is never touched.
+    if libc.mmap(None, 2 << 20, 3, mmap.MAP_SHARED | MAP_NORESERVE, fd, 0) == ctypes.c_void_p(-1).value:
         raise Unavailable("no huge pages are reserved")
+    os.close(fd)
 
 
 def sealed(directory: Path) -> None:
@@ -331,7 +334,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
     shared_with_a_stranger: "is shared with process",
-    hugetlb: "huge pages (hugetlb) cannot be moved yet",
+    hugetlb: "huge pages (hugetlb) of files, memfds and System V segments cannot be moved yet",
     sealed: "sealed mappings (mseal) cannot be moved yet",
     posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",
     deleted_directory: "its cwd directory",

@@ -100,6 +100,7 @@ CASES: tuple[type[Case], ...] = (
     memory.SharedFile,
     shared_memory.SharedAnonymous,
     shared_memory.SharedReserve,
+    shared_memory.HugePages,
     shared_memory.Memfd,
     shared_memory.SealedMemfds,
     shared_memory.MemfdWithoutDescriptor,

@@ -7,7 +7,7 @@ import os
 import struct
 from typing import ClassVar
 
-from tests.programs.cases import Case, first_problem, libc, required, syscall, unlike
+from tests.programs.cases import Case, Unsupported, first_problem, libc, required, syscall, unlike
 from tests.programs.cases.memory import (
     MAP_ANONYMOUS,
     MAP_NORESERVE,
@@ -27,6 +27,7 @@ from tests.programs.cases.memory import (
 
 SYS_MREMAP, SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 25, 29, 30, 31, 67
 MREMAP_MAYMOVE = 1
+MAP_HUGETLB = 0x40000
 IPC_RMID, IPC_STAT, IPC_CREAT, IPC_EXCL = 0, 2, 0o1000, 0o2000
 SHM_RDONLY, SHM_DEST = 0o10000, 0o1000
 
@@ -99,6 +100,50 @@ class SharedReserve(Case):
     def verify(self) -> str | None:
         """The pages, and zeros between them."""
         return wrong_pages(self.address, {**self.expected, 5: bytes(PAGE)})
+
+
+class HugePages(Case):
+    """Private and shared hugetlb memory, in part written, of which a page each is read-only."""
+
+    PAGES = 3
+    SIZE = 2 << 20
+
+    def setup(self) -> None:
+        """A private mapping and a shared one."""
+        flags = MAP_ANONYMOUS | MAP_HUGETLB | 21 << 26
+        try:
+            self.private = map_pages(self.PAGES * self.SIZE // PAGE, flags=MAP_PRIVATE | flags)
+            self.shared = map_pages(self.PAGES * self.SIZE // PAGE, flags=MAP_SHARED | flags)
+        except OSError as error:
+            raise Unsupported(f"no hugetlb pages can be had ({error})") from None
+        self.written = {page: 8000 + page for page in (0, 1, 511, 700)}
+        for page, seed in self.written.items():
+            ctypes.memmove(self.private + page * PAGE, page_content(seed), PAGE)
+            ctypes.memmove(self.shared + page * PAGE, page_content(seed + 1000), PAGE)
+        for address in (self.private, self.shared):
+            checked(libc.mprotect(address + self.SIZE, self.SIZE, PROT_READ), "mprotect")
+        self.before = self.take()
+
+    def take(self) -> list[object]:
+        """The layout."""
+        # Each piece of a private one is mapped anew, and its offset means nothing.
+        private = [shown(self.private + page * self.SIZE)[:2] for page in range(2)]
+        return [*private, *(shown(self.shared + page * self.SIZE) for page in range(2))]
+
+    def verify(self) -> str | None:
+        """Layout, content, zeros where nothing was written; what a child writes to the shared one shows."""
+        zeros = {page: bytes(PAGE) for page in (5, 600, 1100)}
+        if problem := first_problem(
+            unlike("mappings", self.before, self.take()),
+            wrong_pages(self.private, zeros | {page: page_content(seed) for page, seed in self.written.items()}),
+            wrong_pages(self.shared, zeros | {page: page_content(seed + 1000) for page, seed in self.written.items()}),
+        ):
+            return problem
+        if not (child := os.fork()):
+            ctypes.memmove(self.shared + PAGE, page_content(8500), PAGE)
+            os._exit(0)
+        os.waitpid(child, 0)
+        return wrong_pages(self.shared, {1: page_content(8500)})
 
 
 class Memfd(Case):
