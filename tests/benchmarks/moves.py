@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import Pair, Process
+from tests.hosts import Pair, Process, Trio
 from tests.migrate import Migration, move
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -20,6 +20,7 @@ TIMEOUT = 300.0
 SAMPLE_EVERY = 0.1
 # Time for the moved program to be seen running before and after.
 SETTLED = 0.3
+CONNECTIONS_PORT = 7300  # that of programs/ticking.py
 
 OURS = "postcopy-"
 
@@ -92,17 +93,33 @@ def clear(hosts: Pair) -> None:
     wait("nothing is left of the move", empty)
 
 
-def _run(hosts: Pair, program: str, arguments: Sequence[str], told: signal.Signals) -> dict[str, Any]:
-    """Start, move, tell the program when every page is in; what the program and both commands say of it."""
+def _run(
+    hosts: Pair,
+    program: str,
+    arguments: Sequence[str],
+    told: signal.Signals,
+    *,
+    holding: Sequence[str] = (),
+    started: Callable[[], object] = lambda: None,
+    prepared: Callable[[], object] = lambda: None,
+    options: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Start, move, tell the program when every page is in; what the program and both commands say of it.
+
+    ``holding``: what it is to have open, where ``{}`` is a directory; ``started`` is called when it runs, and
+    ``prepared`` when it is prepared; ``options`` of dump.
+    """
     memory = PeakMemory()
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as directory, contextlib.ExitStack() as stack:
         stack.callback(clear, hosts)
         ready, result = Path(directory, "ready"), Path(directory, "result")
         argv = [sys.executable, "-I", "-S", str(PROGRAMS / f"{program}.py"), *arguments, str(ready), str(result)]
-        process = hosts.a.popen(argv, pid=PID)
+        process = hosts.a.popen([*argv, *(each.format(directory) for each in holding)], pid=PID)
+        started()
         wait(f"{program} is prepared", lambda: ready.exists() or process.poll() is not None)
+        prepared()
         time.sleep(SETTLED)
-        migration = move(hosts.a, hosts.b, PID)
+        migration = move(hosts.a, hosts.b, PID, dump_options=options)
         restore = migration.restore
         assert restore is not None
 
@@ -140,7 +157,36 @@ def _of_the_commands(migration: Migration) -> dict[str, Any]:
 
 def standing_still(hosts: Pair, mib: int) -> dict[str, Any]:
     """Move a program that reads the clock all the time."""
-    figures = _run(hosts, "ticking", [str(mib)], signal.SIGTERM)
+    return _seen(hosts, _run(hosts, "ticking", [str(mib)], signal.SIGTERM))
+
+
+def with_files(hosts: Pair, count: int) -> dict[str, Any]:
+    """The same with so many files open."""
+    holding = ["files", str(count), "{}"]
+    return _seen(hosts, _run(hosts, "ticking", ["1"], signal.SIGTERM, holding=holding))
+
+
+def with_connections(count: int) -> dict[str, Any]:
+    """The same with so many TCP connections to a third host."""
+    script = str(PROGRAMS / "connecting.py")
+    with Trio() as hosts:
+        hosts.add_service(hosts.a)
+        client = [sys.executable, "-I", "-S", script, hosts.service, str(CONNECTIONS_PORT), str(count)]
+        figures = _run(
+            hosts,
+            "ticking",
+            ["1"],
+            signal.SIGTERM,
+            holding=["connections", str(count), hosts.service],
+            started=lambda: hosts.c.popen(client),
+            prepared=lambda: hosts.add_service(hosts.b),
+            options=["--tcp-established"],
+        )
+        return _seen(hosts, figures)
+
+
+def _seen(hosts: Pair, figures: dict[str, Any]) -> dict[str, Any]:
+    """What the gaps between two looks at the clock were."""
     gaps = figures["program"]["gaps"]
     before = [gap for gap, host in gaps if host == hosts.a.name]
     after = [gap for gap, host in gaps if host == hosts.b.name]
