@@ -84,6 +84,10 @@ TcpEstablished = Annotated[
 TcpClose = Annotated[
     bool, typer.Option("--tcp-close", help="Let established TCP connections end; the program finds them aborted.")
 ]
+UnixOutside = Annotated[
+    bool,
+    typer.Option("-x", "--ext-unix-sk", help="Connect datagram sockets to the Unix names outside (syslog) there, too."),
+]
 External = Annotated[
     list[str] | None,
     typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
@@ -132,6 +136,7 @@ def dump(
     file_locks: FileLocks = False,
     external: External = None,
     shell_job: ShellJob = False,
+    ext_unix_sk: UnixOutside = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
@@ -160,8 +165,9 @@ def dump(
     reporter = reporting.Printer(as_json, display_stats)
     connections = _connections(tcp_established, tcp_close)
     scripts = _scripts(action_script, timeout, directory, DumpError)
+    outside = frozenset(external or ())
     choices = Choices(
-        ghost_limit, file_locks, frozenset(external or ()), connections, network_lock.value, shell_job, scripts
+        ghost_limit, file_locks, outside, connections, network_lock.value, shell_job, scripts, ext_unix_sk
     )
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
 
@@ -327,6 +333,7 @@ def check(
     file_locks: FileLocks = False,
     external: External = None,
     shell_job: ShellJob = False,
+    ext_unix_sk: UnixOutside = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     verbose: Verbose = 0,
@@ -344,9 +351,15 @@ def check(
         from postcopy.dump_side.survey import survey
 
         connections = _connections(tcp_established, tcp_close)
-        manifest, _ = survey(
-            pid, Choices(ghost_limit, file_locks, frozenset(external or ()), connections, shell_job=shell_job)
+        choices = Choices(
+            ghost_limit,
+            file_locks,
+            frozenset(external or ()),
+            connections,
+            shell_job=shell_job,
+            unix_outside=ext_unix_sk,
         )
+        manifest, _ = survey(pid, choices)
         reporting.show_movable(manifest, as_json)
 
 

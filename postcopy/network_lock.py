@@ -41,6 +41,7 @@ class NetworkLock:
         self._mode = mode
         self._name = name
         self._table: DropTable | None = None
+        self._chains: set[str] = set()
         self.is_locked = False
         self.mark = secrets.randbits(31) | 1
         if mode == "nftables":
@@ -49,7 +50,7 @@ class NetworkLock:
                 self._table = DropTable(name)
 
     def lock(self, traffic: Traffic) -> None:
-        """From now on drop ``traffic``. Raises PostcopyError."""
+        """From now on drop ``traffic`` too. Raises PostcopyError, and then nothing is dropped any more."""
         if not traffic or self._mode == "skip":
             return
         self.is_locked = True
@@ -103,9 +104,13 @@ class NetworkLock:
     def _lock_by_iptables(self, traffic: Traffic) -> None:
         chain = self._name
         for command, size in _COMMANDS.items():
-            if rules := list(_rules(chain, traffic, size)):
+            rules = list(_rules(chain, traffic, size))
+            if rules and command not in self._chains:
+                self._chains.add(command)
                 ours = f"-A {chain} -m mark --mark {self.mark} -j ACCEPT"
-                _feed(command, [f":{chain} - [0:0]", ours, *rules, f"-I INPUT -j {chain}", f"-I OUTPUT -j {chain}"])
+                rules = [f":{chain} - [0:0]", ours, *rules, f"-I INPUT -j {chain}", f"-I OUTPUT -j {chain}"]
+            if rules:
+                _feed(command, rules)
 
 
 def _rules(chain: str, traffic: Traffic, size: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from postcopy import in_flight
 from postcopy.kernel.pty import SETTINGS_SIZE, WINDOW_SIZE
 from postcopy.open_kinds import (
     Delivery,
@@ -79,8 +80,9 @@ def tree(whole: Tree) -> Iterator[str]:
     """That what refers to something refers to what is there, and open."""
     table = whole.descriptors
     open_ones = {slot.description for process in whole.processes for slot in process.slots}
+    on_their_way = in_flight.makers(whole).keys()
     for number in range(len(table.descriptions)):
-        if number not in open_ones:
+        if number not in open_ones and number not in on_their_way:
             yield f"descriptors.descriptions[{number}]: no descriptor refers to it"
     for number, description in enumerate(table.descriptions):
         opening, epoll, end = description.ghost, description.epoll, description.terminal

@@ -1,6 +1,6 @@
 """Sockets, as part of `postcopy.state`, which see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
@@ -50,11 +50,13 @@ class Socket:
 @dataclass(frozen=True, slots=True)
 class UnixMessage:
     """What is queued in a Unix socket: a datagram, or a piece of a stream. ``sender``: the name of the socket it came
-    from; ``credentials``: PID, UID and GID that came with it, if any."""
+    from; ``credentials``: PID, UID and GID that came with it, if any; ``rights``: the descriptions (by number) of which
+    it brings descriptors (SCM_RIGHTS)."""
 
     content: bytes
     sender: bytes
     credentials: tuple[Pid, Unsigned, Unsigned] | None
+    rights: list[Unsigned] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ class UnixSocket:
     ``place``: where its file lies, with ``mode`` and ``file_owner``; empty where there is none. ``peer``: the inode of
     the socket it is connected to (0: none, -1: one that has been closed). ``backlog``: of listen(2), -1 where it does
     not listen. ``shutdown``: 1 (no more receiving) and 2 (no more sending). ``reset``: ECONNRESET is due.
-    ``maker``: the process that makes it and its peer for others, 0 where the first that has it does.
+    ``maker``: the process that makes it and its peer for others, 0 where the first that has it does. ``outside``: the
+    name outside of the tree that a datagram socket is connected to, as connect(2) takes it.
     """
 
     socket: Socket
@@ -90,16 +93,19 @@ class UnixSocket:
     reset: bool
     queue: list[UnixMessage]
     maker: Unsigned = 0
+    outside: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class TcpConnection:
-    """An established TCP connection, as TCP_REPAIR (tcp(7)) takes it again.
+    """A TCP connection whose peer knows of it, as TCP_REPAIR (tcp(7)) takes it again.
 
     ``sent``: what the peer has not acknowledged; ``unsent``: what follows it; ``received``: what the program has not
-    read. The sequence numbers are those of the first byte of ``sent`` and of ``received``. ``scales``: of the window,
-    when sending and receiving, None without scaling. ``timestamp``: None without timestamps. ``window``: struct
-    tcp_repair_window. ``finished``: the peer will send no more (its FIN has come: CLOSE_WAIT).
+    read. The sequence numbers are those of the first byte of ``sent`` (of the FIN where nothing is left of it) and of
+    ``received``. ``scales``: of the window, when sending and receiving, None without scaling. ``timestamp``: None
+    without timestamps. ``window``: struct tcp_repair_window. ``state``: as TCP_INFO numbers them: which end has closed,
+    or both. ``fin_unsent``: the FIN that the program has asked for waits behind ``unsent``. ``deaf``: the program reads
+    no more (SHUT_RD) though more may come.
     """
 
     sent: bytes
@@ -112,7 +118,9 @@ class TcpConnection:
     sack: bool
     timestamp: Unsigned | None
     window: bytes
-    finished: bool
+    state: Unsigned
+    fin_unsent: bool
+    deaf: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,8 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class InetSocket:
-    """An IPv4 or IPv6 socket. ``local``, ``remote``: struct sockaddr, empty where it has none.
+    """An IPv4 or IPv6 socket: TCP, UDP, ICMP (ping) or raw. ``local``, ``remote``: struct sockaddr, empty where it has
+    none.
 
     ``backlog``: of listen(2), -1 where it does not listen. ``ended``: a TCP connection that has ended, or (``aborted``)
     whose end the program is yet to be told.
@@ -142,6 +151,35 @@ class InetSocket:
     connection: TcpConnection | None
     ended: bool
     aborted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NetlinkSocket:
+    """A netlink(7) socket that talks to the kernel, with nothing in it: its ``port`` (0: not bound) and the multicast
+    ``groups`` that it listens to, by number."""
+
+    socket: Socket
+    port: Unsigned
+    groups: list[Unsigned]
+
+
+@dataclass(frozen=True, slots=True)
+class PacketMembership:
+    """What a packet(7) socket asks of an interface: ``kind`` is PACKET_MR_MULTICAST, _PROMISC or the like."""
+
+    interface: str
+    kind: Unsigned
+    address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PacketSocket:
+    """A packet(7) socket: the ``receives`` protocol (0: none) of one ``interface`` (empty: of all)."""
+
+    socket: Socket
+    receives: Unsigned
+    interface: str
+    memberships: list[PacketMembership]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,14 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from postcopy import in_flight
+from postcopy.kernel.tcp_repair import CLOSED_HERE, FIN_WAIT2, SYNCHRONIZED
 from postcopy.socket_kinds import (
     InetSocket,
     Membership,
+    NetlinkSocket,
+    PacketMembership,
+    PacketSocket,
     PeerCredentials,
     Socket,
     SocketDefaults,
@@ -25,11 +30,14 @@ _MOST_OPTIONS = 512
 
 NUMBERS: Mapping[type, Mapping[str, range]] = {
     InetSocket: {"backlog": range(-1, 1 << 31)},
+    NetlinkSocket: {"port": _UINT32},
+    PacketMembership: {"kind": range(4)},
+    PacketSocket: {"receives": _UINT16},
     PeerCredentials: {"uid": _UINT32, "gid": _UINT32},
     Socket: {"family": range(64), "type": range(16), "protocol": _UINT16},
     SocketDefaults: {"family": range(64), "type": range(16), "protocol": _UINT16},
     SocketOption: {"level": _INT32, "name": _INT32},
-    TcpConnection: {"mss": _UINT32},
+    TcpConnection: {"mss": _UINT32, "state": range(1, 12)},
     UnixSocket: {
         "mode": range(0o10000),
         "peer": range(-1, 1 << 63),
@@ -40,16 +48,20 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
 
 LENGTHS: Mapping[type, Mapping[str, range]] = {
     Membership: {"interface": range(1, 16)},  # IFNAMSIZ
+    NetlinkSocket: {"groups": range(4097)},
+    PacketMembership: {"interface": range(1, 16), "address": range(33)},  # MAX_ADDR_LEN
+    PacketSocket: {"interface": range(16)},
     PeerCredentials: {"groups": range(65537)},
     Socket: {"options": range(_MOST_OPTIONS)},
     SocketDefaults: {"options": range(_MOST_OPTIONS)},
     SocketOption: {"value": range(1025)},
     TcpConnection: {"window": range(20, 21)},
     UnixName: {"name": range(1, 109)},
-    UnixSocket: {"name": _NAME_SIZES},
+    UnixSocket: {"name": _NAME_SIZES, "outside": _NAME_SIZES},
 }
 
 ITEM_NUMBERS: Mapping[type, Mapping[str, range]] = {
+    NetlinkSocket: {"groups": range(1, 1 << 16)},
     PeerCredentials: {"groups": _UINT32},
     Socket: {"owner": _UINT32},
     UnixSocket: {"file_owner": _UINT32},
@@ -68,6 +80,8 @@ def _unix(state: UnixSocket) -> Iterator[str]:
         yield f"place: {state.place[:80]!r} is no absolute path"
     if state.place and (not state.name or state.name.startswith(b"\0")):
         yield f"place: {state.place[:80]!r} for a socket whose name is no path"
+    if state.outside and (state.peer or state.socket.type != socket.SOCK_DGRAM):
+        yield "outside: it is connected within the tree, or no datagram socket"
     if state.backlog >= 0 and (state.peer or state.queue):
         yield "backlog: it listens, and is connected or has messages"
 
@@ -88,6 +102,12 @@ def _inet(state: InetSocket) -> Iterator[str]:
 
 
 def _connection(state: TcpConnection) -> Iterator[str]:
+    if state.state not in SYNCHRONIZED:
+        yield f"state: {state.state} is none that can be taken over"
+    if state.fin_unsent and state.state not in CLOSED_HERE:
+        yield f"fin_unsent: in state {state.state} there is no FIN to send"
+    if state.state == FIN_WAIT2 and (state.sent or state.unsent or state.fin_unsent):
+        yield "state: the peer has acknowledged all, and something is left to acknowledge"
     for scale in state.scales or ():
         if scale not in _SCALES:
             yield f"scales: {scale} is not within 0 to {_SCALES.stop - 1}"
@@ -101,10 +121,21 @@ def _membership(state: Membership) -> Iterator[str]:
             yield f"group: {address.hex()} is no address"
 
 
+def _netlink(state: NetlinkSocket) -> Iterator[str]:
+    if state.socket.family != socket.AF_NETLINK:
+        yield f"socket.family: {state.socket.family} is not that of netlink sockets"
+
+
+def _packet(state: PacketSocket) -> Iterator[str]:
+    if state.socket.family != socket.AF_PACKET:
+        yield f"socket.family: {state.socket.family} is not that of packet sockets"
+
+
 def tree(whole: Tree) -> Iterator[str]:
     """That sockets are known by their numbers, and that those that are connected agree about it."""
     descriptions = whole.descriptors.descriptions
-    sockets = [each.socket for one in descriptions for each in (one.unix, one.inet) if each is not None]
+    kinds = [each for one in descriptions for each in (one.unix, one.inet, one.netlink, one.packet)]
+    sockets = [each.socket for each in kinds if each is not None]
     seen: set[int] = set()
     for each in sockets:
         if each.inode in seen:
@@ -118,6 +149,11 @@ def tree(whole: Tree) -> Iterator[str]:
             yield f"descriptors: sockets {inode} and {one.peer} are connected, and of two types"
         elif one.peer > 0 and one.socket.type != socket.SOCK_DGRAM and unix[one.peer].peer != inode:
             yield f"descriptors: socket {inode} is connected to {one.peer}, and that is not to it"
+    for inode, one in unix.items():
+        for message in one.queue:
+            for number in message.rights:
+                if number >= len(descriptions):
+                    yield f"descriptors: on their way in socket {inode} is {number}, none of {len(descriptions)}"
     yield from _makers(whole, unix)
 
 
@@ -125,6 +161,10 @@ def _makers(whole: Tree, unix: Mapping[int, UnixSocket]) -> Iterator[str]:
     """Who makes a pair for others makes both ends, and is built before those who take them."""
     order = {process.pid: place for place, process in enumerate(whole.processes)}
     first: dict[int, int] = {}
+    for number, pid in in_flight.makers(whole).items():
+        one = whole.descriptors.descriptions[number].unix
+        if one is not None:
+            first[one.socket.inode] = order.get(pid, -1)
     for place, process in enumerate(whole.processes):
         for slot in process.slots:
             if slot.description < len(whole.descriptors.descriptions):
@@ -147,6 +187,8 @@ def _makers(whole: Tree, unix: Mapping[int, UnixSocket]) -> Iterator[str]:
 CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
     InetSocket: _inet,
     Membership: _membership,
+    NetlinkSocket: _netlink,
+    PacketSocket: _packet,
     Socket: _socket,
     TcpConnection: _connection,
     UnixSocket: _unix,

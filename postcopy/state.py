@@ -34,7 +34,7 @@ from postcopy.open_kinds import (
     SignalDescriptor,
     TimerDescriptor,
 )
-from postcopy.socket_kinds import InetSocket, SocketDefaults, UnixName, UnixSocket
+from postcopy.socket_kinds import InetSocket, NetlinkSocket, PacketSocket, SocketDefaults, UnixName, UnixSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +444,8 @@ class Description:
     terminal: PtyEnd | None = None
     unix: UnixSocket | None = None
     inet: InetSocket | None = None
+    netlink: NetlinkSocket | None = None
+    packet: PacketSocket | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
 """What a destination may have against the names and addresses of sockets, and what a move that fails leaves."""
 
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.hosts import Pair, Process, wait_until
+import pytest
+
+from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.migrate import move, start_dump, start_restore
+from tests.test_states import run_program
 
 PID = 6200
 SECONDS = 30
@@ -176,3 +180,70 @@ def test_sockets_that_a_tree_shares(hosts: Pair, tmp_path: Path) -> None:
     children = {pid for pid in hosts.b.pids() if pid > PID}
     assert all(answer.endswith(b" mine") and int(answer.split()[0]) in children for answer in answers)
     wait_until(lambda: (ready / "told").read_text() == "5", SECONDS, "the parent has been told of all")
+
+
+#: Takes the messages that come to a name, and writes them to a file.
+LOGGER = """
+import os, socket, sys
+name, log = sys.argv[1:]
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+listener.bind(name.replace("@", chr(0)))
+print(flush=True)
+while True:
+    with open(log, "ab") as stream:
+        stream.write(listener.recv(1000))
+"""
+#: Sends a message to the name it is connected to, and when a file is there that name.
+TELLER = """
+import os, socket, sys, time
+name, ready, go = sys.argv[1:]
+teller = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+teller.connect(name.replace("@", chr(0)))
+teller.send(b"first ")
+os.mkdir(ready)
+while not os.path.exists(go):
+    time.sleep(0.01)
+teller.send(teller.getpeername().removeprefix("/").encode() if isinstance(teller.getpeername(), str) else b"abstract")
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_datagram_socket_is_connected_to_the_name_outside_of_the_tree(
+    hosts: Pair, tmp_path: Path, abstract: bool
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    name = f"@{tmp_path}"[:100] if abstract else str(own / "log")
+    logs = [tmp_path / "log-a", tmp_path / "log-b"]
+
+    def listen(host: Host, log: Path) -> None:
+        logger = host.popen([sys.executable, "-c", LOGGER, name, str(log)], stdout=subprocess.PIPE)
+        assert logger.stdout is not None
+        logger.stdout.readline()
+
+    listen(hosts.a, logs[0])
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    hosts.a.popen([sys.executable, "-c", TELLER, name, str(ready), str(go)], pid=PID)
+    wait_until(ready.exists, SECONDS, "a first message has been sent")
+    result = hosts.a.run([*postcopy_command(), "check", "-t", str(PID)])
+    assert "which is not moved along; --ext-unix-sk connects it to that name there" in result.stderr.decode()
+    own_directory(hosts, own)
+    if not abstract:
+        migration = start_dump(hosts.a, hosts.b, PID, options=["--ext-unix-sk"])
+        restore = start_restore(migration, wait=False)
+        assert (migration.dump.wait(SECONDS), restore.wait(SECONDS)) == (5, 5), migration.logs()
+    listen(hosts.b, logs[1])
+    move(hosts.a, hosts.b, PID, dump_options=["--ext-unix-sk"]).wait_drained()
+    go.touch()
+    wait_until(lambda: logs[1].exists() and logs[1].read_bytes() != b"", SECONDS, "a second message has come")
+    told = b"abstract" if abstract else name.removeprefix("/").encode()
+    assert (logs[0].read_bytes(), logs[1].read_bytes()) == (b"first ", told)
+
+
+def test_ping_sockets_move_where_they_are_allowed(hosts: Pair, tmp_path: Path) -> None:
+    # Of the hosts' own network namespaces.
+    allow = ["sh", "-c", "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range"]
+    for host in hosts:
+        host.run(allow, check=True)
+    assert run_program(hosts, tmp_path, 1, "--only", "ping_sockets") == {"ping_sockets": None}

@@ -156,6 +156,97 @@ def test_connections_that_their_peers_have_closed_half(trio: Trio, tmp_path: Pat
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
 
 
+#: Accepts a connection every now and then, and sends its host's name to it.
+SLOW = """
+import os, socket, sys, time
+listener = socket.create_server((sys.argv[1], 7000), backlog=5)
+os.mkdir(sys.argv[2])
+while True:
+    accepted = listener.accept()[0]
+    accepted.sendall(os.uname().nodename.encode())
+    accepted.close()
+    time.sleep(0.02)
+"""
+#: Four at a time make one connection after the other, and write down what comes on each.
+EAGER = """
+import os, socket, sys, threading
+def work():
+    with open(sys.argv[2], "a", buffering=1) as heard:
+        while True:
+            try:
+                with socket.create_connection((sys.argv[1], 7000), timeout=20) as connection:
+                    heard.write(connection.recv(100).decode() + "\\n")
+            except OSError as error:
+                heard.write(f"{type(error).__name__}\\n")
+for _ in range(4):
+    threading.Thread(target=work).start()
+"""
+
+
+def test_connections_that_wait_to_be_accepted_are_accepted_before_the_freeze(trio: Trio, tmp_path: Path) -> None:
+    trio.add_service(trio.a)
+    ready, heard = tmp_path / "ready", tmp_path / "heard"
+    trio.a.popen([sys.executable, "-c", SLOW, trio.service, str(ready)], pid=PID)
+    wait_until(ready.exists, SECONDS, "the server listens")
+    trio.c.popen([sys.executable, "-c", EAGER, trio.service, str(heard)])
+    wait_until(lambda: heard.exists() and heard.read_text().count("alpha") > 10, SECONDS, "the server accepts")
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.remove_service(trio.a)
+    migration.wait_drained()
+    wait_until(lambda: heard.read_text().count("beta") > 10, SECONDS, "the server accepts there")
+    assert set(heard.read_text().split()) == {"alpha", "beta"}
+
+
+#: Says something, shuts down when it is told to, and writes down the answer that comes then.
+POLITE = """
+import os, socket, sys, time
+listener = socket.create_server((sys.argv[1], 7000))
+os.mkdir(sys.argv[2] + "/ready")
+accepted = listener.accept()[0]
+accepted.sendall(b"said")
+while not os.path.exists(sys.argv[2] + "/go"):
+    time.sleep(0.01)
+accepted.shutdown(socket.SHUT_WR)
+answer = accepted.recv(100)
+open(sys.argv[2] + "/answer", "wb").write(answer)
+time.sleep(1000)
+"""
+#: Listens to the end before it answers.
+PATIENT = """
+import os, socket, sys
+connection = socket.create_connection((sys.argv[1], 7000))
+heard = connection.recv(100)
+os.mkdir(sys.argv[2] + "/heard")
+while piece := connection.recv(100):
+    heard += piece
+connection.sendall(heard + b", understood")
+"""
+
+
+def test_end_that_was_sent_and_got_lost_is_sent_again(trio: Trio, tmp_path: Path) -> None:
+    assert locks(trio.c) == ""
+    trio.add_service(trio.a)
+    server = trio.a.popen([sys.executable, "-c", POLITE, trio.service, str(tmp_path)], pid=PID)
+    wait_until(lambda: (tmp_path / "ready").exists() or server.poll() is not None, SECONDS, "the server listens")
+    trio.c.popen([sys.executable, "-c", PATIENT, trio.service, str(tmp_path)])
+    wait_until((tmp_path / "heard").exists, SECONDS, "the client is connected")
+    rules = "add table inet lossy\nadd chain inet lossy in { type filter hook input priority 0; }\n"
+    rules += "add rule inet lossy in tcp sport 7000 tcp flags fin drop\n"
+    trio.c.run(["nft", "-f", "-"], input=rules.encode(), check=True)
+    (tmp_path / "go").touch()
+    closing = ["ss", "-Htn", "state", "fin-wait-1"]
+    wait_until(lambda: len(trio.a.run(closing).stdout.splitlines()) == 1, SECONDS, "the server has closed its end")
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.remove_service(trio.a)
+    migration.wait_drained()
+    assert len(trio.b.run(closing).stdout.splitlines()) == 1
+    trio.c.run(["nft", "delete", "table", "inet", "lossy"], check=True)
+    wait_until(lambda: (tmp_path / "answer").exists() and (tmp_path / "answer").read_bytes(), SECONDS, "an answer")
+    assert (tmp_path / "answer").read_bytes() == b"said, understood"
+
+
 def test_peer_that_resets_during_the_standstill(trio: Trio, tmp_path: Path) -> None:
     service = serve(trio, tmp_path)
     trio.add_service(trio.b)

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from postcopy.action_scripts import Action
@@ -20,7 +20,7 @@ from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
 from postcopy.kernel import procfs
-from postcopy.network_lock import NetworkLock, Traffic
+from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.sent_pages import SentPages
@@ -44,14 +44,13 @@ class Capture:
         self._trusted = trusted
         self._choices = choices or Choices()
         self._shared = SharedObjects()
-        self._traffic = Traffic([], [])
         self._ended = False
         self._gave_up_addresses = False
         # Before anything is forked that is to share it.
         self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
         self._guard = Guard(self._lock, self._choices.scripts, pid)
+        self._silence = network.Silence(self._lock, self._choices, self._guard.locking)
         self._smaps = SmapsReader(trusted.known)
-        self._sleeping = {tid: seen for each in (pid, *procfs.descendants(pid)) for tid, seen in _asleep(each)}
 
     def __enter__(self) -> "Capture":
         return self
@@ -69,7 +68,7 @@ class Capture:
             self._lock.leave()
         else:
             self._guard.dismiss()
-            network.outlast(self._lock, self._traffic)
+            network.outlast(self._lock, self._silence.traffic)
         self._shared.close()
         self.frozen.close()
 
@@ -77,18 +76,21 @@ class Capture:
         """Freeze the tree and collect its state. Raises DumpError, ProblemsError."""
         # A collection of what is garbage takes tens of milliseconds where a tree has many processes.
         gc.disable()
+        root = self.frozen.root.pid
+        pids = [root, *procfs.descendants(root)]
+        self._silence.prepare(list(_faces(pids)))
+        sleeping = {tid: seen for pid in pids for tid, seen in _asleep(pid)}
         self.began = time.monotonic_ns()
         self.frozen.freeze()
+        self._silence.begin(self.frozen.faces)
         self._reporter.event("frozen", processes=len(self.frozen.processes), threads=self.frozen.threads)
-        self._traffic = network.traffic(self.frozen.faces, self._choices)
-        if self._traffic:
-            self._guard.locking(self.frozen.faces)
-            network.lock(self._lock, self._traffic)
         if self._choices.scripts.paths:
             self._guard.giving_up_addresses()
             self._gave_up_addresses = True
             self._choices.scripts.run(Action.NETWORK_LOCK, self.frozen.root.pid)
-        self.tree = collect(self.frozen, self._smaps, self._trusted, self._sleeping, self._shared, self._choices)
+        self.tree = collect(
+            self.frozen, self._smaps, self._trusted, sleeping, self._shared, self._choices, self._silence.cover
+        )
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}
         self.lazy = {space.number: space.lazy for space in self._spaces}
@@ -145,6 +147,13 @@ class Capture:
         self._ended = True
         self._shared.end()
         self._reporter.event("killed", pid=self.frozen.root.pid)
+
+
+def _faces(pids: Sequence[int]) -> Iterator[int]:
+    """See `procfs.face`; of processes that may have ended."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            yield procfs.face(pid)
 
 
 def _asleep(pid: int) -> Iterator[tuple[int, sleepers.Observation]]:

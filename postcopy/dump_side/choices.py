@@ -17,7 +17,8 @@ class Choices:
     for. ``connections``: what becomes of established TCP connections (`REFUSED`, `MOVED` or `CLOSED`);
     ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`). ``shell_job``: the
     terminal that the process shares with its shell is replaced by that of ``restore``. ``scripts``: what is run at
-    which points.
+    which points. ``unix_outside``: datagram sockets that are connected to Unix names outside of the tree are connected
+    to the same names at the destination.
     """
 
     ghost_limit: int = DEFAULT_GHOST_LIMIT
@@ -27,3 +28,4 @@ class Choices:
     network_lock: str = "nftables"
     shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)
+    unix_outside: bool = False

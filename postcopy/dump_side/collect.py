@@ -1,5 +1,6 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
+import contextlib
 from dataclasses import replace
 
 from postcopy.dump_side import (
@@ -22,7 +23,7 @@ from postcopy.dump_side import (
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
-from postcopy.dump_side.opened import Table, Trusted
+from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
@@ -41,18 +42,28 @@ def collect(
     sleepers: Sleepers,
     shared: SharedObjects,
     choices: Choices | None = None,
+    silence: Silence | None = None,
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
     ``smaps`` reads meanwhile, and is to verify in the end; ``sleepers`` were observed before the freeze. The memory
-    that its processes may share is added to ``shared``, which must stay open as long as its content is needed.
+    that its processes may share is added to ``shared``, which must stay open as long as its content is needed. Each TCP
+    socket is made silent by ``silence`` before it is looked at.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
-    stopped_at = clocks.now(frozen.root.pid)
-    problems: list[str] = []
     members = frozenset([*frozen.faces, *frozen.zombies])
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
+    table.silence, table.named = silence, trusted.named
+    with contextlib.closing(table):
+        return _collect(frozen, smaps, trusted, sleepers, shared, table)
+
+
+def _collect(
+    frozen: FrozenTree, smaps: SmapsReader, trusted: Trusted, sleepers: Sleepers, shared: SharedObjects, table: Table
+) -> Tree:
+    stopped_at = clocks.now(frozen.root.pid)
+    problems: list[str] = []
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     tids = {each.pid: [thread.status["NSpid"] for thread in each.threads] for each in frozen.processes}
     faces = {**dict(zip(frozen.pids, frozen.faces, strict=True)), **{pid: pid for pid in frozen.zombies}}
@@ -63,6 +74,7 @@ def collect(
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
     for each in [each for each in frozen.processes if each.pid not in sharing.tables]:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)
+    descriptors.collect_in_flight(table, problems)
     epoll.complete(table, problems)
     unix_sockets.check_peers(table, problems)
     if problems:

@@ -1,5 +1,7 @@
 """The descriptor tables: what is open, under which numbers, and what of it cannot be moved."""
 
+import contextlib
+import dataclasses
 import os
 from bisect import bisect_left
 
@@ -20,6 +22,7 @@ from postcopy.dump_side import (
     sockets,
     terminals,
     timerfd,
+    unix_sockets,
 )
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
@@ -27,6 +30,8 @@ from postcopy.open_kinds import Lock
 from postcopy.state import Description, FileIdentity, Slot
 
 _LOOKS = 6
+# Kinds of descriptions that are complete once they are made, whatever number they have.
+_MADE_WITHOUT_A_TABLE = ("file", "pipe", "event_counter", "memory", "unix")
 _KINDS = (
     external.collect,
     pipes.collect,
@@ -53,24 +58,65 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
     table.pid = pid
     slots: list[Slot] = []
     seen: set[int] = set()
-    for fd in procfs.descriptors(pid):
-        # A running process may close it while we look, and open something else under its number.
-        for looks_left in reversed(range(1 if table.frozen else _LOOKS)):
-            try:
-                slots.append(_collect(table, fd, seen))
-            except (Refused, OSError) as reason:
-                if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
-                    break
-                if not looks_left:
-                    problems.append(f"descriptor {fd}: {reason}")
-                continue
-            break
+    with contextlib.closing(procfs.Entries(pid)) as entries:
+        for fd in procfs.descriptors(pid):
+            # A running process may close it while we look, and open something else under its number.
+            for looks_left in reversed(range(1 if table.frozen else _LOOKS)):
+                try:
+                    slots.append(_collect(table, entries, fd, seen))
+                except (Refused, OSError) as reason:
+                    if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
+                        break
+                    if not looks_left:
+                        problems.append(f"descriptor {fd}: {reason}")
+                    continue
+                break
     return slots
 
 
-def _collect(table: Table, fd: int, seen: set[int]) -> Slot:
+def collect_in_flight(table: Table, problems: list[str]) -> None:
+    """Once all tables have been collected: add what is only on its way in Unix sockets (SCM_RIGHTS)."""
+    # What is found may be a socket with others on their way.
+    for inode in table.carrying:
+        number = unix_sockets.numbers(table)[inode]
+        unix = table.descriptors.descriptions[number].unix
+        assert unix is not None
+        table.pid = table.sockets[inode]
+        queue = []
+        for message in unix.queue:
+            try:
+                rights = [_on_its_way(table, fd) for fd in message.rights]
+            except (Refused, OSError) as reason:
+                problems.append(f"socket:[{inode}]: a descriptor is on its way in it (SCM_RIGHTS): {reason}")
+                rights = []
+            queue.append(dataclasses.replace(message, rights=rights))
+        unix_sockets.change(table, number, queue=queue)
+
+
+def _on_its_way(table: Table, fd: int) -> int:
+    """The number of the description behind a descriptor of ours."""
+    opened = Opened.look(os.getpid(), fd)
+    before = len(table.descriptors.descriptions)
+    try:
+        number = _entered(table, opened, set()).description
+    finally:
+        opened.close()
+    description = table.descriptors.descriptions[number]
+    if number >= before and not any(getattr(description, kind) is not None for kind in _MADE_WITHOUT_A_TABLE):
+        raise Refused(f"{opened.link}: what nobody has open can be moved only where it is a file, pipe or Unix socket")
+    return number
+
+
+def _collect(table: Table, entries: procfs.Entries, fd: int, seen: set[int]) -> Slot:
     """One entry of a table. ``seen``: the descriptions that this process is known to have."""
-    opened = Opened.look(table.pid, fd)
+    opened = Opened.look(table.pid, fd, entries, table.named.get((table.pid, fd)))
+    try:
+        return _entered(table, opened, seen)
+    finally:
+        opened.close()
+
+
+def _entered(table: Table, opened: Opened, seen: set[int]) -> Slot:
     among = table.alike[opened.likeness]
     place, number = _look_up(table, opened, among)
     if number is None:
@@ -78,13 +124,15 @@ def _collect(table: Table, fd: int, seen: set[int]) -> Slot:
         # First all that may be refused: what is refused now must be found anew at the next look.
         held = locks.collect(table, opened, number, new=True)
         table.descriptors.descriptions.append(_describe(table, opened, number))
-        among.insert(place, (table.pid, fd, number))
+        among.insert(place, (opened.pid, opened.fd, number))
     else:
         held = [] if number in seen else locks.collect(table, opened, number, new=False)
     if held:
         _lock(table, opened, number, held)
+    if not table.frozen and table.descriptors.descriptions[number].file is not None and (named := opened.named):
+        table.found[table.pid, opened.fd] = named
     seen.add(number)
-    return Slot(fd, opened.close_on_exec, number)
+    return Slot(opened.fd, opened.close_on_exec, number)
 
 
 def _describe(table: Table, opened: Opened, number: int) -> Description:

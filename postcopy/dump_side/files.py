@@ -79,6 +79,8 @@ def _live_elsewhere(table: Table, opened: Opened, parts: list[str]) -> Descripti
 
 def _name(opened: Opened) -> str:
     """A name under which the file is found; its last one, or another in the same directory."""
+    if opened.is_named:
+        return opened.link
     try:
         if os.path.samestat(opened.stat, os.lstat(opened.link)):
             return opened.link

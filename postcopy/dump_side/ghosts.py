@@ -25,7 +25,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     key = opened.stat.st_dev, opened.stat.st_ino
     if key in table.mapped_without_name():
         # Mapping and descriptor must stay one file.
-        number = table.shared.of_memfd(table.pid, opened.fd, opened.link, opened.stat)
+        number = table.shared.of_memfd(opened.pid, opened.fd, opened.link, opened.stat)
         return Description(memory=OpenMemory(number, opened.flags, opened.position))
     if key not in table.ghost_numbers:
         # Looking fails where a running process closes it meanwhile: then it has no number.

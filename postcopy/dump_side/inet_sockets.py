@@ -1,28 +1,34 @@
-"""TCP and UDP sockets over IPv4 and IPv6: addresses, state; `tcp_connections` takes connections apart."""
+"""TCP, UDP, ICMP and raw sockets over IPv4 and IPv6: addresses, state; `tcp_connections` takes connections apart."""
 
 import select
 import socket
+from socket import SocketType
 
 from postcopy.dump_side import multicast, tcp_connections
 from postcopy.dump_side.choices import CLOSED, MOVED
 from postcopy.dump_side.opened import Refused, Table
-from postcopy.kernel import socket_address, socket_options, tcp_repair
+from postcopy.kernel import net_tables, socket_address, socket_options, tcp_repair
 from postcopy.kernel.tcp_repair import STATES
 from postcopy.socket_kinds import InetSocket, Socket
 
+_PING = {(socket.SOCK_DGRAM, socket.IPPROTO_ICMP), (socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6)}
 _BROKEN = select.POLLIN | select.POLLRDHUP
 
 
-def collect(table: Table, common: Socket, own: socket.socket) -> InetSocket | None:
+def collect(table: Table, common: Socket, own: SocketType) -> InetSocket | None:
     """The socket ``own``, a duplicate of the program's; None for other protocols. Raises Refused."""
     if (common.type, common.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
         return _tcp(table, common, own)
     if (common.type, common.protocol) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
         return _udp(table, common, own)
+    if common.type == socket.SOCK_RAW:
+        return _raw(table, common, own)
+    if (common.type, common.protocol) in _PING:
+        return _datagram(common, own, _local(common, own), _connected_to(common, own))
     return None
 
 
-def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
+def _tcp(table: Table, common: Socket, own: SocketType) -> InetSocket:
     title = f"socket:[{common.inode}]"
     info = tcp_repair.info(own)
     if any((each.level, each.name) == socket_options.TCP_ULP and each.value.strip(b"\0") for each in common.options):
@@ -30,6 +36,9 @@ def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
     local, remote = _local(common, own), b""
     connection, ended, aborted = None, False, False
     if info.state == tcp_repair.LISTEN:
+        if table.silence is not None:
+            table.silence(table.pid, local, b"")
+            info = tcp_repair.info(own)
         if info.waiting and table.frozen:
             text = socket_address.text(local)
             raise Refused(f"{title}: TCP connections to {text} wait to be accepted ({info.waiting}): try again")
@@ -47,6 +56,8 @@ def _tcp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
         if reason := _unmovable(table, info):
             where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
             raise Refused(f"{where} {reason}")
+        if table.silence is not None:
+            table.silence(table.pid, local, remote)
         if table.frozen:
             connection = tcp_connections.collect(own, info)
     return InetSocket(
@@ -65,25 +76,45 @@ def _unmovable(table: Table, info: tcp_repair.Info) -> str:
     """What is against moving a connection, if anything."""
     if table.choices.connections != MOVED:
         return "can be moved with --tcp-established, or closed with --tcp-close"
-    if info.state not in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT):
-        return f"is half open or closed from here ({STATES[info.state]}), which cannot be moved yet"
+    if info.state not in tcp_repair.SYNCHRONIZED:
+        return f"is still being made ({STATES[info.state]}), which cannot be moved: try again"
     return ""
 
 
-def _udp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
+def _udp(table: Table, common: Socket, own: SocketType) -> InetSocket:
     options = {(each.level, each.name): each.value for each in common.options}
     title = f"socket:[{common.inode}]"
     if any(options.get(socket_options.UDP_CORK, b"")):
         raise Refused(f"{title}: a corked UDP socket (UDP_CORK) cannot be moved yet")
     if any(options.get(socket_options.UDP_ENCAP, b"")):
         raise Refused(f"{title}: a UDP socket that unwraps packets (UDP_ENCAP) cannot be moved yet")
+    return _datagram(common, own, _local(common, own), _connected_to(common, own))
+
+
+def _raw(table: Table, common: Socket, own: SocketType) -> InetSocket:
+    """A raw(7) socket. What looks like its port is the protocol."""
+    if common.protocol == socket.IPPROTO_IGMP:
+        raise Refused(f"socket:[{common.inode}]: a raw IGMP socket, which may route multicast, cannot be moved yet")
+    address = own.getsockname()
+    local = _checked(common, socket_address.pack(common.family, address))
+    bound = any(socket_address.unpack(local)[0])
+    remote = _connected_to(common, own)
+    if not remote and (peer := net_tables.raw_peer(table.pid, common.family, common.inode)):
+        remote = _checked(common, socket_address.portless(common.family, peer))
+    return _datagram(common, own, local if bound else b"", remote)
+
+
+def _connected_to(common: Socket, own: SocketType) -> bytes:
     try:
-        remote = _remote(common, own)
+        return _remote(common, own)
     except OSError:
-        remote = b""
+        return b""
+
+
+def _datagram(common: Socket, own: SocketType, local: bytes, remote: bytes) -> InetSocket:
     return InetSocket(
         socket=common,
-        local=_local(common, own),
+        local=local,
         remote=remote,
         backlog=-1,
         memberships=multicast.collect(common, own),
@@ -93,13 +124,13 @@ def _udp(table: Table, common: Socket, own: socket.socket) -> InetSocket:
     )
 
 
-def _local(common: Socket, own: socket.socket) -> bytes:
+def _local(common: Socket, own: SocketType) -> bytes:
     """The address it is bound to; empty where it is not."""
     address = own.getsockname()
     return _checked(common, socket_address.pack(common.family, address)) if address[1] else b""
 
 
-def _remote(common: Socket, own: socket.socket) -> bytes:
+def _remote(common: Socket, own: SocketType) -> bytes:
     return _checked(common, socket_address.pack(common.family, own.getpeername()))
 
 
@@ -110,7 +141,7 @@ def _checked(common: Socket, address: bytes) -> bytes:
     return address
 
 
-def _events(own: socket.socket) -> int:
+def _events(own: SocketType) -> int:
     poll = select.poll()
     poll.register(own.fileno(), _BROKEN)
     return sum(event for _, event in poll.poll(0))

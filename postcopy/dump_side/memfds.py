@@ -11,5 +11,5 @@ def collect(table: Table, opened: Opened) -> Description | None:
         return None
     if shared_memory.kind_of(opened.link) != "memfd":
         raise Refused(f"{opened.link}: memory of this kind cannot be moved by a descriptor")
-    number = table.shared.of_memfd(table.pid, opened.fd, opened.link, opened.stat)
+    number = table.shared.of_memfd(opened.pid, opened.fd, opened.link, opened.stat)
     return Description(memory=OpenMemory(number, opened.flags, opened.position))

@@ -1,12 +1,12 @@
 """Multicast groups that a socket has joined: the kernel tells only whether it is a member of a group that is named."""
 
-import socket
+from socket import SocketType
 
 from postcopy.kernel import multicast
 from postcopy.socket_kinds import Membership, Socket
 
 
-def collect(common: Socket, own: socket.socket) -> list[Membership]:
+def collect(common: Socket, own: SocketType) -> list[Membership]:
     """The memberships of ``own``."""
     found = []
     for interface, group in multicast.groups_of_host(common.family):

@@ -6,46 +6,120 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from postcopy import roles
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.errors import PostcopyError
 from postcopy.kernel import pidfd, procfs, socket_address, tcp_repair
+from postcopy.kernel.nftables import Address
 from postcopy.kernel.socket_options import SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
 
 log = logging.getLogger("postcopy")
 
-_LOOK_AGAIN = 0.1  # seconds
+_LOOK_AGAIN, _LOOK_AGAIN_AT_ONCE = 0.1, 0.001  # seconds
+_ACCEPT_SECONDS = 0.2
 _OUTLAST_SECONDS = 60
 
 
-def traffic(pids: Iterable[int], choices: Choices) -> Traffic:
-    """What is to be locked for these processes."""
-    connections, listeners = [], []
-    for own in _tcp_sockets(pids):
-        state = tcp_repair.info(own).state
-        local = socket_address.pack(own.family, own.getsockname())
-        if state == tcp_repair.LISTEN:
-            host, port = socket_address.unpack(local)
-            listeners.append((host if any(host) else b"", port))
-        elif state in (tcp_repair.ESTABLISHED, tcp_repair.CLOSE_WAIT) and choices.connections == MOVED:
-            # Who has been reset meanwhile has no peer any more.
-            with contextlib.suppress(OSError):
-                remote = socket_address.pack(own.family, own.getpeername())
-                connections.append((socket_address.unpack(local), socket_address.unpack(remote)))
-    return Traffic(connections, listeners)
+class Silence:
+    """The lock over the TCP sockets of a tree: no new connections just before the freeze, no packets of those that are
+    there right after it. Looking for them takes time where there are many; what the program makes in between is added
+    when it is found.
+    """
+
+    def __init__(self, network_lock: NetworkLock, choices: Choices, locking: Callable[[Sequence[int]], None]) -> None:
+        """``locking`` is told of the processes before anything of theirs is locked."""
+        self._lock = network_lock
+        self._moved = choices.connections == MOVED
+        self._locking = locking
+        self._told: set[int] = set()
+        self._seen: set[tuple[bytes, bytes]] = set()
+        self._connections: dict[tuple[bytes, bytes], tuple[Address, Address]] = {}
+        self._listeners: dict[bytes, Address] = {}
+
+    @property
+    def traffic(self) -> Traffic:
+        """What is locked."""
+        return Traffic(list(self._connections.values()), list(self._listeners.values()))
+
+    def prepare(self, pids: Sequence[int]) -> None:
+        """Let no new connections come to these processes, which are running, and let them accept what waits for that.
+
+        Raises PostcopyError.
+        """
+        if self._look(pids):
+            self._look(pids)
+
+    def _look(self, pids: Sequence[int]) -> bool:
+        """Look for all TCP sockets. Whether something has waited to be accepted, and so was not seen yet."""
+        self._seen.clear()
+        listeners = set()
+        with contextlib.ExitStack() as stack:
+            accepting: list[socket.socket] = []
+            for own in _tcp_sockets(pids):
+                # A running process may have closed it, and who has been reset has no peer any more.
+                with contextlib.suppress(OSError):
+                    state = tcp_repair.info(own).state
+                    local = socket_address.pack(own.family, own.getsockname())
+                    if state == tcp_repair.LISTEN:
+                        listeners.add(local)
+                        accepting.append(stack.enter_context(own.dup()))
+                    elif state in tcp_repair.SYNCHRONIZED and self._moved:
+                        self._seen.add((local, socket_address.pack(own.family, own.getpeername())))
+            self._add(pids, set(), listeners - self._listeners.keys())
+            return _await_empty(accepting)
+
+    def begin(self, pids: Sequence[int]) -> None:
+        """Lock the connections that have been seen, now that the processes are frozen. Raises PostcopyError.
+
+        Not before: what a program writes as its last word before it closes a connection must get through.
+        """
+        self._add(pids, self._seen, set())
+
+    def cover(self, pid: int, local: bytes, remote: bytes) -> None:
+        """Lock a socket of a frozen process, unless it is locked; ``remote`` is empty where it listens.
+
+        Raises PostcopyError.
+        """
+        if remote and self._moved and (local, remote) not in self._connections:
+            self._add([pid], {(local, remote)}, set())
+        elif not remote and local not in self._listeners:
+            self._add([pid], set(), {local})
+
+    def _add(self, pids: Sequence[int], connections: set[tuple[bytes, bytes]], listeners: set[bytes]) -> None:
+        if not (connections or listeners):
+            return
+        if new := [pid for pid in pids if pid not in self._told]:
+            self._locking(new)
+            self._told.update(new)
+        unpack = socket_address.unpack
+        found = Traffic(
+            [(unpack(local), unpack(remote)) for local, remote in connections],
+            [(host if any(host) else b"", port) for host, port in map(unpack, listeners)],
+        )
+        try:
+            self._lock.lock(found)
+        except PostcopyError as error:
+            if connections or self._connections:
+                raise
+            log.warning("new connections may be made in vain while the process stands still: %s", error.message)
+        self._connections.update(zip(connections, found.connections, strict=True))
+        self._listeners.update(zip(listeners, found.listeners, strict=True))
 
 
-def lock(network_lock: NetworkLock, found: Traffic) -> None:
-    """Lock the network. Raises PostcopyError."""
-    try:
-        network_lock.lock(found)
-    except PostcopyError as error:
-        if found.connections:
-            raise
-        log.warning("new connections may be made in vain while the process stands still: %s", error.message)
+def _await_empty(accepting: Sequence[socket.socket]) -> bool:
+    """Wait a moment until nothing waits to be accepted: while it does, it belongs to no descriptor. Whether it did.
+
+    What has waited all that time waits for longer: the program does not accept.
+    """
+    deadline = time.monotonic() + _ACCEPT_SECONDS
+    waited = False
+    while any(tcp_repair.info(own).waiting for own in accepting) and time.monotonic() < deadline:
+        waited = True
+        time.sleep(_LOOK_AGAIN_AT_ONCE)
+    return waited
 
 
 def outlast(network_lock: NetworkLock, found: Traffic) -> None:

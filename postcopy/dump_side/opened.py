@@ -1,19 +1,23 @@
 """One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
 from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
-from postcopy.socket_kinds import UnixName
+from postcopy.socket_kinds import SocketOption, UnixName
 from postcopy.state import Descriptors, FileIdentity, Slot
+
+#: Keeps a TCP socket of a process silent, by its local and its remote address.
+Silence = Callable[[int, bytes, bytes], None]
 
 O_PATH = 0o10000000
 FASYNC = 0o20000
@@ -25,11 +29,21 @@ class Refused(Exception):
     """This descriptor cannot be moved; the text says why and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Where an earlier look has found an open file: path, device, and its mount and inode as fdinfo shows them."""
+
+    path: str
+    device: int
+    place: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Opened:
     """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags as open(2) takes them.
 
-    ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo.
+    ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo. ``process``: a pidfd, if one is at hand.
+    ``is_named``: the file has just been found at ``link``.
     """
 
     pid: int
@@ -41,41 +55,72 @@ class Opened:
     asynchronous: bool
     position: int
     info: tuple[str, ...]
+    process: int = -1
+    is_named: bool = False
 
     @classmethod
-    def look(cls, pid: int, fd: int) -> "Opened":
-        """Read all of it."""
-        lines = procfs.fdinfo_lines(pid, fd)
+    def look(cls, pid: int, fd: int, entries: procfs.Entries | None = None, named: Named | None = None) -> "Opened":
+        """Read all of it; ``entries`` of the process, where they are at hand. Where an earlier
+        look has found it (``named``), it is looked for first. Raises OSError.
+        """
+        if entries is None:
+            with contextlib.closing(procfs.Entries(pid)) as own:
+                return dataclasses.replace(cls.look(pid, fd, own), process=-1)
+        lines = entries.info(fd)
         # The first two lines are those of every kind (fs/proc/fd.c).
         flags = int(lines[1].partition(":")[2], 8)
+        found = _still_there(named, lines) if named is not None else None
         return cls(
             pid=pid,
             fd=fd,
-            link=procfs.link(pid, f"fd/{fd}"),
-            stat=os.stat(f"/proc/{pid}/fd/{fd}"),
+            link=named.path if named is not None and found is not None else entries.link(fd),
+            stat=found or entries.stat(fd),
             flags=flags & ~_NOT_OPENED_WITH,
             close_on_exec=bool(flags & os.O_CLOEXEC),
             asynchronous=bool(flags & FASYNC),
             position=int(lines[0].partition(":")[2]),
             info=tuple(lines),
+            process=entries.process,
+            is_named=found is not None,
         )
+
+    @property
+    def named(self) -> Named | None:
+        """What a later look may begin with, of a file that is found at its path."""
+        if not self.link.startswith("/") or not _tells_inode(self.info):
+            return None
+        return Named(self.link, self.stat.st_dev, self.info[2:4])
 
     def field(self, name: str) -> str | None:
         """A field of the fdinfo."""
         return next((line.partition(":")[2].strip() for line in self.info if line.startswith(f"{name}:")), None)
 
-    @contextlib.contextmanager
-    def duplicate(self) -> Iterator[int]:
-        """A descriptor of ours of the same open file description."""
+    @functools.cached_property
+    def own(self) -> int:
+        """A descriptor of ours of the same open file description, until `close`."""
+        if self.process >= 0:
+            return pidfd.getfd(self.process, self.fd)
         process = pidfd.of_task(self.pid)
         try:
-            own = pidfd.getfd(process, self.fd)
+            return pidfd.getfd(process, self.fd)
         finally:
             os.close(process)
-        try:
-            yield own
-        finally:
+
+    def close(self) -> None:
+        """Give back what `own` is."""
+        own = self.__dict__.pop("own", None)
+        if own is not None:
             os.close(own)
+
+    @contextlib.contextmanager
+    def duplicate(self) -> Iterator[int]:
+        """A descriptor of ours of the same open file description, for a while."""
+        kept = "own" in self.__dict__
+        try:
+            yield self.own
+        finally:
+            if not kept:
+                self.close()
 
     @property
     def mode(self) -> int:
@@ -85,18 +130,36 @@ class Opened:
     @property
     def likeness(self) -> tuple[str, int, int]:
         """What is the same where two descriptors are one open file description."""
-        return self.link, self.flags, self.position
+        place = " ".join(self.info[2:4]) if self.link.startswith("/") and _tells_inode(self.info) else self.link
+        return place, self.flags, self.position
+
+
+def _tells_inode(info: Sequence[str]) -> bool:
+    """Whether the fourth line of fdinfo is the inode, as since Linux 5.14."""
+    return len(info) > 3 and info[3].startswith("ino:")
+
+
+def _still_there(named: Named, lines: Sequence[str]) -> os.stat_result | None:
+    """The status of the file at the path where it was, if it is the one that is open: an open inode has no other."""
+    if tuple(lines[2:4]) != named.place:
+        return None
+    with contextlib.suppress(OSError):
+        found = os.lstat(named.path)
+        if found.st_dev == named.device and found.st_ino == int(lines[3].partition(":")[2]):
+            return found
+    return None
 
 
 @dataclass(frozen=True)
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
-    memory. ``ranks``: see `Table`. ``known``: the mappings of each process as they were."""
+    memory. ``ranks``, ``named``: see `Table`. ``known``: the mappings of each process as they were."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
     known: Mapping[int, Known] = field(default_factory=dict)
+    named: Mapping[tuple[int, int], Named] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,8 +173,10 @@ class Table:
     descriptors that may share a description, by what they show, each as (process, descriptor, number of its
     description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
-    ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode.
-    ``level``: see `pid_namespaces.level`.
+    ``carrying``: sockets (by inode) in which descriptors are on their way; ``received``: duplicates of these, ours.
+    ``named``: where an earlier look has found a process's descriptor; ``found``: where this one will.
+    ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
+    ``silence``: is told of those that speak TCP. ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -133,18 +198,36 @@ class Table:
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    named: Mapping[tuple[int, int], Named] = field(default_factory=dict)
+    found: dict[tuple[int, int], Named] = field(default_factory=dict)
     sockets: dict[int, int] = field(default_factory=dict)
+    silence: Silence | None = None
     socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
+    socket_options: dict[tuple[object, object], list[SocketOption]] = field(default_factory=dict)
+    carrying: list[int] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
     unix_names: list[UnixName] = field(default_factory=list)
     _unix: dict[int, sock_diag.UnixDiag] = field(default_factory=dict)
+    _packet: dict[int, sock_diag.PacketDiag] = field(default_factory=dict)
     _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def close(self) -> None:
+        """Give back the descriptors that have been received by looking."""
+        while self.received:
+            os.close(self.received.pop())
 
     def unix_diag(self, inode: int) -> sock_diag.UnixDiag | None:
         """What the kernel says of a Unix socket; None where there is none in this network namespace."""
         if inode not in self._unix:
             self._unix = sock_diag.unix_sockets()
         return self._unix.get(inode)
+
+    def packet_diag(self, inode: int) -> sock_diag.PacketDiag | None:
+        """What the kernel says of a packet socket; None where there is none in this network namespace."""
+        if inode not in self._packet:
+            self._packet = sock_diag.packet_sockets()
+        return self._packet.get(inode)
 
     @functools.cached_property
     def listening_files(self) -> set[tuple[int, int] | None]:

@@ -4,9 +4,9 @@ import errno
 import os
 import socket
 import stat
-import struct
+from socket import SocketType
 
-from postcopy.dump_side import inet_sockets, pipes, unix_sockets
+from postcopy.dump_side import inet_sockets, netlink_sockets, packet_sockets, pipes, unix_sockets
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import socket_options
 from postcopy.socket_kinds import Socket, SocketDefaults, SocketOption
@@ -15,13 +15,11 @@ from postcopy.state import Description
 _FAMILIES = {
     socket.AF_INET: "IPv4",
     socket.AF_INET6: "IPv6",
-    socket.AF_NETLINK: "netlink",
-    socket.AF_PACKET: "packet",
     socket.AF_VSOCK: "vsock",
     socket.AF_ALG: "kernel crypto (AF_ALG)",
     44: "XDP",
 }
-_TYPES = {socket.SOCK_STREAM: "stream", socket.SOCK_DGRAM: "datagram", socket.SOCK_RAW: "raw"}
+_TYPES: dict[int, str] = {socket.SOCK_STREAM: "stream", socket.SOCK_DGRAM: "datagram", socket.SOCK_RAW: "raw"}
 
 
 def collect(table: Table, opened: Opened) -> Description | None:
@@ -29,36 +27,42 @@ def collect(table: Table, opened: Opened) -> Description | None:
     if opened.mode != stat.S_IFSOCK:
         return None
     inode = opened.stat.st_ino
-    with opened.duplicate() as fd, socket.socket(fileno=os.dup(fd)) as own:
+    own = SocketType(fileno=opened.own)
+    try:
         found = _describe(table, opened, own)
-        if inode not in table.trusted_pipes and (holder := pipes.holder_outside(table, opened.link)):
-            raise Refused(f"{opened.link}: process {holder} holds this socket too, which cannot be moved yet")
-        table.sockets[inode] = opened.pid
-        return found
+    finally:
+        own.detach()
+    if inode not in table.trusted_pipes and (holder := pipes.holder_outside(table, opened.link)):
+        raise Refused(f"{opened.link}: process {holder} holds this socket too, which cannot be moved yet")
+    table.sockets[inode] = table.pid
+    return found
 
 
-def _describe(table: Table, opened: Opened, own: socket.socket) -> Description:
+def _describe(table: Table, opened: Opened, own: SocketType) -> Description:
     if own.family == socket.AF_UNIX:
         return Description(unix=unix_sockets.collect(table, _common(table, opened, own), own))
     if own.family in (socket.AF_INET, socket.AF_INET6):
         inet = inet_sockets.collect(table, _common(table, opened, own), own)
         if inet is not None:
             return Description(inet=inet)
+    if own.family == socket.AF_NETLINK:
+        return Description(netlink=netlink_sockets.collect(table, _common(table, opened, own), own))
+    if own.family == socket.AF_PACKET:
+        return Description(packet=packet_sockets.collect(table, _common(table, opened, own), own))
     family = _FAMILIES.get(own.family, f"family {own.family}")
     kind = _TYPES.get(own.type, f"type {own.type}")
     raise Refused(f"{opened.link}: {family} {kind} sockets (protocol {own.proto}) cannot be moved yet")
 
 
-def _common(table: Table, opened: Opened, own: socket.socket) -> Socket:
+def _common(table: Table, opened: Opened, own: SocketType) -> Socket:
     try:
         program = socket_options.read_filter(own)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
         raise Refused(f"{opened.link}: an eBPF program is attached to it, which cannot be moved yet") from None
-    usual = _defaults(table, own)
-    options = socket_options.read(own)
-    if struct.unpack("=i", own.getsockopt(socket_options.SOL_SOCKET, socket_options.SO_LOCK_FILTER, 4))[0]:
+    options = _options(table, own)
+    if own.getsockopt(socket_options.SOL_SOCKET, socket_options.SO_LOCK_FILTER):
         raise Refused(f"{opened.link}: its filter is locked (SO_LOCK_FILTER), which cannot be moved yet")
     return Socket(
         family=own.family,
@@ -67,14 +71,26 @@ def _common(table: Table, opened: Opened, own: socket.socket) -> Socket:
         inode=opened.stat.st_ino,
         nonblocking=bool(opened.flags & os.O_NONBLOCK),
         owner=(opened.stat.st_uid, opened.stat.st_gid),
-        options=[SocketOption(*option, value) for option, value in options.items() if usual.get(option) != value],
+        options=options,
         filter=program,
     )
 
 
-def _defaults(table: Table, own: socket.socket) -> dict[socket_options.Option, bytes]:
-    """The options of a new socket like ``own``; added to the table once."""
+def _options(table: Table, own: SocketType) -> list[SocketOption]:
+    """The options that are not those of a new socket like ``own``. Those of thousands of sockets are often the same."""
     kind = own.family, own.type, own.proto
+    values = socket_options.values(own)
+    if (kind, values) not in table.socket_options:
+        usual = _defaults(table, kind)
+        named = socket_options.named(kind, values).items()
+        table.socket_options[kind, values] = [
+            SocketOption(*option, value) for option, value in named if usual.get(option) != value
+        ]
+    return table.socket_options[kind, values]
+
+
+def _defaults(table: Table, kind: tuple[int, int, int]) -> dict[socket_options.Option, bytes]:
+    """The options of a new socket of this family, type and protocol; added to the table once."""
     if kind not in table.socket_defaults:
         found = table.socket_defaults[kind] = socket_options.defaults(*kind)
         options = [SocketOption(*option, value) for option, value in found.items()]

@@ -147,7 +147,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         huge_pages=sorted((found.huge_pages + shared.huge_pages).items()),
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
-    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known)
+    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known, found.table.found)
 
 
 @dataclass

@@ -9,12 +9,15 @@ import select
 import socket
 import struct
 import termios
+from socket import SocketType
+from typing import Any
 
 from postcopy.dump_side import pipes
 from postcopy.dump_side.opened import Refused, Table, common, seen
 from postcopy.kernel.sock_diag import DEAD, UnixDiag
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_PEERCRED, SO_PEERGROUPS, SOL_SOCKET
 from postcopy.socket_kinds import PeerCredentials, Socket, UnixMessage, UnixName, UnixSocket
+from postcopy.state import FileIdentity
 
 _MESSAGE_SIZE = 1 << 24  # bytes; more than a message can have
 _SCM_PIDFD = 4
@@ -28,7 +31,7 @@ _KINDS: dict[int, str] = {
 }
 
 
-def collect(table: Table, common: Socket, own: socket.socket) -> UnixSocket:
+def collect(table: Table, common: Socket, own: SocketType) -> UnixSocket:
     """The Unix socket ``own``, a duplicate of the program's. Its peer is checked by `check_peers`. Raises Refused."""
     diag = table.unix_diag(common.inode)
     if diag is None:
@@ -67,6 +70,7 @@ def check_peers(table: Table, problems: list[str]) -> None:
     or of one that the maker of the pair can give it to."""
     found = {one.unix.socket.inode: one.unix for one in table.descriptors.descriptions if one.unix}
     shared = _pairs_for_others(table, found)
+    numbers_of = numbers(table)
     for inode, one in found.items():
         if inode in shared:
             continue
@@ -81,9 +85,15 @@ def check_peers(table: Table, problems: list[str]) -> None:
         peer = found.get(one.peer)
         if peer is None:
             there = table.unix_diag(one.peer)
+            if outside := _outside(table, one, there):
+                change(table, numbers_of[inode], peer=0, outside=outside)
+                continue
             name = _title(there) if there else "one"
-            holder = pipes.holder_outside(table, f"socket:[{one.peer}]") or "?"
-            problems.append(f"{kind} {name} of process {holder}, which is not moved along")
+            holder = pipes.holder_outside(table, f"socket:[{one.peer}]")
+            if holder is None and not table.frozen:
+                continue  # it may be on its way somewhere in the tree
+            hint = "; --ext-unix-sk connects it to that name there" if _could_be_outside(one, there) else ""
+            problems.append(f"{kind} {name} of process {holder or '?'}, which is not moved along{hint}")
         elif table.sockets[one.peer] != table.sockets[inode]:
             other = table.sockets[one.peer]
             problems.append(f"{kind} one that process {other} has alone, which cannot be moved yet")
@@ -114,14 +124,47 @@ def _pairs_for_others(table: Table, found: dict[int, UnixSocket]) -> set[int]:
             continue
         if all(order[maker] <= order[holder] for holder in holders):
             makers[inode] = common(table, maker)
-    for number, description in enumerate(table.descriptors.descriptions):
-        if description.unix and description.unix.socket.inode in makers:
-            unix = dataclasses.replace(description.unix, maker=makers[description.unix.socket.inode])
-            table.descriptors.descriptions[number] = dataclasses.replace(description, unix=unix)
+    numbers_of = numbers(table)
+    for inode, maker in makers.items():
+        change(table, numbers_of[inode], maker=maker)
     return set(makers)
 
 
-def _has_failed(own: socket.socket) -> bool:
+def numbers(table: Table) -> dict[int, int]:
+    """The descriptions of Unix sockets by inode."""
+    descriptions = enumerate(table.descriptors.descriptions)
+    return {one.unix.socket.inode: number for number, one in descriptions if one.unix is not None}
+
+
+def change(table: Table, number: int, **changes: Any) -> None:
+    """Change what is known of a socket of the tree."""
+    description = table.descriptors.descriptions[number]
+    assert description.unix is not None
+    changed = dataclasses.replace(description.unix, **changes)
+    table.descriptors.descriptions[number] = dataclasses.replace(description, unix=changed)
+
+
+def _could_be_outside(one: UnixSocket, there: UnixDiag | None) -> bool:
+    return one.socket.type == socket.SOCK_DGRAM and there is not None and there.name[:1] in (b"/", b"\0")
+
+
+def _outside(table: Table, one: UnixSocket, there: UnixDiag | None) -> bytes:
+    """The name of a datagram socket's peer outside of the tree, if the user wants that to be found again there."""
+    if not table.choices.unix_outside or there is None or not _could_be_outside(one, there):
+        return b""
+    if there.name.startswith(b"\0"):
+        return there.name
+    root = os.readlink(f"/proc/{table.sockets[one.socket.inode]}/root")
+    path = os.path.normpath(os.path.join(root, os.fsdecode(there.name.rstrip(b"\0")).lstrip("/")))
+    with contextlib.suppress(OSError):
+        file = os.stat(path)
+        if (file.st_ino & 0xFFFF_FFFF, file.st_dev) == there.vfs:
+            table.needed.append(FileIdentity.named(path))
+            return os.fsencode(path) + b"\0"
+    return b""
+
+
+def _has_failed(own: SocketType) -> bool:
     """Whether an error waits to be told: asking for it, or looking at the queue, would take it away (sk_err)."""
     poll = select.poll()
     poll.register(own.fileno(), 0)
@@ -158,7 +201,7 @@ def _place(table: Table, diag: UnixDiag, connected: bool) -> tuple[str, os.stat_
     return "", None
 
 
-def _made_by(own: socket.socket) -> PeerCredentials | None:
+def _made_by(own: SocketType) -> PeerCredentials | None:
     """SO_PEERCRED and SO_PEERGROUPS, where there is a peer."""
     pid, uid, gid = struct.unpack("=iII", own.getsockopt(SOL_SOCKET, SO_PEERCRED, 12))
     if not pid:
@@ -169,7 +212,7 @@ def _made_by(own: socket.socket) -> PeerCredentials | None:
     return PeerCredentials(pid, uid, gid, [each for (each,) in struct.iter_unpack("=I", groups)])
 
 
-def _queue(table: Table, own: socket.socket, diag: UnixDiag) -> list[UnixMessage]:
+def _queue(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
     """What is queued; it stays there.
 
     More than one message can be seen only with SO_PEEK_OFF, which belongs to the socket: it is put back at once.
@@ -178,21 +221,39 @@ def _queue(table: Table, own: socket.socket, diag: UnixDiag) -> list[UnixMessage
     own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, 0)
     try:
         if diag.kind != socket.SOCK_STREAM:
-            return list(iter(lambda: _peek(table, own, diag), None))
-        # Never beyond the last byte: finding nothing, the kernel would tell, and forget, a pending error.
-        left = struct.unpack("=i", fcntl.ioctl(own, termios.FIONREAD, bytes(4)))[0]
-        found = []
-        while left and (piece := _peek(table, own, diag)):
-            found.append(piece)
-            left -= len(piece.content)
-        return found
+            found = list(iter(lambda: _peek(table, own, diag), None))
+        else:
+            found = _stream(table, own, diag)
     finally:
         own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
+    if any(message.rights for message in found):
+        if diag.kind == socket.SOCK_DGRAM and (diag.name or any(message.sender for message in found)):
+            raise Refused(f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS), which cannot be moved yet")
+        table.carrying.append(diag.inode)
+    return found
 
 
-def _peek(table: Table, own: socket.socket, diag: UnixDiag) -> UnixMessage | None:
+def _stream(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
+    """The pieces of a stream."""
+    found: list[UnixMessage] = []
+    # Never beyond the last byte: finding nothing, the kernel would tell, and forget, a pending error.
+    left = struct.unpack("=i", fcntl.ioctl(own, termios.FIONREAD, bytes(4)))[0]
+    while left and (piece := _peek(table, own, diag)):
+        # The kernel joins what was written before the descriptors to what came with them, and does not tell where
+        # these begin (net/unix/af_unix.c, unix_stream_read_generic).
+        if piece.rights and len(piece.content) > 1:
+            raise Refused(
+                f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS) somewhere among "
+                f"{len(piece.content)} bytes of a stream, which cannot be moved"
+            )
+        found.append(piece)
+        left -= len(piece.content)
+    return found
+
+
+def _peek(table: Table, own: SocketType, diag: UnixDiag) -> UnixMessage | None:
     try:
-        content, control, _, address = own.recvmsg(_MESSAGE_SIZE, _CONTROL_SIZE, _PEEK)
+        content, control, flags, address = own.recvmsg(_MESSAGE_SIZE, _CONTROL_SIZE, _PEEK)
     except BlockingIOError:
         return None
     except OSError as error:
@@ -200,12 +261,14 @@ def _peek(table: Table, own: socket.socket, diag: UnixDiag) -> UnixMessage | Non
             return None
         raise
     credentials = None
-    refusal = ""
+    rights: list[int] = []
+    refusal = "more descriptors are on their way in it than can be received" if flags & socket.MSG_CTRUNC else ""
     for level, kind, value in control:
-        if level == SOL_SOCKET and kind in (socket.SCM_RIGHTS, _SCM_PIDFD):
-            for (fd,) in struct.iter_unpack("=i", value):
-                os.close(fd)
-            refusal = "descriptors are on their way in it (SCM_RIGHTS)" if kind == socket.SCM_RIGHTS else refusal
+        if level == SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            rights += [fd for (fd,) in struct.iter_unpack("=i", value)]
+            table.received += rights
+        elif level == SOL_SOCKET and kind == _SCM_PIDFD:
+            os.close(struct.unpack("=i", value)[0])
         elif level == SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             pid, uid, gid = struct.unpack("=iII", value)
             credentials = (seen(table, table.pid), uid, gid) if pid == table.pid else None
@@ -215,7 +278,7 @@ def _peek(table: Table, own: socket.socket, diag: UnixDiag) -> UnixMessage | Non
         raise Refused(f"{_title(diag)}: {refusal}, which cannot be moved yet")
     if not content and diag.shutdown & 1:
         return None  # the end, rather than an empty message
-    return UnixMessage(content, _raw_name(address), credentials)
+    return UnixMessage(content, _raw_name(address), credentials, rights)
 
 
 def _raw_name(address: object) -> bytes:

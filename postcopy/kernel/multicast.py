@@ -5,6 +5,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from socket import SocketType
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
@@ -57,7 +58,7 @@ def source_filter(interface: int, group: bytes, excluding: bool, sources: list[b
     return head + b"".join(map(storage, sources))
 
 
-def membership(sock: socket.socket, interface: str, group: bytes) -> tuple[bool, list[bytes]] | None:
+def membership(sock: SocketType, interface: str, group: bytes) -> tuple[bool, list[bytes]] | None:
     """Whether the socket excludes, and which, sources; None where it is no member of the group."""
     room = bytearray(_HEADER + _ADDRESS * _MOST_SOURCES)
     head = join(socket.if_nametoindex(interface), group) + struct.pack("=II", 0, _MOST_SOURCES)

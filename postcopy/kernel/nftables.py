@@ -57,6 +57,7 @@ class DropTable:
         """Open the netlink socket; raises OSError where this kernel has no nf_tables. Nothing is dropped yet."""
         self._table = _text(1, name)
         self._sets = 0
+        self._made = False
         self._door = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._door.bind((0, 0))
         with contextlib.suppress(OSError):
@@ -69,6 +70,7 @@ class DropTable:
     def remove(self) -> None:
         """Drop nothing any more, whoever else has the socket. Raises OSError."""
         self._commit([_message(_DELTABLE, self._table)])
+        self._made = False
 
     def close(self) -> None:
         """Give our descriptor of the socket back; with the last one the table goes."""
@@ -77,16 +79,9 @@ class DropTable:
     def drop(self, connections: Sequence[tuple[Address, Address]], listeners: Sequence[Address], mark: int = 0) -> None:
         """From now on drop what belongs to ``connections`` (local, remote) and every SYN to ``listeners``.
 
-        Not what carries ``mark`` (SO_MARK), where it is not 0. Once for a table. Raises OSError, and then nothing is
-        dropped.
+        Not what carries ``mark`` (SO_MARK), where it is not 0. Raises OSError, and then no more is dropped than before.
         """
-        messages = [_message(_NEWTABLE, self._table, _word(2, _NFT_TABLE_F_OWNER))]
-        for name, hook in (_INPUT, _OUTPUT):
-            place = _nest(4, _word(1, hook), _word(2, _BEFORE_CONNECTION_TRACKING))
-            messages.append(_message(_NEWCHAIN, self._table, _text(3, name), place, _word(5, 1), _text(7, "filter")))
-            if mark:
-                marked = [_meta(_META_MARK), _equal(struct.pack("=I", mark))]
-                self._add_rule((name, hook), marked, messages, _NF_ACCEPT)
+        messages = [] if self._made else self._begun(mark)
         for family in _FAMILIES:
             ends = [_key(local) + _key(remote) for local, remote in connections if len(local[0]) == family.size]
             if ends:
@@ -104,6 +99,18 @@ class DropTable:
             found = self._add_set(ports, [_INET_SERVICE], messages)
             self._add_rule(_INPUT, [*_is_tcp(None), *_is_syn(), _payload(_TRANSPORT_HEADER, 2, 2, 0), found], messages)
         self._commit(messages)
+        self._made = True
+
+    def _begun(self, mark: int) -> list[tuple[int, bytes]]:
+        """The messages that make the table."""
+        messages = [_message(_NEWTABLE, self._table, _word(2, _NFT_TABLE_F_OWNER))]
+        for name, hook in (_INPUT, _OUTPUT):
+            place = _nest(4, _word(1, hook), _word(2, _BEFORE_CONNECTION_TRACKING))
+            messages.append(_message(_NEWCHAIN, self._table, _text(3, name), place, _word(5, 1), _text(7, "filter")))
+            if mark:
+                marked = [_meta(_META_MARK), _equal(struct.pack("=I", mark))]
+                self._add_rule((name, hook), marked, messages, _NF_ACCEPT)
+        return messages
 
     def _add_set(self, keys: Iterable[bytes], types: list[int], messages: list[tuple[int, bytes]]) -> bytes:
         """Add a set of ``keys``; the expression that goes on with a rule where what was loaded is among them."""

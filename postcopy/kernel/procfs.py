@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from postcopy.kernel import pidfd
 from postcopy.kernel.libc import refused
 
 _PIECE = 1 << 16
@@ -135,6 +136,61 @@ def descriptors(pid: int) -> list[int]:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
     except OSError as error:
         raise refused(f"listing /proc/{pid}/fd", error.errno) from None
+
+
+class Entries:
+    """The descriptor table of a process, by the directories that show it: so nobody walks there anew for each entry."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError: ENOENT or ESRCH where there is no such process."""
+        self.pid = pid
+        self._open: list[int] = []
+        try:
+            self._links = self._directory("fd")
+            self._infos = self._directory("fdinfo")
+            self.process = pidfd.of_task(pid)
+            self._open.append(self.process)
+        except OSError as error:
+            self.close()
+            raise refused(f"looking at the descriptors of process {pid}", error.errno) from None
+
+    def _directory(self, name: str) -> int:
+        self._open.append(os.open(f"/proc/{self.pid}/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        return self._open[-1]
+
+    def close(self) -> None:
+        """Give the directories back."""
+        while self._open:
+            os.close(self._open.pop())
+
+    def link(self, fd: int) -> str:
+        """Where the link ``fd/FD`` points."""
+        try:
+            return os.readlink(str(fd), dir_fd=self._links)
+        except OSError as error:
+            raise refused(f"reading the link /proc/{self.pid}/fd/{fd}", error.errno) from None
+
+    def stat(self, fd: int) -> os.stat_result:
+        """stat(2) of what is behind a descriptor."""
+        try:
+            return os.stat(str(fd), dir_fd=self._links)
+        except OSError as error:
+            raise refused(f"looking at /proc/{self.pid}/fd/{fd}", error.errno) from None
+
+    def info(self, fd: int) -> list[str]:
+        """The lines of ``fdinfo/FD``."""
+        try:
+            opened = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._infos)
+            try:
+                content = os.read(opened, _PIECE)
+                # The kernel gives all of it, or as much as fits.
+                while len(content) % _PIECE == 0 and (piece := os.read(opened, _PIECE)):
+                    content += piece
+            finally:
+                os.close(opened)
+        except OSError as error:
+            raise refused(f"reading /proc/{self.pid}/fdinfo/{fd}", error.errno) from None
+        return content.decode(errors="surrogateescape").splitlines()
 
 
 def fdinfo_lines(pid: int, fd: int) -> list[str]:

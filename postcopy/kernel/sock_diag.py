@@ -1,4 +1,4 @@
-"""sock_diag(7): what the kernel says of the Unix sockets of our network namespace (NETLINK_SOCK_DIAG, unix_diag)."""
+"""sock_diag(7): what the kernel says of Unix and packet sockets of our network namespace (NETLINK_SOCK_DIAG)."""
 
 import os
 import socket
@@ -14,6 +14,8 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")
 _UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_RQLEN = 1, 2, 4, 16
 _UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = 0, 1, 2, 4, 6
+_PACKET_SHOW_MCLIST, _PACKET_SHOW_RING_CFG = 2, 4
+_PACKET_DIAG_MCLIST, _PACKET_DIAG_RX_RING, _PACKET_DIAG_TX_RING = 1, 2, 3
 _TCP_LISTEN = 10
 _RECEIVE_SIZE = 1 << 20
 
@@ -44,6 +46,29 @@ def unix_sockets() -> dict[int, UnixDiag]:
     shown = _UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS | _UDIAG_SHOW_PEER | _UDIAG_SHOW_RQLEN
     request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFF_FFFF, 0, shown, 0, 0)
     return {found.inode: found for found in map(_unix, _dump(request))}
+
+
+@dataclass(frozen=True, slots=True)
+class PacketDiag:
+    """One packet socket: what it ``asks`` of interfaces (index, kind, address), and whether it ``has_ring``."""
+
+    asks: list[tuple[int, int, bytes]]
+    has_ring: bool
+
+
+def packet_sockets() -> dict[int, PacketDiag]:
+    """Every packet socket of the network namespace by its inode. Raises OSError where this kernel cannot tell."""
+    # struct packet_diag_req, linux/packet_diag.h
+    request = struct.pack("=BBHIIII", socket.AF_PACKET, 0, 0, 0, _PACKET_SHOW_MCLIST | _PACKET_SHOW_RING_CFG, 0, 0)
+    return dict(map(_packet, _dump(request)))
+
+
+def _packet(body: bytes) -> tuple[int, PacketDiag]:
+    attributes = dict(_attributes(body[16:]))
+    asks = struct.iter_unpack("=IIHH32s", attributes.get(_PACKET_DIAG_MCLIST, b""))
+    found = [(index, kind, address[:length]) for index, count, kind, length, address in asks for _ in range(count)]
+    has_ring = _PACKET_DIAG_RX_RING in attributes or _PACKET_DIAG_TX_RING in attributes
+    return struct.unpack_from("=I", body, 4)[0], PacketDiag(found, has_ring)
 
 
 def _dump(request: bytes) -> Iterator[bytes]:

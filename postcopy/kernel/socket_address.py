@@ -16,6 +16,13 @@ def pack(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> b
     return struct.pack("=H", family) + struct.pack(">HI", port, flow) + packed + struct.pack("=I", scope)
 
 
+def portless(family: int, host: bytes) -> bytes:
+    """An address of 4 or 16 bytes, with port 0."""
+    if family == socket.AF_INET:
+        return struct.pack("=HH", family, 0) + host + bytes(8)
+    return struct.pack("=HHI", family, 0, 0) + host + bytes(4)
+
+
 def unpack(address: bytes) -> tuple[bytes, int]:
     """IP address (4 or 16 bytes) and port. An IPv4 address mapped into IPv6 is an IPv4 address to the network."""
     (family,) = struct.unpack_from("=H", address)

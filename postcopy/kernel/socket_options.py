@@ -1,6 +1,6 @@
 """setsockopt(2): the options that a program can read back, by level, and how each is set to what was read.
 
-include/uapi/asm-generic/socket.h, linux/in.h, linux/in6.h, linux/tcp.h, linux/udp.h.
+include/uapi/asm-generic/socket.h, linux/in.h, in6.h, tcp.h, udp.h, netlink.h, if_packet.h.
 """
 
 import contextlib
@@ -9,11 +9,13 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from socket import SocketType
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
 
 SOL_SOCKET, SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6 = 1, 0, 6, 17, 41
+SOL_ICMPV6, SOL_RAW, SOL_PACKET, SOL_NETLINK = 58, 255, 263, 270
 SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF, SO_REUSEPORT, SO_PASSCRED, SO_PEERCRED = 2, 7, 8, 15, 16, 17
 SO_BINDTODEVICE, SO_ATTACH_FILTER, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 25, 26, 32, 33
 SO_GET_FILTER, SO_PEEK_OFF, SO_LOCK_FILTER, SO_PEERGROUPS, SO_BUF_LOCK, SO_PASSPIDFD = 26, 42, 44, 59, 72, 76
@@ -44,6 +46,9 @@ _OF_TCP = {
     1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 4, 7: 4, 8: 4, 9: 4, 10: 4, _TCP_CONGESTION: 16, 16: 4, 17: 4, 18: 4, 23: 4,
     25: 4, 27: 4, 30: 4, _TCP_ULP: 16, 34: 4, 36: 4, 37: 4, 44: 4, 45: 4, 46: 4,
 }  # fmt: skip
+_OF_RAW = {SOL_IP: {3: 4}, SOL_IPV6: {7: 4, 36: 4}, SOL_RAW: {1: 4}, SOL_ICMPV6: {1: 32}}
+_OF_NETLINK = {3: 4, 4: 4, 5: 4, 8: 4, 10: 4, 11: 4, 12: 4}
+_OF_PACKET = {8: 4, 9: 4, 10: 4, 12: 4, 14: 4, 15: 4, 17: 4, 19: 4, 20: 4, 23: 4, 24: 4}
 _OF_UDP = {1: 4, 100: 4, 101: 4, 102: 4, 103: 4, 104: 4}
 _OF_MULTICAST = {(SOL_IP, name) for name in (32, 33, 34, 49)} | {(SOL_IPV6, name) for name in (17, 18, 19, 29)}
 _TEXTS = {(SOL_SOCKET, SO_BINDTODEVICE), (SOL_TCP, _TCP_CONGESTION), (SOL_TCP, _TCP_ULP)}
@@ -77,7 +82,13 @@ def levels(family: int, kind: int, protocol: int) -> Iterator[tuple[int, dict[in
         yield SOL_IPV6, {name: size for name, size in _OF_IPV6.items() if (SOL_IPV6, name) not in but}
     if protocol == socket.IPPROTO_TCP and kind == socket.SOCK_STREAM:
         yield SOL_TCP, _OF_TCP
-    if protocol == socket.IPPROTO_UDP:
+    if family in (socket.AF_INET, socket.AF_INET6) and kind == socket.SOCK_RAW:
+        yield from _OF_RAW.items()
+    elif family == socket.AF_NETLINK:
+        yield SOL_NETLINK, _OF_NETLINK
+    elif family == socket.AF_PACKET:
+        yield SOL_PACKET, _OF_PACKET
+    elif protocol == socket.IPPROTO_UDP:
         yield SOL_UDP, _OF_UDP
 
 
@@ -94,16 +105,28 @@ def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, in
     return tuple(found)
 
 
-def read(sock: socket.socket) -> dict[Option, bytes]:
-    """Every option that the kernel tells of ``sock``, with its value."""
-    found: dict[Option, bytes] = {}
+def values(sock: SocketType) -> tuple[bytes | None, ...]:
+    """What the kernel tells of all options of ``sock``, for `named`; None where it tells nothing."""
+    readable = _readable(sock.family, sock.type, sock.proto)
     ask = sock.getsockopt
-    for level, name, size in _readable(sock.family, sock.type, sock.proto):
-        # In the stand-still, and some eighty times for each socket.
-        try:
-            found[level, name] = ask(level, name, size)
-        except OSError:
-            continue
+    try:
+        # In the stand-still, and some ninety times for each socket.
+        return tuple([ask(level, name, size) for level, name, size in readable])
+    except OSError:
+        return tuple([_value(sock, *each) for each in readable])
+
+
+def _value(sock: SocketType, level: int, name: int, size: int) -> bytes | None:
+    try:
+        return sock.getsockopt(level, name, size)
+    except OSError:
+        return None
+
+
+def named(kind: tuple[int, int, int], values: tuple[bytes | None, ...]) -> dict[Option, bytes]:
+    """What `values` has told of a socket of this family, type and protocol, by option."""
+    pairs = zip(_readable(*kind), values, strict=True)
+    found = {(level, name): value for (level, name, _), value in pairs if value is not None}
     for option, network_order in _INTERFACES.items():
         if option in found:
             found[option] = _named(found[option], network_order)
@@ -118,7 +141,7 @@ def _named(value: bytes, network_order: bool) -> bytes:
 def defaults(family: int, kind: int, protocol: int) -> dict[Option, bytes]:
     """The options of a socket that has just been made."""
     with socket.socket(family, kind, protocol) as fresh:
-        return read(fresh)
+        return named((family, kind, protocol), values(fresh))
 
 
 def setting(option: Option, value: bytes) -> tuple[int, int, bytes]:
@@ -138,7 +161,7 @@ def setting(option: Option, value: bytes) -> tuple[int, int, bytes]:
     return level, name, value
 
 
-def read_filter(sock: socket.socket) -> bytes:
+def read_filter(sock: SocketType) -> bytes:
     """The classic BPF program attached to ``sock``. Raises OSError EACCES where it is an eBPF one.
 
     Its length is told and given in instructions of 8 bytes, not in bytes (net/core/filter.c, sk_get_filter).

@@ -10,6 +10,7 @@ import struct
 import termios
 from collections.abc import Iterator
 from dataclasses import dataclass
+from socket import SocketType
 
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 
@@ -32,7 +33,14 @@ STATES = (
     "", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
     "LAST_ACK", "LISTEN", "CLOSING",
 )  # fmt: skip
-ESTABLISHED, CLOSE, CLOSE_WAIT, LISTEN = 1, 7, 8, 10
+ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 1, 4, 5, 7, 8, 9, 10, 11
+# What has a peer that knows of it (RFC 9293, 3.3.2).
+SYNCHRONIZED = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING})
+# Which ends have closed: ours, the peer's.
+CLOSED_HERE, CLOSED_THERE = (
+    frozenset({FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING}),
+    frozenset({CLOSE_WAIT, LAST_ACK, CLOSING}),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Info:
     backlog: int
 
 
-def info(sock: socket.socket) -> Info:
+def info(sock: SocketType) -> Info:
     """What the kernel tells of the connection."""
     raw = sock.getsockopt(SOL_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
     options, scales = raw[5], raw[6]
@@ -63,7 +71,7 @@ def info(sock: socket.socket) -> Info:
 
 
 @contextlib.contextmanager
-def repairing(sock: socket.socket) -> Iterator[None]:
+def repairing(sock: SocketType) -> Iterator[None]:
     """The connection can be taken apart meanwhile, and goes on afterwards as if nothing had been."""
     reuse = sock.getsockopt(SOL_SOCKET, SO_REUSEADDR)
     peek = _peek_offset(sock)
@@ -81,19 +89,19 @@ def repairing(sock: socket.socket) -> Iterator[None]:
             sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, peek)
 
 
-def _peek_offset(sock: socket.socket) -> int:
+def _peek_offset(sock: SocketType) -> int:
     try:
         return sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
     except OSError:
         return -1
 
 
-def is_repairing(sock: socket.socket) -> bool:
+def is_repairing(sock: SocketType) -> bool:
     """Whether somebody has begun to take it apart."""
     return bool(sock.getsockopt(SOL_TCP, TCP_REPAIR))
 
 
-def queue(sock: socket.socket, which: int, length: int) -> tuple[int, bytes]:
+def queue(sock: SocketType, which: int, length: int) -> tuple[int, bytes]:
     """The sequence number behind a queue's last byte, and its ``length`` bytes, which stay there; while repairing."""
     sock.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, which)
     (sequence,) = struct.unpack("=I", sock.getsockopt(SOL_TCP, TCP_QUEUE_SEQ, 4))
@@ -101,40 +109,40 @@ def queue(sock: socket.socket, which: int, length: int) -> tuple[int, bytes]:
     return sequence, content
 
 
-def unread(sock: socket.socket) -> int:
+def unread(sock: SocketType) -> int:
     """Bytes received and not read (SIOCINQ)."""
     return _ask(sock, termios.FIONREAD)
 
 
-def unacknowledged(sock: socket.socket) -> int:
+def unacknowledged(sock: SocketType) -> int:
     """Bytes written and not acknowledged by the peer (SIOCOUTQ)."""
     return _ask(sock, termios.TIOCOUTQ)
 
 
-def unsent(sock: socket.socket) -> int:
+def unsent(sock: SocketType) -> int:
     """Bytes written and not sent yet (SIOCOUTQNSD)."""
     return _ask(sock, _SIOCOUTQNSD)
 
 
-def _ask(sock: socket.socket, request: int) -> int:
+def _ask(sock: SocketType, request: int) -> int:
     found: int = struct.unpack("=i", fcntl.ioctl(sock, request, bytes(4)))[0]
     return found
 
 
-def timestamp(sock: socket.socket) -> int:
+def timestamp(sock: SocketType) -> int:
     """The clock that the connection's timestamps come from."""
     found: int = struct.unpack("=I", sock.getsockopt(SOL_TCP, TCP_TIMESTAMP, 4))[0]
     return found
 
 
-def window(sock: socket.socket) -> bytes:
+def window(sock: SocketType) -> bytes:
     """struct tcp_repair_window: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup; while repairing."""
     return sock.getsockopt(SOL_TCP, TCP_REPAIR_WINDOW, 20)
 
 
-def closed_window(window: bytes) -> bytes:
-    """The window with nothing that may be sent."""
-    return window[:4] + bytes(4) + window[8:]
+def closed_window(window: bytes, next_to_come: int) -> bytes:
+    """The window with nothing that may be sent, and room for a segment that comes with this sequence number."""
+    return struct.pack("=II4sII", next_to_come, 0, window[8:12], 1 << 16, next_to_come)
 
 
 def options(mss: int, scales: tuple[int, int] | None, sack: bool, timestamps: bool) -> bytes:

@@ -13,10 +13,12 @@ _TTL = 64
 def send(source: tuple[bytes, int], target: tuple[bytes, int], numbers: tuple[int, int], flags: int, mark: int) -> None:
     """Send a segment without content to ``target``, an address and port of this host, as if it came from ``source``.
 
+    Its window is closed: nothing is to be sent for an answer.
+
     ``numbers``: the sequence number and the acknowledged one; ``mark``: of the packet (SO_MARK). Raises OSError.
     """
     (from_address, from_port), (to_address, to_port) = source, target
-    head = struct.pack(">HHIIBBHHH", from_port, to_port, *numbers, 5 << 4, flags, 0xFFFF, 0, 0)
+    head = struct.pack(">HHIIBBHHH", from_port, to_port, *numbers, 5 << 4, flags, 0, 0, 0)
     if len(to_address) == 4:
         pseudo = from_address + to_address + struct.pack(">BBH", 0, socket.IPPROTO_TCP, len(head))
         # The kernel fills in identification, length and checksum (raw(7)).

@@ -40,6 +40,7 @@ from postcopy.restore_side import (
     timers,
 )
 from postcopy.restore_side.own import own_credentials
+from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.sent_pages import SentPages
 from postcopy.state import Process
 
@@ -80,7 +81,7 @@ class Building:
     All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
 
-    def __init__(self, state: Process, newborn: birth.Newborn, shared: descriptors.Shared, parent_stays: bool) -> None:
+    def __init__(self, state: Process, newborn: birth.Newborn, shared: Shared, parent_stays: bool) -> None:
         """``shared``: the same for all processes of a tree."""
         self.built = Built(newborn, state, -1, [newborn.pid])
         self._shared = shared
@@ -116,7 +117,7 @@ def _errors_named(state: Process) -> Iterator[None]:
 
 
 class _Builder:
-    def __init__(self, built: Built, shared: descriptors.Shared, parent_stays: bool) -> None:
+    def __init__(self, built: Built, shared: Shared, parent_stays: bool) -> None:
         self._built = built
         self._shared = shared
         self._nesting = shared.nesting
@@ -377,7 +378,7 @@ class _Builder:
         return answers
 
 
-def _estimate(state: Process, shared: descriptors.Shared) -> int:
+def _estimate(state: Process, shared: Shared) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
     return (

@@ -5,14 +5,12 @@ for what refers to all of it, or must not notice how it was made (`connect`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
-from postcopy.nesting import Nesting
-from postcopy.open_kinds import Ghost
 from postcopy.restore_side import (
     deliveries,
     epoll,
@@ -24,6 +22,8 @@ from postcopy.restore_side import (
     inotify,
     locks,
     memfds,
+    netlink_sockets,
+    packet_sockets,
     pidfd,
     pipes,
     ptys,
@@ -33,9 +33,8 @@ from postcopy.restore_side import (
     timerfd,
     unix_sockets,
 )
-from postcopy.restore_side.birth import Newborn
-from postcopy.restore_side.shared_memory import SharedObjects
-from postcopy.state import Description, Descriptors, Pipe, Process, Slot, Tree
+from postcopy.restore_side.shared_descriptors import Shared
+from postcopy.state import Descriptors, Process, Slot
 
 _O_CLOEXEC = 0o2000000
 _F_SETFD, _F_SETFL = 2, 4
@@ -43,82 +42,6 @@ _STREAMS = 3
 _LENDER_AT = 3
 _LENT_FROM = 4
 _PATH_ROOM = 8192
-
-
-class Shared:
-    """What the tables of a tree share: where descriptions, pipes and files without a name are to be had once they are
-    there.
-
-    Its first holder in the order of building makes it; the others take it from there. ``memory`` has been made before.
-    """
-
-    def __init__(
-        self,
-        tree: Tree,
-        memory: SharedObjects,
-        inherited: Mapping[str, int] | None = None,
-        newborns: Mapping[int, Newborn] | None = None,
-    ) -> None:
-        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource;
-        ``newborns``: these, once they are there."""
-        self.nesting = Nesting(tree.pid_namespaces)
-        self.owners_of_places = {process.places_of for process in tree.processes} - {0}
-        self.newborns = {} if newborns is None else newborns
-        self.memory = memory
-        self.descriptors: Descriptors = tree.descriptors
-        self.inherited = inherited or {}
-        self.descriptions: dict[int, tuple[int, int]] = {}
-        self.pipes: dict[int, tuple[int, int]] = {}
-        self.ghosts: dict[int, tuple[int, int]] = {}
-        # Sockets that one process makes for others, and where it keeps them until these have them.
-        self._for_others: dict[int, list[int]] = {}
-        self.kept: dict[int, list[int]] = {}
-        for process in tree.processes:
-            for slot in process.slots:
-                where = process.pid, slot.fd
-                description = self.descriptors.descriptions[slot.description]
-                maker = description.unix.maker if description.unix is not None else 0
-                if maker not in (0, process.pid) and slot.description not in self.descriptions:
-                    self._for_others.setdefault(maker, []).append(slot.description)
-                    where = maker, -1
-                self.descriptions.setdefault(slot.description, where)
-                if description.pipe is not None:
-                    self.pipes.setdefault(description.pipe.pipe, where)
-                elif description.ghost is not None:
-                    self.ghosts.setdefault(description.ghost.ghost, where)
-
-    def made_by(self, process: Process) -> list[Description]:
-        """The descriptions that a process makes itself."""
-        mine = [
-            slot.description for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd)
-        ]
-        return [self.descriptors.descriptions[number] for number in (*mine, *self._for_others.get(process.pid, ()))]
-
-    def keep(self, process: Process, sockets: Mapping[int, int]) -> list[int]:
-        """Where the process keeps what it has made for others, out of ``sockets`` (by inode)."""
-        for number in self._for_others.get(process.pid, ()):
-            unix = self.descriptors.descriptions[number].unix
-            if unix is not None:
-                at = sockets[unix.socket.inode]
-                self.descriptions[number] = process.pid, at
-                self.kept.setdefault(process.pid, []).append(at)
-        return self.kept.get(process.pid, [])
-
-    def taken(self, description: int, process: Process, fd: int) -> None:
-        """From now on the process is the one that others take ``description`` from, if it was made for others."""
-        pid, at = self.descriptions[description]
-        if at in self.kept.get(pid, ()):
-            self.descriptions[description] = process.pid, fd
-
-    def pipes_made_by(self, process: Process) -> list[Pipe]:
-        """The pipes that a process makes itself."""
-        return [self.descriptors.pipes[number] for number, (pid, _) in self.pipes.items() if pid == process.pid]
-
-    def ghosts_made_by(self, process: Process) -> list[tuple[Ghost, int]]:
-        """The files without a name that a process makes itself, and a descriptor of each."""
-        return [
-            (self.descriptors.ghosts[number], fd) for number, (pid, fd) in self.ghosts.items() if pid == process.pid
-        ]
 
 
 @dataclass
@@ -269,6 +192,8 @@ _KINDS: dict[str, Opener] = {
     "terminal": ptys.rebuild,
     "unix": sockets.place,
     "inet": sockets.place,
+    "netlink": sockets.place,
+    "packet": sockets.place,
 }
 
 
@@ -290,6 +215,7 @@ def needed(process: Process, shared: Shared) -> int:
     watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
     foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
     made = sockets.numbers(shared.made_by(process))
+    foreign += sockets.rights(shared.made_by(process)) + len(shared.in_flight.get(process.pid, ()))
     return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + made + 8
 
 
@@ -306,7 +232,8 @@ def fits(process: Process, shared: Shared, limit: int) -> bool:
 def room(process: Process, shared: Shared) -> int:
     """Bytes that the batches take."""
     state = shared.descriptors
-    each = 1024 * (len(process.slots) + len(shared.inherited)) + 256 * (len(state.deliveries) + len(state.locks))
+    opened = len(process.slots) + len(shared.in_flight.get(process.pid, ()))
+    each = 1024 * (opened + len(shared.inherited)) + 256 * (len(state.deliveries) + len(state.locks))
     pipes = shared.pipes_made_by(process)
     contents = sum(2 * len(pipe.content) + 128 * len(pipe.packets) + _PATH_ROOM for pipe in pipes)
     paths = _PATH_ROOM * len(shared.ghosts_made_by(process))
@@ -341,6 +268,8 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
     mine = shared.made_by(process)
     plan.sockets |= unix_sockets.rebuild(plan, [one.unix for one in mine if one.unix])
     plan.sockets |= inet_sockets.rebuild(plan, [one.inet for one in mine if one.inet])
+    plan.sockets |= netlink_sockets.rebuild(plan, [one.netlink for one in mine if one.netlink])
+    plan.sockets |= packet_sockets.rebuild(plan, [one.packet for one in mine if one.packet])
     kept = shared.keep(process, plan.sockets)
     plan.parked = [place for place in plan.parked if place not in kept]
     first: dict[int, int] = {}
@@ -355,11 +284,22 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
             plan.settle(plan.borrow(holder, fd, purpose), slot.fd, slot.close_on_exec, purpose)
             shared.taken(slot.description, process, slot.fd)
             continue
-        description = shared.descriptors.descriptions[slot.description]
-        for kind, opener in _KINDS.items():
-            if (found := getattr(description, kind)) is not None:
-                opener(plan, slot, found)
+        _open(plan, slot)
+    for number in shared.in_flight.get(process.pid, ()):
+        place = plan.parking()
+        _open(plan, Slot(place, True, number))
+        plan.parked.remove(place)
+        shared.descriptions[number] = process.pid, place
+        shared.kept.setdefault(process.pid, []).append(place)
     plan.end()
+
+
+def _open(plan: Plan, slot: Slot) -> None:
+    """Add the calls that make a description, at its slot."""
+    description = plan.state.descriptions[slot.description]
+    for kind, opener in _KINDS.items():
+        if (found := getattr(description, kind)) is not None:
+            opener(plan, slot, found)
 
 
 def fill(process: Process, shared: Shared, pidfd: int) -> None:
@@ -397,7 +337,12 @@ def connect(
         return made
 
     connecting = plan()
-    for fd in shared.kept.pop(process.pid, ()):
+    kept = shared.kept.pop(process.pid, [])
+    connecting.used.update(kept)
+    if (late := shared.late.pop(process.pid, None)) is not None:
+        closed = late.fill(connecting)
+        kept = [fd for fd in kept if fd not in closed]
+    for fd in kept:
         connecting.batch.add(call("close", fd), "closing what others have got")
     clocks = timerfd.Clocks.ask(connecting)
     armed = epoll.connect(connecting)

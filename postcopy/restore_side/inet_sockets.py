@@ -1,4 +1,4 @@
-"""TCP and UDP sockets: bound, connected, listening; `tcp_connections` puts connections together."""
+"""TCP, UDP, ICMP and raw sockets: bound, connected, listening; `tcp_connections` puts connections together."""
 
 import socket
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
 
 _SHUT_RDWR = 2
+_KINDS = {socket.IPPROTO_TCP: "TCP", socket.IPPROTO_UDP: "UDP"}
 
 
 def rebuild(plan: "Plan", sockets: Sequence[InetSocket]) -> dict[int, int]:
@@ -28,9 +29,10 @@ def _make(shop: Workshop, one: InetSocket) -> int:
     if one.connection is not None:
         return tcp_connections.make(shop, one, one.connection)
     common = one.socket
-    kind = "TCP" if common.protocol == socket.IPPROTO_TCP else "UDP"
+    kind = "raw" if common.type == socket.SOCK_RAW else _KINDS.get(common.protocol, "ping")
     but = tcp_connections.OF_A_CONNECTION if one.ended else frozenset()
-    fd = shop.socket(common, f"making a {kind} socket", but)
+    allowed = " (net.ipv4.ping_group_range must allow it)" if kind == "ping" else ""
+    fd = shop.socket(common, f"making a {kind} socket{allowed}", but)
     if one.aborted:
         tcp_connections.abort(shop, fd, common.family)
     if one.local and not one.ended:

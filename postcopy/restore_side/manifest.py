@@ -11,7 +11,7 @@ from pathlib import Path
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.restore_side import unix_sockets
+from postcopy.restore_side import unix_names
 from postcopy.restore_side.job import terminal
 from postcopy.state import FileIdentity, Manifest
 
@@ -34,7 +34,7 @@ def problems(
         *_cpu(manifest),
         *_huge_pages(manifest.huge_pages),
         *files(manifest.files, frozen=False),
-        *unix_sockets.problems(manifest.unix_names),
+        *unix_names.problems(manifest.unix_names),
     ]
 
 

@@ -10,7 +10,7 @@ from postcopy.errors import RestoreError
 from postcopy.kernel import neighbours, pidfd, socket_address, tcp_repair
 from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
-from postcopy.restore_side import tcp_connections, unix_sockets
+from postcopy.restore_side import tcp_connections, unix_names
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.socket_kinds import InetSocket, TcpConnection
 from postcopy.state import Tree
@@ -40,7 +40,7 @@ class Network:
 
     def prepare(self, leftovers: Leftovers) -> None:
         """Before the tree is built. Raises PostcopyError."""
-        unix_sockets.prepare(self._unix, leftovers)
+        unix_names.prepare(self._unix, leftovers)
         if self._lock is not None:
             ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
             listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
@@ -53,7 +53,7 @@ class Network:
         """
         for own, one, connection in self._held(built):
             try:
-                if connection.finished and self._lock is not None:
+                if self._lock is not None:
                     tcp_connections.finish(own, one, connection, self._lock.mark)
                 tcp_connections.check(own, connection)
             except OSError as error:
@@ -65,7 +65,7 @@ class Network:
 
         What the system refuses is logged: there is no way back.
         """
-        unix_sockets.settle(self._unix)
+        unix_names.settle(self._unix)
         # Before the first packet, so that its answer finds the way.
         self._announce()
         if self._lock is not None:
@@ -89,7 +89,7 @@ class Network:
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""
-        unix_sockets.clear_away(self._unix)
+        unix_names.clear_away(self._unix)
         if self._lock is not None:
             self._lock.close()
 

@@ -22,7 +22,7 @@ from postcopy.kernel.socket_options import (
     SOL_SOCKET,
     Option,
 )
-from postcopy.socket_kinds import InetSocket, Socket, UnixSocket
+from postcopy.socket_kinds import InetSocket, NetlinkSocket, PacketSocket, Socket, UnixSocket
 from postcopy.state import Description, Slot
 
 if TYPE_CHECKING:
@@ -43,15 +43,27 @@ def room(mine: Sequence[Description]) -> int:
     streams = [queue for one in found for queue in (one.sent, one.unsent, one.received)]
     queued = sum(len(content) + _PER_MESSAGE for content in messages)
     queued += sum(len(content) + _PER_MESSAGE * (1 + (len(content) >> 16)) for content in streams)
-    return queued + _PER_SOCKET * sum(one.unix is not None or one.inet is not None for one in mine)
+    memberships = sum(len(one.packet.memberships) for one in mine if one.packet)
+    memberships += sum(len(one.netlink.groups) for one in mine if one.netlink)
+    queued += _PER_MESSAGE * rights(mine)
+    return queued + _PER_SOCKET * sum(map(_is_socket, mine)) + _PER_MESSAGE * memberships
 
 
 def numbers(mine: Sequence[Description]) -> int:
     """How many descriptors making the sockets among ``mine`` may take at once, beside those of the program."""
-    return 2 * sum(one.unix is not None or one.inet is not None for one in mine) + 4
+    return 2 * sum(map(_is_socket, mine)) + 4
 
 
-def place(plan: "Plan", slot: Slot, made: UnixSocket | InetSocket) -> None:
+def rights(mine: Sequence[Description]) -> int:
+    """How many descriptors are on their way in the sockets among ``mine``."""
+    return sum(len(message.rights) for one in mine if one.unix for message in one.unix.queue)
+
+
+def _is_socket(one: Description) -> bool:
+    return any(kind is not None for kind in (one.unix, one.inet, one.netlink, one.packet))
+
+
+def place(plan: "Plan", slot: Slot, made: UnixSocket | InetSocket | NetlinkSocket | PacketSocket) -> None:
     """Add the call that gives ``slot`` a socket that has been made."""
     purpose = f"placing a socket (descriptor {slot.fd})"
     plan.duplicate(plan.sockets[made.socket.inode], slot.fd, slot.close_on_exec, purpose)

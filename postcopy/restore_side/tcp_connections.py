@@ -1,4 +1,4 @@
-"""Established TCP connections, put together by TCP_REPAIR; they stay under repair, and silent, until commit."""
+"""TCP connections, put together by TCP_REPAIR; they stay under repair, and silent, until commit."""
 
 import socket
 import struct
@@ -21,6 +21,13 @@ from postcopy.kernel.socket_options import (
     TCP_WINDOW_CLAMP,
 )
 from postcopy.kernel.tcp_repair import (
+    CLOSE_WAIT,
+    CLOSED_HERE,
+    CLOSED_THERE,
+    CLOSING,
+    ESTABLISHED,
+    FIN_WAIT2,
+    LAST_ACK,
     NO_QUEUE,
     RECEIVE_QUEUE,
     REPAIR_OFF_WITHOUT_PROBE,
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
 
 _RCVBUF_LOCK = 2
 _SEQUENCES = 1 << 32
-_FIN_SECONDS, _LOOK_AGAIN = 1.0, 0.0005
+_SEGMENT_SECONDS, _LOOK_AGAIN = 1.0, 0.0005
 _PIECE = 1 << 16  # bytes; one packet of the receive queue takes no more
 _SPARE = 1 << 20
 _SEND = 0x40 | 0x4000  # MSG_DONTWAIT, MSG_NOSIGNAL
@@ -87,11 +94,11 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
     work.choose(NO_QUEUE)
     if connection.unsent:
         # Written with the window closed and repair off for a moment, it stays where it belongs: before the network.
-        work.set(TCP_REPAIR_WINDOW, tcp_repair.closed_window(connection.window))
+        work.set(TCP_REPAIR_WINDOW, tcp_repair.closed_window(connection.window, _next_to_come(connection)))
         work.repair(REPAIR_OFF_WITHOUT_PROBE)
         work.write(connection.unsent)
         work.repair(REPAIR_ON)
-    if not connection.finished:
+    if connection.state not in CLOSED_THERE:
         work.set(TCP_REPAIR_WINDOW, connection.window)
     # Setting no options makes the kernel count again how much fits into a packet: repair leaves it at 536 bytes
     # (net/ipv4/ip_sockglue.c, IP_OPTIONS; of IPv6 sockets too).
@@ -104,30 +111,66 @@ def make(shop: "Workshop", one: InetSocket, connection: TcpConnection) -> int:
 
 
 def finish(own: socket.socket, one: InetSocket, connection: TcpConnection, mark: int) -> None:
-    """Let the FIN of the peer come (once more) to a connection that has been made. Raises OSError."""
-    sequence = connection.receive_sequence + len(connection.received)
-    numbers = sequence % _SEQUENCES, connection.send_sequence
-    tcp_segment.send(
-        socket_address.unpack(one.remote),
-        socket_address.unpack(one.local),
-        numbers,
-        tcp_segment.FIN | tcp_segment.ACK,
-        mark,
-    )
-    deadline = time.monotonic() + _FIN_SECONDS
-    while tcp_repair.info(own).state != tcp_repair.CLOSE_WAIT:
+    """Let what has been made close as it had been closed: by the program, by the peer, in that order or the other.
+
+    Packets with ``mark`` are let through. Raises OSError.
+    """
+    state = connection.state
+    if state in (CLOSE_WAIT, LAST_ACK):
+        _hear(own, one, connection, tcp_segment.FIN, mark, CLOSE_WAIT)
+    if state in CLOSED_HERE:
+        _shut(own, connection)
+    if state == FIN_WAIT2:
+        _hear(own, one, connection, 0, mark, FIN_WAIT2)
+    elif state == CLOSING:
+        _hear(own, one, connection, tcp_segment.FIN, mark, CLOSING)
+    if connection.deaf:
+        own.shutdown(socket.SHUT_RD)
+    if state != ESTABLISHED:
+        own.setsockopt(SOL_TCP, TCP_REPAIR_WINDOW, connection.window)
+        own.setsockopt(SOL_IP, IP_OPTIONS, b"")
+
+
+def _hear(own: socket.socket, one: InetSocket, connection: TcpConnection, flag: int, mark: int, then: int) -> None:
+    """Let a segment of the peer's come (once more), which brings the connection to the state ``then``."""
+    acknowledged = (connection.send_sequence + (then == FIN_WAIT2)) % _SEQUENCES
+    ends = socket_address.unpack(one.remote), socket_address.unpack(one.local)
+    tcp_segment.send(*ends, (_next_to_come(connection), acknowledged), flag | tcp_segment.ACK, mark)
+    deadline = time.monotonic() + _SEGMENT_SECONDS
+    while tcp_repair.info(own).state != then:
         if time.monotonic() > deadline:
-            raise TimeoutError("its peer had closed it, which could not be repeated here")
+            raise TimeoutError(f"could not be brought to the state {tcp_repair.STATES[then]}")
         time.sleep(_LOOK_AGAIN)
-    own.setsockopt(SOL_TCP, TCP_REPAIR_WINDOW, connection.window)
-    own.setsockopt(SOL_IP, IP_OPTIONS, b"")
+
+
+def _next_to_come(connection: TcpConnection) -> int:
+    """The sequence number behind what has been received; that of the peer's FIN, if it has come."""
+    return (connection.receive_sequence + len(connection.received)) % _SEQUENCES
+
+
+def _shut(own: socket.socket, connection: TcpConnection) -> None:
+    """Shut it down for sending, without a packet: the FIN counts as sent already, or waits for the window to open."""
+    waits = bool(connection.unsent) or connection.fin_unsent
+    if waits:
+        closed = tcp_repair.closed_window(connection.window, _next_to_come(connection))
+        own.setsockopt(SOL_TCP, TCP_REPAIR_WINDOW, closed)
+    else:
+        # What goes into this queue is not transmitted (net/ipv4/tcp_output.c, tcp_write_xmit).
+        own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+    try:
+        own.shutdown(socket.SHUT_WR)
+    finally:
+        if not waits:
+            own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
 
 
 def check(own: socket.socket, connection: TcpConnection) -> None:
     """That the queues hold every byte: a call may take less than it is given. Raises OSError."""
     found = tcp_repair.unread(own), tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
-    unsent = len(connection.unsent)
-    if found != (len(connection.received), len(connection.sent) + unsent, unsent):
+    fin = connection.state in CLOSED_HERE and connection.state != FIN_WAIT2
+    unsent = len(connection.unsent) + (fin and (bool(connection.unsent) or connection.fin_unsent))
+    outstanding = len(connection.sent) + len(connection.unsent) + fin
+    if found != (len(connection.received), outstanding, unsent):
         raise OSError(f"could not be filled: its queues hold {found} bytes")
 
 

@@ -10,10 +10,10 @@ from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import ptys, signals
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
-from postcopy.restore_side.descriptors import Shared
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.memory import lazy_parts
 from postcopy.restore_side.offspring import bring_up
+from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, spaces_of

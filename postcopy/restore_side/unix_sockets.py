@@ -1,31 +1,22 @@
-"""Unix sockets: made, named, connected to each other, filled with what was queued in them.
-
-A name in the filesystem must not touch what lies there before commit: on a shared filesystem that is the source's
-socket. So the new process binds inside a root directory made for that one socket, where the name is free; `settle`
-moves the file to its place. getsockname(2) tells what bind(2) was given, wherever the file is.
-"""
+"""Unix sockets: made, named (see `unix_names`), connected to each other, filled with what was queued in them."""
 
 import contextlib
 import logging
 import os
-import shutil
 import socket
-import stat
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from postcopy.errors import RestoreError
-from postcopy.kernel import sock_diag
 from postcopy.kernel.calls import call
 from postcopy.kernel.prctl import PR_SET_SECUREBITS
 from postcopy.kernel.sock_diag import DEAD
-from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.own import own_credentials
 from postcopy.restore_side.sockets import Workshop
-from postcopy.socket_kinds import PeerCredentials, UnixMessage, UnixName, UnixSocket
+from postcopy.restore_side.unix_names import has_path, root_of
+from postcopy.socket_kinds import PeerCredentials, UnixMessage, UnixSocket
 
 if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
@@ -39,118 +30,28 @@ _KEEP = 0xFFFF_FFFF  # -1 for setresuid(2)
 _PER_MESSAGE, _SPARE = 4096, 1 << 20  # bytes that a queued message, and all of them, take beside the content
 
 
-# -- names in the filesystem -------------------------------------------------------------------------------------------
-
-
-def problems(names: Sequence[UnixName]) -> Iterator[str]:
-    """Names that cannot be had here, before anything is frozen."""
-    there = {(one.name, one.kind): one for one in sock_diag.unix_sockets().values() if one.name}
-    bound = {one.vfs for one in there.values()}
-    abstract = {name for name, _ in there}
-    for each in names:
-        text = os.fsdecode(each.name.rstrip(b"\0").replace(b"\0", b"@"))
-        if each.name.startswith(b"\0"):
-            if each.name in abstract:
-                yield f"the name {text} of a Unix socket is taken here: end the program that has it"
-        elif each.place:
-            yield from _problems_of_place(each.place, bound)
-
-
-def _problems_of_place(place: str, bound: set[tuple[int, int] | None]) -> Iterator[str]:
-    try:
-        file = os.lstat(place)
-    except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(place)):
-            yield f"directory {os.path.dirname(place)}, for a Unix socket, is missing here: make it"
-        return
-    except OSError as error:
-        yield f"the Unix socket {place} cannot be looked at here: {error.strerror}"
-        return
-    if not stat.S_ISSOCK(file.st_mode):
-        yield f"the name {place} of a Unix socket is taken here by a file that is none: move it away"
-    elif (file.st_ino & 0xFFFF_FFFF, file.st_dev) in bound:
-        yield f"the name {place} of a Unix socket is taken here: end the program that has it"
-
-
-def prepare(sockets: Sequence[UnixSocket], leftovers: Leftovers) -> None:
-    """Make the root directories. Raises RestoreError."""
-    if reasons := list(problems([UnixName(one.name, one.place) for one in sockets if _has_path(one)])):
-        raise RestoreError("; ".join(reasons))
-    for one in filter(_has_path, sockets):
-        root = _root(one)
-        try:
-            shutil.rmtree(root, ignore_errors=True)
-            leftovers.directory(root)
-            os.mkdir(root, 0o700)
-            for directory in _directories(one):
-                os.makedirs(root + directory, exist_ok=True)
-        except OSError as error:
-            raise RestoreError(f"making directory {root} for a Unix socket: {error.strerror}") from None
-
-
-def settle(sockets: Sequence[UnixSocket]) -> None:
-    """After commit: move each file to its place. What the system refuses is logged: there is no way back."""
-    for one in filter(_has_path, sockets):
-        file = _root(one) + _inside(one)
-        try:
-            if one.place:
-                os.chown(file, *one.file_owner)
-                os.chmod(file, one.mode)
-                os.rename(file, one.place)
-        except OSError as error:
-            log.error("the program runs, but its Unix socket %s could not be put there: %s", one.place, error.strerror)
-    clear_away(sockets)
-
-
-def clear_away(sockets: Sequence[UnixSocket]) -> None:
-    """Remove the root directories."""
-    for one in filter(_has_path, sockets):
-        shutil.rmtree(_root(one), ignore_errors=True)
-
-
-def _has_path(one: UnixSocket) -> bool:
-    return bool(one.name) and not one.name.startswith(b"\0")
-
-
-def _root(one: UnixSocket) -> str:
-    """On the filesystem where the file is to lie, so that it can be moved there in one step."""
-    directory = os.path.dirname(one.place) if one.place else tempfile.gettempdir()
-    return os.path.join(directory, f".postcopy-{os.getpid()}-{one.socket.inode}")
-
-
-def _steps(one: UnixSocket) -> Iterator[list[str]]:
-    """The way to the file from its root, as the kernel goes: ``..`` in a root directory is that directory."""
-    at: list[str] = []
-    for name in os.fsdecode(one.name.rstrip(b"\0")).split("/"):
-        if name == "..":
-            at = at[:-1]
-        elif name not in ("", "."):
-            at = [*at, name]
-        yield at
-
-
-def _directories(one: UnixSocket) -> list[str]:
-    return ["/" + "/".join(step) for step in list(_steps(one))[:-1]]
-
-
-def _inside(one: UnixSocket) -> str:
-    return "/" + "/".join(list(_steps(one))[-1])
-
-
-# -- the calls ---------------------------------------------------------------------------------------------------------
-
-
 def rebuild(plan: "Plan", sockets: Sequence[UnixSocket]) -> dict[int, int]:
     """Add the calls that make all of them; where each is parked, by its inode at the source."""
     if not sockets:
         return {}
-    return _Builder(plan, sockets).run()
+    builder = Builder(plan, sockets)
+    found = builder.run()
+    if builder.kept:
+        plan.shared.late[plan.pid] = builder
+        plan.shared.kept.setdefault(plan.pid, []).extend(builder.kept)
+    return found
 
 
-class _Builder:
+class Builder:
+    """Makes the sockets, and fills them: all at once, but for those in which descriptors are on their way. These are
+    filled when the tables of all processes are there (`fill`); ``kept``: what stays open until then.
+    """
+
     def __init__(self, plan: "Plan", sockets: Sequence[UnixSocket]) -> None:
         self._shop = Workshop(plan)
+        self._plan = plan
         self._sockets = sockets
+        self.kept: list[int] = []
         self._by_inode = {one.socket.inode: one for one in sockets}
         self._at: dict[int, int] = {}
         self._others: dict[int, int] = {}  # the far ends of connections whose peer has been closed
@@ -160,27 +61,41 @@ class _Builder:
         self._top = -1
 
     def run(self) -> dict[int, int]:
-        if any(_has_path(one) for one in self._sockets):
+        if any(has_path(one) for one in self._sockets):
             made = call("openat", _AT_FDCWD, self._shop.batch.text("/"), os.O_PATH | os.O_DIRECTORY)
             (self._top,) = self._shop.parked(made, "opening the root directory")
         # Listeners first: others come to be by connecting to them.
         for one in sorted(self._sockets, key=lambda one: one.backlog < 0):
             self._make(one)
-        for one in self._sockets:
+        carrying = {one.socket.inode for one in self._sockets if any(message.rights for message in one.queue)}
+        self._late = [one for one in self._sockets if {one.socket.inode, one.peer} & carrying]
+        later = {one.socket.inode for one in self._late}
+        self._complete([one for one in self._sockets if one.socket.inode not in later])
+        for fd in (*self._doors.values(), self._top):
+            if fd >= 0:
+                self._shop.close(fd)
+        self._late_far = [far for inode, far in self._others.items() if inode in later]
+        self.kept = [*(self._at[inode] for inode in later), *self._late_far]
+        return self._at
+
+    def fill(self, plan: "Plan") -> list[int]:
+        """Add the calls for those in which descriptors are on their way; what of ``kept`` these close."""
+        self._plan, self._shop = plan, Workshop(plan)
+        self._complete(self._late)
+        return self._late_far
+
+    def _complete(self, sockets: Sequence[UnixSocket]) -> None:
+        for one in sockets:
             self._fill(one)
-        for one in self._sockets:
+        for one in sockets:
             self._close_other(one)
-        for one in self._sockets:
+        for one in sockets:
             self._connect_one_way(one)
-        for one in self._sockets:
+        for one in sockets:
             at = self._at[one.socket.inode]
             if one.shutdown and one.peer != DEAD:
                 self._shop.add(call("shutdown", at, one.shutdown - 1), "shutting a Unix socket down")
             self._shop.finish(at, one.socket)
-        for fd in (*self._doors.values(), self._top):
-            if fd >= 0:
-                self._shop.close(fd)
-        return self._at
 
     # -- making and connecting ----------------------------------------------------------------------------------------
 
@@ -258,6 +173,10 @@ class _Builder:
         return self._doors[key]
 
     def _connect_one_way(self, one: UnixSocket) -> None:
+        if one.outside:
+            what = f"connecting to {_text(one.outside)}, outside of the tree, where somebody must listen"
+            self._shop.add(call("connect", self._at[one.socket.inode], *self._address(one.outside)), what)
+            return
         peer = self._by_inode.get(one.peer)
         if peer is None or self._is_mutual(one, peer):
             return
@@ -278,11 +197,11 @@ class _Builder:
     @contextlib.contextmanager
     def _inside(self, one: UnixSocket) -> Iterator[None]:
         """The calls made meanwhile find the name of ``one`` in the root directory made for it."""
-        if not _has_path(one):
+        if not has_path(one):
             yield
             return
         batch, what = self._shop.batch, "entering the directory made for a Unix socket"
-        self._shop.add(call("chroot", batch.text(_root(one))), what)
+        self._shop.add(call("chroot", batch.text(root_of(one))), what)
         self._shop.add(call("chdir", batch.text("/")), what)
         yield
         self._shop.add(call("fchdir", self._top), what)
@@ -361,6 +280,11 @@ class _Builder:
         if message.credentials:
             control = struct.pack("=Qii", 28, socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
             control += struct.pack("=iIIxxxx", *message.credentials)
+        if message.rights:
+            what = "sending a descriptor"
+            rights = struct.pack(f"={len(message.rights)}i", *(self._plan.place(each, what) for each in message.rights))
+            control += struct.pack("=Qii", 16 + len(rights), socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            control += rights.ljust((len(rights) + 7) & ~7, b"\0")
         header = struct.pack(
             "=QIxxxxQQQQixxxx", name, name_length, vector, 1, batch.place(control) if control else 0, len(control), 0
         )

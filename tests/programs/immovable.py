@@ -109,15 +109,18 @@ def corked_udp(directory: Path) -> None:
 
 
 def netlink_socket(directory: Path) -> None:
-    kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+    kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12))
 
 
 def raw_socket(directory: Path) -> None:
-    kept.append(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+    kept.append(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IGMP))
 
 
 def packet_socket(directory: Path) -> None:
-    kept.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    sock.bind(("lo", 3))
+    sock.setsockopt(263, 18, 4711)  # PACKET_FANOUT
+    kept.append(sock)
 
 
 def unix_socket_held_by_another(directory: Path) -> None:
@@ -310,9 +313,9 @@ KINDS: dict[Callable[[Path], None], str] = {
     mount_namespace: "it lives in another mnt namespace than the root of the tree",
     tcp_connection: "can be moved with --tcp-established, or closed with --tcp-close",
     corked_udp: "a corked UDP socket (UDP_CORK) cannot be moved yet",
-    netlink_socket: "netlink raw sockets (protocol 0) cannot be moved yet",
-    raw_socket: "IPv4 raw sockets (protocol 1) cannot be moved yet",
-    packet_socket: "packet raw sockets (protocol 0) cannot be moved yet",
+    netlink_socket: "a netlink socket (protocol 12) cannot be moved yet",
+    raw_socket: "a raw IGMP socket, which may route multicast, cannot be moved yet",
+    packet_socket: "a packet socket that shares its packets with others (PACKET_FANOUT) cannot be moved yet",
     unix_socket_held_by_another: "holds this socket too, which cannot be moved yet",
     unix_not_accepted: "connections wait to be accepted (1), which cannot be moved yet",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",

@@ -5,6 +5,7 @@ import os
 import select
 import socket
 import struct
+import time
 from typing import Any
 
 from tests.programs.cases import Case, Snapshot, differences, first_problem, unlike
@@ -238,6 +239,72 @@ class TcpFullQueues(Case):
         return first_problem(
             None if bytes(found) == self.content[: self.sent] else f"{len(found)} of {self.sent} bytes, or others",
             unlike("what was written afterwards", b"behind it", behind),
+        )
+
+
+class TcpClosing(Case):
+    """Connections that the program has shut down, in every state until the peer has agreed; and one that it only reads
+    no more from. What the peer does not read keeps the FIN back."""
+
+    STATES = (5, 8, 4, 1, 11, 5, 9, 5, 1, 1)  # FIN_WAIT2 and CLOSE_WAIT, FIN_WAIT1, CLOSING, LAST_ACK, ESTABLISHED
+
+    def setup(self) -> None:
+        """Each with its other end."""
+        listener = listen(LOOPBACK)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        self.pairs = [connect(listener, LOOPBACK) for _ in range(5)]
+        self.content = os.urandom(1 << 20)
+        for client, _ in self.pairs:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        self.sent = [0] * len(self.pairs)
+        for number in (1, 2, 3):
+            client, server = self.pairs[number]
+            if number == 3:
+                server.shutdown(socket.SHUT_WR)
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self.sent[number] += client.send(self.content[self.sent[number] : self.sent[number] + 50_000])
+            client.settimeout(20)
+        for number in range(4):
+            self.pairs[number][0].shutdown(socket.SHUT_WR)
+        self.pairs[2][1].shutdown(socket.SHUT_WR)
+        self.pairs[4][0].shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + 5
+        # What is acknowledged late is acknowledged within 40 ms.
+        while (before := self.take())["states"] != list(self.STATES):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"states {before['states']}")
+        self.before = before
+
+    def take(self) -> dict[str, Any]:
+        """States and events."""
+        socks = [sock for pair in self.pairs for sock in pair]
+        return {
+            "states": [sock.getsockopt(TCP, socket.TCP_INFO, 1)[0] for sock in socks],
+            "events": [events(sock) for sock in socks],
+        }
+
+    def verify(self) -> str | None:
+        """What is left comes both ways, then the end."""
+        problem = differences(self.before, self.take())
+        for number, (client, server) in enumerate(self.pairs[:4]):
+            server.settimeout(20)
+            if number < 2:
+                server.sendall(b"back")
+                problem = problem or unlike(f"what comes back on {number}", b"back", client.recv(100))
+            found = bytearray()
+            while piece := server.recv(1 << 20):
+                found += piece
+            if bytes(found) != self.content[: self.sent[number]]:
+                problem = problem or f"connection {number}: {len(found)} of {self.sent[number]} bytes, or others"
+            server.close()
+            problem = problem or unlike(f"the end of {number}", b"", client.recv(100))
+        client, server = self.pairs[4]
+        client.sendall(b"on")
+        return problem or first_problem(
+            unlike("what comes where no more is read", b"", client.recv(100)),
+            unlike("what is still written", b"on", server.recv(100)),
         )
 
 

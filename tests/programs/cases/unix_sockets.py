@@ -154,6 +154,78 @@ def what_happens(sock: socket.socket) -> list[object]:
     return found
 
 
+class UnixRights(Case):
+    """Descriptors on their way: of what is open, too, and of what nobody has open any more; a socket with others on
+    their way in it; what a sender has left that is closed."""
+
+    def setup(self) -> None:
+        """Send them."""
+        path = self.directory / "on-its-way"
+        path.write_bytes(b"0123456789")
+        self.file = os.open(path, os.O_RDWR)
+        os.lseek(self.file, 3, os.SEEK_SET)
+        read_end, self.write_end = os.pipe()
+        os.write(self.write_end, b"in the pipe")
+        self.stream = socket.socketpair()
+        socket.send_fds(self.stream[0], [b"1"], [read_end, self.file])
+        socket.send_fds(self.stream[0], [b"2"], [self.file])
+        self.stream[0].send(b"behind")
+        os.close(read_end)
+
+        self.packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.here, there = socket.socketpair()
+        self.here.send(b"in the socket")
+        inner, received_later = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        counter = os.eventfd(5)
+        socket.send_fds(inner, [b"nested"], [counter])
+        os.close(counter)
+        socket.send_fds(self.packets[0], [b"first"], [there.fileno(), received_later.fileno()])
+        self.packets[0].send(b"second")
+        inner.close()
+        there.close()
+        received_later.close()
+
+        self.left, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        other.send(b"nothing")
+        memory = os.memfd_create("on-its-way")
+        os.write(memory, b"in memory")
+        os.lseek(memory, 3, os.SEEK_SET)
+        socket.send_fds(other, [b"last"], [self.file, memory])
+        os.close(memory)
+        other.close()
+
+    def verify(self) -> str | None:
+        """Receive them, and use them."""
+        stream = self.stream[1]
+        content, fds, _, _ = socket.recv_fds(stream, 100, 10)
+        if len(fds) != 2:
+            return f"{len(fds)} descriptors came with {content!r}"
+        pipe, file = fds
+        os.lseek(self.file, 7, os.SEEK_SET)
+        found: list[object] = [content, os.read(pipe, 100), os.read(file, 1)]
+        content, fds, _, _ = socket.recv_fds(stream, 100, 10)
+        found += [content, len(fds), os.read(fds[0], 1), stream.recv(100)]
+        os.write(self.write_end, b"more")
+        found.append(os.read(pipe, 100))
+        problem = unlike("a stream", [b"1", b"in the pipe", b"7", b"2", 1, b"8", b"behind", b"more"], found)
+
+        content, (there, received), _, _ = socket.recv_fds(self.packets[1], 100, 10)
+        found = [content, self.packets[1].recv(100), os.read(there, 100)]
+        os.write(there, b"back")
+        found.append(self.here.recv(100))
+        nested = socket.socket(fileno=received)
+        content, (counter,), _, _ = socket.recv_fds(nested, 100, 10)
+        found += [content, os.eventfd_read(counter), nested.recv(100)]
+        problem = problem or unlike(
+            "packets", [b"first", b"second", b"in the socket", b"back", b"nested", 5, b""], found
+        )
+
+        found = [self.left.recv(100)]
+        content, (file, memory), _, _ = socket.recv_fds(self.left, 100, 10)
+        found += [content, os.read(file, 1), os.read(memory, 100)]
+        return problem or unlike("what was left", [b"nothing", b"last", b"9", b"memory"], found)
+
+
 class UnixServer(Case):
     """Listening sockets with a path, an abstract and a relative name, and connections accepted from each."""
 
