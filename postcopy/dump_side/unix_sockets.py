@@ -227,9 +227,7 @@ def _queue(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
     finally:
         own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
     if any(message.rights for message in found):
-        if diag.kind == socket.SOCK_DGRAM and (diag.name or any(message.sender for message in found)):
-            raise Refused(f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS), which cannot be moved yet")
-        table.carrying.append(diag.inode)
+        raise Refused(f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS), which cannot be moved yet")
     return found
 
 
