@@ -53,13 +53,14 @@ _FIRST_REQUESTS = 8
 
 @dataclass(frozen=True, slots=True)
 class HandedSpace:
-    """An address space to fill: its number at the source, its userfaultfd, the pages that it lacks, and where
-    shared memory is in it that lacks pages."""
+    """An address space to fill: its number at the source, its userfaultfd, the pages that it lacks, where shared memory
+    is in it that lacks pages, and what is registered (see `AddressSpace`)."""
 
     space: int
     uffd: int
     lazy: PageRanges
     shared: Sequence[Part] = ()
+    registered: PageRanges | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class FaultHandler:
         self._filling = Filling(self._forgotten)
         for each in spaces:
             parts = Parts(each.shared) if each.shared else None
-            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy), parts)
+            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy, each.registered), parts)
         self._objects = objects
         self.own_uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK) if objects else -1
 

@@ -29,7 +29,7 @@ class Handover:
 
     def send(self, connection: socket.socket) -> None:
         """Pass it on by a Unix seqpacket socket; ranges by a memfd, since they may be many. Raises OSError."""
-        spaces = [[s.space, s.lazy.pack(), s.shared] for s in self.spaces]
+        spaces = [[s.space, s.lazy.pack(), s.shared, (s.registered or s.lazy).pack()] for s in self.spaces]
         objects = [[o.space, o.size, o.lazy.pack(), o.first] for o in self.objects]
         content = msgpack.packb([[pid for pid, _ in self.processes], spaces, objects])
         with os.fdopen(os.memfd_create("postcopy-handover"), "wb") as memory:
@@ -59,8 +59,14 @@ class Handover:
         processes = [(pid, next(left)) for pid in pids]
         return cls(
             [
-                HandedSpace(space, next(left), PageRanges.unpack(lazy), [Part(*part) for part in shared])
-                for space, lazy, shared in spaces
+                HandedSpace(
+                    space,
+                    next(left),
+                    PageRanges.unpack(lazy),
+                    [Part(*part) for part in shared],
+                    PageRanges.unpack(registered),
+                )
+                for space, lazy, shared, registered in spaces
             ],
             [
                 HandedObject(space, next(left), size, PageRanges.unpack(lazy), first)

@@ -7,8 +7,8 @@ bytes, and a page that is on its way is recognised wherever it has been moved to
 
 import re
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from postcopy.kernel.page import PAGE_SHIFT
@@ -31,6 +31,39 @@ class Run(NamedTuple):
     pages: int
 
 
+class _Places:
+    """A set of addresses as ranges that do not overlap, in order; adjacent ones stay apart."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        pairs = sorted(ranges)
+        self._starts = [start for start, _ in pairs]
+        self._ends = [end for _, end in pairs]
+
+    def copy(self) -> "_Places":
+        return _Places(zip(self._starts, self._ends, strict=True))
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Take start-end out; what of it was in the set."""
+        low, high = bisect_right(self._ends, start), bisect_left(self._starts, end)
+        found = list(zip(self._starts[low:high], self._ends[low:high], strict=True))
+        left = [(first, start) for first, _ in found if first < start] + [
+            (end, last) for _, last in found if last > end
+        ]
+        self._starts[low:high] = [first for first, _ in left]
+        self._ends[low:high] = [last for _, last in left]
+        return [(max(first, start), min(last, end)) for first, last in found]
+
+    def add(self, start: int, end: int) -> None:
+        self.cut(start, end)
+        at = bisect_left(self._starts, start)
+        self._starts.insert(at, start)
+        self._ends.insert(at, end)
+
+    def clear(self) -> None:
+        self._starts.clear()
+        self._ends.clear()
+
+
 class AddressSpace:
     """The lazy pages of one mm.
 
@@ -38,8 +71,11 @@ class AddressSpace:
     absent or requested lies in exactly one segment; a page outside of all segments has been unmapped and is removed.
     """
 
-    def __init__(self, source: int, lazy: PageRanges) -> None:
-        """All pages of ``lazy`` are absent, and at the address where they were at the source."""
+    def __init__(self, source: int, lazy: PageRanges, registered: PageRanges | None = None) -> None:
+        """All pages of ``lazy`` are absent, and at the address where they were at the source.
+
+        ``registered``: what the userfaultfd has in its hands, pages or not; ``lazy`` and nothing else, if not given.
+        """
         self.source = source
         self.lazy = lazy
         self.states = bytearray(lazy.total_pages)
@@ -56,10 +92,12 @@ class AddressSpace:
         self._by_ordinal = self._ordinals[:]
         self._by_ordinal_pages = self._pages[:]
         self._by_ordinal_start = self._starts[:]
+        # What is registered, as far as it is told: that a mapping has grown where it is, nobody tells.
+        self._registered = _Places((each.start, each.end) for each in (lazy if registered is None else registered))
         # Ranges that mremap has emptied and whose unmap event is still to come, oldest first.
         self._vacated: list[tuple[int, int]] = []
-        # Ranges that pages were moved to before it was told that others had left them; those are in the shadow.
-        self._overtaken: list[tuple[int, int]] = []
+        # Where pages were moved to before it was told that what had been there has left; its pages are in the shadow.
+        self._overtaken = _Places()
         # Whether an event may be due that is older than one that has been applied; see `settle`.
         self.unsettled = False
 
@@ -76,8 +114,9 @@ class AddressSpace:
         child._by_ordinal = self._by_ordinal[:]
         child._by_ordinal_pages = self._by_ordinal_pages[:]
         child._by_ordinal_start = self._by_ordinal_start[:]
+        child._registered = self._registered.copy()
         child._vacated = []
-        child._overtaken = []
+        child._overtaken = _Places()
         child.unsettled = False
         child._leave_the_shadow()
         return child
@@ -158,13 +197,15 @@ class AddressSpace:
     def remap(self, old: int, new: int, length: int) -> None:
         """``length`` bytes have been moved from ``old`` to ``new``, perhaps before the last events applied."""
         moved = self._meant(old, old + length)
-        if overtaken := self._cut(new, new + length):
-            self._drop(new + _SHADOW, new + length + _SHADOW)
+        for start, end in self._registered.cut(new, new + length):
+            overtaken = self._cut(start, end)
+            self._drop(start + _SHADOW, end + _SHADOW)
             for address, ordinal, pages in overtaken:
                 self._insert(address + _SHADOW, ordinal, pages)
-            self._overtaken.append((new, new + length))
+            self._overtaken.add(start, end)
         for address, ordinal, pages in moved:
             self._insert(address - old + new, ordinal, pages)
+        self._registered.add(new, new + length)
         self._vacated.append((old, old + length))
         self.unsettled = True
 
@@ -179,11 +220,11 @@ class AddressSpace:
            By then others may have moved pages there, which must stay: the unmap event of exactly the range that was
            left is ignored, once. If it is that of a later munmap(2) instead, the other is still to come and means the
            same; nothing else can have gone there in between without the move onto pages of rule 2.
-        2. A move onto pages that are still there, by what we know, is told before the event that says where those
-           went: a munmap(2) by another thread, or a move. (An mremap(2) that replaces them itself tells of the
-           unmapping first.) They are kept in the shadow; the next event about the place means them and not the pages
-           that have come.
-           A place that never had a page of the source leaves no trace here, so it is not recognised by this rule.
+        2. A move onto memory that is still there, by what we know, is told before the event that says where that
+           went: a munmap(2) by another thread, or a move. (An mremap(2) that replaces it itself tells of the
+           unmapping first.) Its pages are kept in the shadow; the next event about the place means them, or that there
+           were none, and not the pages that have come. That a mapping has grown where it is, nobody tells: of what it
+           has grown by, this rule knows nothing.
         3. A move by MREMAP_DONTUNMAP never tells of an unmapping, and an expectation that is not met must not hit a
            munmap(2) years later. The kernel counts, per address space, the changes that it has begun and whose events
            have not been read (``mmap_changing`` in fs/userfaultfd.c), before it lets go of the lock that the change
@@ -203,18 +244,18 @@ class AddressSpace:
             self._drop(_SHADOW, 2 * _SHADOW)
 
     def _meant(self, start: int, end: int) -> list[Run]:
-        """Take the pages that an event about start-end means out of the segments."""
-        shadows = self._cut(start + _SHADOW, end + _SHADOW) if self._overtaken else []
-        if not shadows:
-            return self._cut(start, end)
-        meant = [Run(address - _SHADOW, ordinal, pages) for address, ordinal, pages in shadows]
-        for low, high in sorted(self._overtaken):
-            if start < min(low, end):
-                meant += self._cut(start, min(low, end))
-            start = max(start, high)
-        if start < end:
-            meant += self._cut(start, end)
-        return meant
+        """Take the pages that an event about start-end means out of the segments, and what it means of the layout."""
+        meant = []
+        for low, high in self._overtaken.cut(start, end):
+            shadows = self._cut(low + _SHADOW, high + _SHADOW)
+            meant += [Run(address - _SHADOW, ordinal, pages) for address, ordinal, pages in shadows]
+            meant += self._take(start, low)
+            start = high
+        return meant + self._take(start, end)
+
+    def _take(self, start: int, end: int) -> list[Run]:
+        self._registered.cut(start, end)
+        return self._cut(start, end)
 
     def _drop(self, start: int, end: int) -> None:
         for _, ordinal, pages in self._cut(start, end):

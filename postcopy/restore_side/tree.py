@@ -11,7 +11,7 @@ from postcopy.restore_side import ptys, signals
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.fault_handler import HandedSpace
-from postcopy.restore_side.memory import lazy_parts
+from postcopy.restore_side.memory import lazy_parts, lazy_vmas
 from postcopy.restore_side.offspring import bring_up
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
@@ -40,6 +40,7 @@ class BuiltTree:
                 built.uffd,
                 PageRanges.unpack(built.state.memory.lazy),
                 lazy_parts(built.state.memory, self.memory),
+                PageRanges.from_pairs((r.start, r.stop) for r in lazy_vmas(built.state.memory, self.memory)),
             )
             for built in self.processes
         ]
