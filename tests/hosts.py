@@ -134,7 +134,10 @@ class Host:
         _, (self._init_pidfd,) = self._receive()
         self.init_pid = _pid_of(self._init_pidfd)
         self.proc = Path(f"/proc/{self.init_pid}/root/proc")
-        self._namespaces = {os.readlink(f"/proc/{self.init_pid}/ns/{kind}") for kind in ("pid", "net", "mnt")}
+        paths = [f"/proc/{self.init_pid}/ns/{kind}" for kind in ("pid", "net", "mnt")]
+        self._namespaces = set(map(os.readlink, paths))
+        # As long as these are open, nobody else's namespaces get their numbers.
+        self._numbers = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
 
     @classmethod
     def start(cls, *names: str) -> "list[Host]":
@@ -300,6 +303,8 @@ class Host:
         os.close(self._init_pidfd)
         self._init_pidfd = -1
         left = self.remnants()
+        for fd in self._numbers:
+            os.close(fd)
         assert not left, f"processes {left} outlived host {self.name}"
 
     def _ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
