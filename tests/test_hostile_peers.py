@@ -158,7 +158,9 @@ def test_restore_refuses_what_is_wrong_before_commit(scene: Scene, watched: Watc
     with tamper:
         destination = restore(watched, tamper)
         destination.ends(RESTORE_FAILED, PROBLEMS, PROTOCOL, GONE, GAVE_UP, TOO_LATE)
-        assert expected in destination.text
+        # Both wait as long for a silent peer: whoever is first leaves, and the other sees that.
+        silence = "took longer than" in expected and destination.process.returncode == GONE
+        assert expected in destination.text or silence
         source.ends(DUMP_FAILED, PROBLEMS, GONE, GAVE_UP, TOO_LATE)
     watched.goes_on()
     scene.nothing_is_left()

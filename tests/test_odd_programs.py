@@ -179,7 +179,6 @@ MOVED = {
 }
 
 REFUSED = {
-    "thread .* has a working directory of its own": "libc.unshare(0x200)",
     "thread .* has a descriptor table of its own": "libc.unshare(0x400)",
     "thread .* lives in another net namespace": "libc.unshare(0x40000000)",
     "it lives in another host name": "main:libc.unshare(0x04000000)",

@@ -108,8 +108,10 @@ def _is_in_use(path: str) -> bool:
 
 def _locks(path: str) -> Iterator[str]:
     """Whether anybody here has a lock; on a shared filesystem that may be the program itself, at the source."""
-    own = os.open(path, os.O_RDWR)
+    own = -1
     try:
+        # Without O_NONBLOCK it would wait for the end of a lease, 45 s (lease-break-time, proc_sys_fs(5)).
+        own = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         asked = struct.pack("<hh4xqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
         fcntl.fcntl(own, _F_OFD_SETLK, asked)
@@ -119,7 +121,8 @@ def _locks(path: str) -> Iterator[str]:
             "it cannot be moved"
         )
     finally:
-        os.close(own)
+        if own >= 0:
+            os.close(own)
 
 
 _F_OFD_SETLK = 37

@@ -11,7 +11,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -406,7 +406,11 @@ class _Takeover:
     def stay(self) -> int:
         """Be the tree's parent until its root ends; the exit status of the root, as a shell would give it."""
         assert self._built is not None and self._news is not None
-        children = _told_of_children()
+        with _told_of_children() as children:
+            return self._stay(children)
+
+    def _stay(self, children: socket.socket) -> int:
+        assert self._built is not None and self._news is not None
         poll = select.poll()
         poll.register(children, select.POLLIN)
         poll.register(self._pidfd(), select.POLLIN)
@@ -491,13 +495,18 @@ class _Takeover:
         return ""
 
 
-def _told_of_children() -> socket.socket:
+@contextlib.contextmanager
+def _told_of_children() -> Iterator[socket.socket]:
     """What becomes readable when something has happened to a child: it has ended, or been stopped."""
     told, telling = socket.socketpair()
-    telling.setblocking(False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(telling.detach(), warn_on_full_buffer=False)
-    return told
+    with told, telling:
+        telling.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
+        try:
+            yield told
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 def _pages(sets: Iterable[PageRanges]) -> int:
