@@ -14,9 +14,9 @@ from tests.migrate import Migration, move
 
 PROGRAMS = Path(__file__).with_name("programs")
 PID = 4200
-XZ_INPUT_BYTES = int(os.environ.get("POSTCOPY_TEST_XZ_MEGABYTES", "20")) * 1_000_000
+XZ_INPUT_BYTES = int(os.environ.get("POSTCOPY_TEST_XZ_MEGABYTES", "32")) * 1_000_000
 #: xz gives each thread a block; the default of -9 is larger than the input, which would leave one thread idle.
-XZ = ["xz", "-9", "-T2", "--block-size=8MiB", "--stdout"]
+XZ = ["xz", "-9", "-T2", "--block-size=4MiB", "--stdout"]
 XZ_TIMEOUT = 120 + XZ_INPUT_BYTES / 300_000
 
 there = pytest.mark.parametrize("moves", [1, 2], ids=["there", "there-and-back"])
