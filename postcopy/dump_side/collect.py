@@ -144,9 +144,6 @@ def _process(
     if known is None:
         # Before the executors have memory of their own in the process, which is not to be found in the layout.
         lines = smaps.result(pid)
-    else:
-        # Not before the page tables have been walked: two at a time take each twice as long.
-        smaps.begin(pid)
     if known is not None and not known.layout.has_objects:
         layout = known.layout
     else:
@@ -172,6 +169,9 @@ def _process(
         if pid in table.slots:
             edges.find(table, pid, executors[0])
         locks = memory.future_locks(frozen)
+    if known is not None:
+        # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
+        smaps.begin(pid)
     leader = answers[0]
     stops.answered(frozen.pid, leader)
     found_threads = [
