@@ -160,6 +160,8 @@ def lazy(hosts: Pair, mib: int) -> dict[str, Any]:
     """How soon a program runs whose pages stay in the directory."""
     with _scene(hosts, mib) as scene:
         scene.dump()
+        # What the dump has left to the kernel to do is no part of the restore.
+        time.sleep(SETTLED)
         restore, command = scene.restore("--lazy-pages")
         running = restore.last("running")
         scene.finish(restore.process)
