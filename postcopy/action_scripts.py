@@ -8,7 +8,6 @@ import contextlib
 import enum
 import logging
 import os
-import select
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from postcopy import roles
 from postcopy.errors import PostcopyError
+from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
 from postcopy.printable import printable
 from postcopy.roles import Role
@@ -115,7 +115,7 @@ def _ending(script: Role, timeout: float) -> str:
     """Wait until it has ended; how it has failed, if it has."""
     ended = False
     try:
-        ended = bool(select.select([script.pidfd], [], [], timeout)[0])
+        ended = readable(script.pidfd, timeout)
     finally:
         if not ended:
             # Its own session, if it has come so far.

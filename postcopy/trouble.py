@@ -1,7 +1,6 @@
 """How processes of ours that work together tell the one that started them why one of them failed."""
 
 import os
-import select
 import signal
 from collections.abc import Callable
 
@@ -9,6 +8,7 @@ import msgpack
 
 from postcopy import errors
 from postcopy.errors import PostcopyError
+from postcopy.kernel.poll import readable
 
 _LIMIT = 4096  # PIPE_BUF: written whole or not at all
 
@@ -40,7 +40,7 @@ class Trouble:
 
     def of(self, code: int, what: str, otherwise: type[PostcopyError]) -> PostcopyError:
         """The error that was told first; where none was, that ``what`` ended with ``code`` (see `Role.wait`)."""
-        if select.select([self._read], [], [], 0)[0]:
+        if readable(self._read):
             kind, message, hint = msgpack.unpackb(os.read(self._read, _LIMIT), unicode_errors="surrogateescape")
             made: PostcopyError = getattr(errors, kind, otherwise)(message, hint)
             return made

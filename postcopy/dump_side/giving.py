@@ -11,6 +11,7 @@ from postcopy.dump_side.page_source import PageSource
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
 from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.poll import readable
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.reporting import Reporter
@@ -94,7 +95,7 @@ class Giving:
         for fd in (self.control.fileno(), *(server.pidfd for server in self._servers)):
             poll.register(fd, select.POLLIN)
         while self.control.fileno() not in (ready := {fd for fd, _ in poll.poll()}):
-            if not select.select([self.control], [], [], _LAST_WORD_SECONDS)[0]:
+            if not readable(self.control, _LAST_WORD_SECONDS):
                 self._check_servers()
             for fd in ready:
                 poll.unregister(fd)
@@ -140,7 +141,7 @@ class Giving:
                 return drained
             for server in self._servers:
                 if server.pidfd in ready:
-                    if server.ended_badly() and not select.select([self.control], [], [], _LAST_WORD_SECONDS)[0]:
+                    if server.ended_badly() and not readable(self.control, _LAST_WORD_SECONDS):
                         raise ConnectionLost(f"{server.name} ended before the destination had every page")
                     poll.unregister(server.pidfd)
             watch()

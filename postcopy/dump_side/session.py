@@ -6,7 +6,6 @@ Here is decided what is done when; the states and messages stand in docs/protoco
 import contextlib
 import gc
 import logging
-import select
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
 from postcopy.kernel.limits import allow_descriptors
+from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
@@ -238,7 +238,7 @@ def _await_go(capture: Capture, giving: Giving, reporter: Reporter) -> control.G
     capture.stop()
     go = control.Go(capture.late_signals())
     reporter.event("stopped")
-    if select.select([giving.control], [], [], 0)[0]:
+    if readable(giving.control):
         # Nothing is due but that the destination has given up: the last moment to hear it.
         giving.control.receive({})
     return go

@@ -9,7 +9,6 @@ Linux 6.15 makes it first (generic_perform_write in mm/filemap.c).
 
 import mmap
 import os
-import select
 import signal
 import threading
 from contextlib import suppress
@@ -18,6 +17,7 @@ from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.poll import readable
 
 _PATIENCE_SECONDS = 5.0
 _PROT_NONE = 0
@@ -41,7 +41,7 @@ class HoleLock:
         threading.Thread(target=self._hold, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         # The fault of the write(2) that has the lock.
-        if not select.select([uffd], [], [], _PATIENCE_SECONDS)[0]:
+        if not readable(uffd, _PATIENCE_SECONDS):
             raise TimeoutError("the lock of shared memory cannot be had")
         uffdio.read_messages(uffd)
 

@@ -30,6 +30,7 @@ from postcopy.errors import (
     RestoreError,
 )
 from postcopy.kernel.limits import allow_descriptors
+from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
@@ -257,7 +258,7 @@ class _Takeover:
 
     def _check_daemon(self) -> None:
         assert self._watchdog is not None
-        if select.select([self._watchdog.pidfd], [], [], 0)[0]:
+        if readable(self._watchdog.pidfd):
             raise RestoreError("the daemon that would fetch the program's memory has died")
 
     def _start_watchdog(self) -> None:

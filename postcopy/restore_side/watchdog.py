@@ -25,6 +25,7 @@ from postcopy.errors import ConnectionLost, LostAfterCommit, PostcopyError
 from postcopy.kernel import procfs, userfaultfd
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import syscall
+from postcopy.kernel.poll import readable
 from postcopy.kernel.prctl import PR_SET_PDEATHSIG
 from postcopy.restore_side.bulk_receiver import receive_bulk
 from postcopy.restore_side.fault_handler import GIVE_UP, Background, FaultHandler
@@ -177,7 +178,7 @@ class Watchdog:
         raise PostcopyError("restore ended before commit")
 
     def _report_is_there(self) -> bool:
-        return bool(select.select([self._reports], [], [], 0)[0])
+        return readable(self._reports)
 
     def _take_report(self) -> bool:
         """Act on one report of the handler; whether it was the last."""
@@ -288,7 +289,7 @@ def _wait_for_end_of(uffds: list[int]) -> None:
 def kill_tree(tree: Handover, namespace_init: int | None) -> None:
     """SIGKILL its processes and all their descendants; with a PID namespace of its own, everything in it."""
     # Once one has ended, its PID may be somebody else's.
-    alive = [(pid, pidfd) for pid, pidfd in tree.processes if not select.select([pidfd], [], [], 0)[0]]
+    alive = [(pid, pidfd) for pid, pidfd in tree.processes if not readable(pidfd)]
     known = {pid for pid, _ in alive}
     born_since = {each for pid in known for each in procfs.descendants(pid)} - known
     for _, pidfd in alive:
