@@ -90,6 +90,9 @@ class Watchdog:
             self._watch()
         except PostcopyError as error:
             self._disaster(error)
+        except Exception as error:
+            log.exception("watchdog")
+            self._disaster(PostcopyError(f"watchdog: {type(error).__name__}: {error}"))
         finally:
             for role in (handler, receiver):
                 role.kill()
