@@ -85,10 +85,19 @@ class Printer:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def _show(self, name: str, fields: dict[str, Any]) -> None:
+        # Where what we say cannot be written, that is no reason to end what we do.
+        with contextlib.suppress(OSError):
+            self._write(name, fields)
+
+    def _write(self, name: str, fields: dict[str, Any]) -> None:
         if self._json:
             elapsed = (time.monotonic_ns() - self._started) / 1e9
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 print(json.dumps({"event": name, "elapsed_s": round(elapsed, 6), **fields}), flush=True)
+            except OSError as error:
+                log.warning("standard output takes no more events: %s", error.strerror)
+                # What is left in its buffer would make a failure of our end.
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         elif name == "progress":
             if self._bar:
                 self._bar.show(fields)
@@ -201,6 +210,8 @@ def configure_logging(verbosity: int, log_file: str | None) -> None:
     """Log to ``log_file``, else to standard error: what happens; with -v the details."""
     handler = logging.FileHandler(log_file) if log_file else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s postcopy[%(process)d] %(levelname)s %(message)s"))
+    # A log that cannot be written to any more is no reason to fall over, nor to say so at every line.
+    logging.raiseExceptions = False
     root = logging.getLogger("postcopy")
     root.handlers[:] = [handler]
     root.propagate = False
