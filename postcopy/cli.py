@@ -20,6 +20,8 @@ from postcopy.transport import DEFAULT_ADDRESS, DEFAULT_PORT
 
 log = logging.getLogger("postcopy")
 
+DAY = 86400.0
+
 app = typer.Typer(
     name="postcopy",
     help="Move running processes to another host: they run there before their memory has arrived.",
@@ -62,7 +64,8 @@ LogFile = Annotated[str | None, typer.Option("-o", "--log-file", help="Log here 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line and event on standard output.")]
 Statistics = Annotated[bool, typer.Option("--display-stats", help="Show the statistics at the end as a table.")]
 Timeout = Annotated[
-    float, typer.Option("--timeout", help="Seconds from freeze to commit, and without a sign of life.", min=0.1)
+    float,
+    typer.Option("--timeout", help="Seconds from freeze to commit, and without a sign of life.", min=0.1, max=DAY),
 ]
 
 
@@ -216,7 +219,9 @@ def restore(
     background: Annotated[
         BackgroundMode, typer.Option(help="Push the rest at once; only when no page has been asked for; never.")
     ] = BackgroundMode.eager,
-    idle_delay: Annotated[float, typer.Option(help="Seconds without a fault that count as idle.", min=0.0)] = 5.0,
+    idle_delay: Annotated[
+        float, typer.Option(help="Seconds without a fault that count as idle.", min=0.0, max=DAY)
+    ] = 5.0,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a source that does not listen yet.", min=0.0)] = 30.0,
     verbose: Verbose = 0,
     log_file: LogFile = None,
@@ -294,7 +299,9 @@ def serve(
     directory: Annotated[Path, typer.Option("-D", "--images-dir", help="Checkpoint directory.")],
     address: Address = None,
     port: Port = None,
-    timeout: Annotated[float, typer.Option(help="Seconds without a sign of life of a destination.", min=0.1)] = 10.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without a sign of life of a destination.", min=0.1, max=DAY)
+    ] = 10.0,
     action_script: ActionScript = None,
     verbose: Verbose = 0,
     log_file: LogFile = None,
@@ -437,8 +444,16 @@ def _no_address(address: str | None, port: int | None, why: str) -> None:
         raise UsageError(f"{why}: there is nothing to connect", "leave --address and --port out")
 
 
+def _complete_streams() -> None:
+    """Where a standard stream is closed, no descriptor of ours may get its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
 def main() -> None:
     """The entry point: errors of ours become a line and an exit code."""
+    _complete_streams()
     try:
         app()
     except ProblemsError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError
+from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError, UsageError
 from postcopy.printable import printable
 from postcopy.sent_pages import SentPages
 from postcopy.wire import control
@@ -26,6 +26,7 @@ DEFAULT_PORT = 27027
 _STEP = 16 * 1024 * 1024  # bytes
 # A deadline on what is due says more than this.
 _GRACE_SECONDS = 2
+_MOST_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE of the kernel
 # Of callers that have not introduced themselves: each may keep a greeting's bytes and a descriptor for some seconds.
 _MOST_CALLERS = 256
 # Of destinations that have not opened all their channels.
@@ -147,8 +148,8 @@ class Channels:
         control = self.control.socket
         if control.family == socket.AF_UNIX:
             return  # the kernel itself tells when the peer is gone
-        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(whole // 2, 1))
-        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(whole // 4, 1))
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(max(whole // 2, 1), _MOST_KEEPALIVE))
+        control.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, min(max(whole // 4, 1), _MOST_KEEPALIVE))
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, whole * 1000)
         # Whoever waits for a message that need not come waits for its first byte by poll(2).
         control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole + _GRACE_SECONDS, 0))
@@ -198,6 +199,8 @@ class Listener:
         except OSError as error:
             hint = "choose another port with --port, or end what listens there" if error.errno == 98 else ""
             raise CannotRun(f"cannot listen at {address}:{port}: {error.strerror or error}", hint) from None
+        except UnicodeError:
+            raise _no_name(address) from None
         self._socket.setblocking(False)
         self._sessions: dict[bytes, _Session] = {}
         self._selector = selectors.DefaultSelector()
@@ -363,7 +366,14 @@ def _connect_patiently(address: str, port: int, patience: float) -> Channel:
                     f"nobody answers at {address}:{port}: {error.strerror or error}",
                     "start postcopy dump there, or correct --address and --port",
                 ) from None
+        except UnicodeError:
+            raise _no_name(address) from None
         time.sleep(0.1)
+
+
+def _no_name(address: str) -> UsageError:
+    """For what cannot be encoded as a name (RFC 3490)."""
+    return UsageError(f"{address!r} is no name of a host", "correct --address")
 
 
 def _introduce(channel: Channel, name: str, session: bytes) -> Hello:
