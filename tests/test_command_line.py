@@ -478,3 +478,15 @@ def test_json_is_parsed_line_by_line(empty: Pair, program: Program) -> None:
     out, _, other_out, _ = run_pair(empty, "--json")
     for text in (out, other_out):
         assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
+
+
+def test_commands_whose_standard_streams_are_closed(empty: Pair, program: Program, tmp_path: Path) -> None:
+    def closed(side: str, *arguments: str) -> list[str]:
+        options = ["--lazy-pages", "--address", empty.a.address, "--port", str(PORT), "-o", str(tmp_path / side)]
+        return ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *postcopy_command(), side, *options, *arguments]
+
+    dump = empty.a.popen(closed("dump", "-t", str(PID)))
+    restore = empty.b.popen(closed("restore", "-d"))
+    assert restore.wait(SECONDS) == 0, (tmp_path / "restore").read_text()
+    assert dump.wait(SECONDS) == 0, (tmp_path / "dump").read_text()
+    program.ticks_on("beta")
