@@ -38,7 +38,7 @@ class Silent:
 
 
 _SENTENCES = {
-    "listening": "listening at {address}:{port} for a destination; process {pid} ({name}) runs on meanwhile",
+    "listening": "listening at {address}:{port} for a destination of process {pid} ({name})",
     "serving": "serving the checkpoint of process {pid} ({name}) at {address}:{port}",
     "written": "the process is in {directory}, with {bytes} bytes of pages",
     "connected": "connected to {peer} (kernel {kernel})",

@@ -177,7 +177,7 @@ def run_pair(pair: Pair, *options: str) -> tuple[str, str, str, str]:
 def test_log_lines_for_people(empty: Pair, program: Program) -> None:
     out, err, other_out, other_err = run_pair(empty)
     assert (out, other_out) == ("", "")
-    assert f"listening at {empty.a.address}:{PORT} for a destination; process {PID} (python) runs on meanwhile" in err
+    assert f"listening at {empty.a.address}:{PORT} for a destination of process {PID} (python)" in err
     assert "the program runs at the destination" in err
     assert "stand-still" in err
     assert f"process {PID} runs here now" in other_err

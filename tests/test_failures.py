@@ -424,6 +424,17 @@ def test_source_runs_on_when_the_daemon_dies_before_commit(scene: Scene, watched
     watched.goes_on()
 
 
+@pytest.mark.parametrize("step", ["frozen", "collected", "ready", "stopped"])
+def test_both_sides_are_told_when_somebody_ends_the_frozen_program(scene: Scene, watched: Watched, step: str) -> None:
+    source, destination = watched.both("dump", step)
+    watched.program.kill()
+    source.process.send_signal(signal.SIGCONT)
+    source.ends(3)
+    destination.ends(10)
+    assert f"process {watched.pid} was ended by somebody while it was frozen" in source.text
+    scene.clear()
+
+
 # -- after commit ------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +479,16 @@ def ended_there(scene: Scene, program: Watched, source: Side) -> None:
     handed_over = sum(record.host == "alpha" for record in log)
     assert witness.records(program.log)[len(log)].number == handed_over + 1
     scene.watched.remove(program)
+
+
+def test_program_that_somebody_ends_at_the_source_is_not_said_to_be_there(scene: Scene) -> None:
+    program, source, destination = resumed(scene, "--background", "off")
+    program.program.kill()
+    source.ends_with_error(8)
+    destination.ends_with_error(8)
+    assert f"process {program.pid} was ended by somebody" in source.text
+    assert "stays stopped" not in source.text
+    scene.clear()
 
 
 @pytest.mark.parametrize("role", ["postcopy-demand", "postcopy-bulk"])

@@ -278,3 +278,12 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 )
 def test_printable(text: str, expected: str) -> None:
     assert printable(text) == expected
+
+
+def test_directory_that_may_not_be_read_is_told(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    argv = ["setpriv", "--reuid", "65534", "--clear-groups", *postcopy_command(), "inspect", str(closed / "checkpoint")]
+    result = subprocess.run(argv, capture_output=True, timeout=20)
+    assert result.returncode == 12, result.stderr
+    assert b"Permission denied" in result.stderr

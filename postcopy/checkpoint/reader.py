@@ -133,7 +133,7 @@ class _Directory:
         try:
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            if directory.is_symlink():
+            if os.path.islink(directory):
                 raise CheckpointError(f"{directory} is a symbolic link", "name the directory itself") from None
             raise CheckpointError(f"{directory}: {error.strerror}") from None
         try:

@@ -19,6 +19,7 @@ from postcopy.dump_side.page_source import FrozenProcess, PageSource
 from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
+from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
@@ -56,6 +57,14 @@ class Capture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if not self.committed and isinstance(error, (DumpError, OSError, LookupError, ValueError)):
+                # What is read of a process that has ended can be anything.
+                self.frozen.check_alive()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         if self.committed:
             self.frozen.let_go()
         else:

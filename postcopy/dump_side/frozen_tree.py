@@ -136,6 +136,11 @@ class FrozenTree:
         for frozen in reversed(self.processes):
             frozen.let_go()
 
+    def check_alive(self) -> None:
+        """Raises DumpError where somebody has ended one of them."""
+        if ended := next((frozen.pid for frozen in self.processes if _is_gone(frozen.face)), 0):
+            raise DumpError(f"process {ended} was ended by somebody while it was frozen")
+
     def stop_durably(self) -> None:
         """Put all of them into a group-stop that our death does not end."""
         for frozen in self.processes:
@@ -163,6 +168,15 @@ class FrozenTree:
         """Give the descriptors back."""
         for frozen in self.processes:
             frozen.close()
+
+
+def _is_gone(face: int) -> bool:
+    """Whether a thread that was stopped has ended, or is about to. Its pidfd tells only when its tracer has waited."""
+    try:
+        fields = procfs.stat(face)
+        return fields[3] in "ZX" or bool(int(fields[9]) & _PF_EXITING)
+    except OSError:
+        return True
 
 
 def _is_zombie(pid: int) -> bool:

@@ -1,7 +1,6 @@
 """The two processes that give pages out: the demand server and the bulk streamer, and the board between them."""
 
 import gc
-import logging
 import mmap
 import os
 import socket
@@ -16,8 +15,6 @@ from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.wire import pages as wire
-
-log = logging.getLogger(__name__)
 
 # A fault that promotes its chunk waits for at most one other to be read and sent.
 CHUNK_PAGES = 64
@@ -134,7 +131,6 @@ def serve_demand(sock: socket.socket, sources: Mapping[int, PageSource], board: 
     except OSError as error:
         raise ConnectionLost(f"demand channel: {error.strerror}") from error
     except PostcopyError as error:
-        log.error("demand channel: %s", error)
         with suppress(OSError):
             sock.sendall(wire.failed(str(error)))
         raise
@@ -191,7 +187,6 @@ def stream_bulk(
         if not board.finishes():
             raise ConnectionLost(f"bulk channel: {error.strerror}") from error
     except PostcopyError as error:
-        log.error("bulk channel: %s", error)
         with suppress(OSError):
             sock.sendall(wire.failed(str(error)))
         raise

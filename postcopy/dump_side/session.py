@@ -19,6 +19,7 @@ from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.giving import Giving, unfit
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
+from postcopy.kernel import procfs
 from postcopy.kernel.limits import allow_descriptors
 from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
@@ -170,6 +171,8 @@ def _errors_named(pid: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not procfs.exists(pid):
+            raise DumpError(f"process {pid} has ended meanwhile") from None
         raise DumpError(f"process {pid}: {error}") from error
 
 
@@ -209,7 +212,7 @@ def _offer(
     options: Options, capture: Capture, manifest: Manifest, checkpoint: bytes, listener: Listener, reporter: Reporter
 ) -> None:
     """Give the frozen process to the next destination that comes; a failure before commit is told and no more."""
-    channels, peer = listener.accept(unfit)
+    channels, peer = listener.accept(unfit, capture.frozen.check_alive)
     giving = Giving(channels, reporter, options.timeout)
     try:
         channels.limit_silence(options.timeout)
@@ -238,6 +241,7 @@ def _await_go(capture: Capture, giving: Giving, reporter: Reporter) -> control.G
     capture.stop()
     go = control.Go(capture.late_signals())
     reporter.event("stopped")
+    capture.frozen.check_alive()
     if readable(giving.control):
         # Nothing is due but that the destination has given up: the last moment to hear it.
         giving.control.receive({})
@@ -261,14 +265,18 @@ def _commit(options: Options, capture: Capture, giving: Giving, go: control.Go) 
     except (PostcopyError, OSError) as error:
         if not capture.committed:
             raise
-        raise _lost(options.pid, error) from None
+        raise _lost(capture, options.pid, error) from None
 
 
-def _lost(pid: int, error: PostcopyError | OSError) -> LostAfterCommit:
+def _lost(capture: Capture, pid: int, error: PostcopyError | OSError) -> LostAfterCommit:
     if isinstance(error, Interrupted):
         what = "dump was ended while it was serving the program's memory"
     else:
         what = f"lost the destination after commit: {error}"
+    try:
+        capture.frozen.check_alive()
+    except DumpError as ended:
+        return LostAfterCommit(f"{what}; here, {ended.message}: its memory is lost")
     return LostAfterCommit(
         f"{what}; process {pid} stays stopped here, with all its memory as it was at the hand-over",
         f"only if it is certain that it does not run at the destination: kill -CONT {pid}",

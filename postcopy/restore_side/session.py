@@ -440,7 +440,8 @@ class _Takeover:
         _, status = os.waitpid(self._built.root.pid, 0)
         self._job.take_back()
         if watching:
-            lost = self._hear_the_rest() or lost
+            rest = self._hear_the_rest()
+            lost = lost or rest
         if lost:
             raise LostAfterCommit(f"the program was killed: {lost}", self._where_it_is)
         code = os.waitstatus_to_exitcode(status)
