@@ -46,6 +46,7 @@ class Capture:
         self._choices = choices or Choices()
         self._shared = SharedObjects()
         self._ended = False
+        self._collects_garbage = False
         self._gave_up_addresses = False
         # Before anything is forked that is to share it.
         self._lock = NetworkLock(self._choices.network_lock, f"postcopy-{os.getpid()}")
@@ -80,10 +81,13 @@ class Capture:
             network.outlast(self._lock, self._silence.traffic)
         self._shared.close()
         self.frozen.close()
+        if self._collects_garbage:
+            gc.enable()
 
     def take(self) -> None:
         """Freeze the tree and collect its state. Raises DumpError, ProblemsError."""
         # A collection of what is garbage takes tens of milliseconds where a tree has many processes.
+        self._collects_garbage = gc.isenabled()
         gc.disable()
         root = self.frozen.root.pid
         pids = [root, *procfs.descendants(root)]

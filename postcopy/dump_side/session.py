@@ -205,6 +205,7 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
         giving.fail(error)
         raise
     finally:
+        scheduling()
         giving.end()
 
 
