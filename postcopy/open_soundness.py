@@ -84,6 +84,8 @@ def tree(whole: Tree) -> Iterator[str]:
     for number in range(len(table.descriptions)):
         if number not in open_ones and number not in on_their_way:
             yield f"descriptors.descriptions[{number}]: no descriptor refers to it"
+        if number in on_their_way and not in_flight.can_be_made(table.descriptions[number]):
+            yield f"descriptors.descriptions[{number}]: on its way in a socket, and not of a kind that can be"
     for number, description in enumerate(table.descriptions):
         opening, epoll, end = description.ghost, description.epoll, description.terminal
         if end is not None and end.pty >= len(table.ptys):

@@ -5,6 +5,7 @@ import dataclasses
 import os
 from bisect import bisect_left
 
+from postcopy import in_flight
 from postcopy.dump_side import (
     deliveries,
     epoll,
@@ -30,8 +31,6 @@ from postcopy.open_kinds import Lock
 from postcopy.state import Description, FileIdentity, Slot
 
 _LOOKS = 6
-# Kinds of descriptions that are complete once they are made, whatever number they have.
-_MADE_WITHOUT_A_TABLE = ("file", "pipe", "event_counter", "memory", "unix")
 _KINDS = (
     external.collect,
     pipes.collect,
@@ -101,9 +100,12 @@ def _on_its_way(table: Table, fd: int) -> int:
         number = _entered(table, opened, set()).description
     finally:
         opened.close()
-    description = table.descriptors.descriptions[number]
-    if number >= before and not any(getattr(description, kind) is not None for kind in _MADE_WITHOUT_A_TABLE):
-        raise Refused(f"{opened.link}: what nobody has open can be moved only where it is a file, pipe or Unix socket")
+    found = table.descriptors
+    if number >= before and not in_flight.can_be_made(found.descriptions[number]):
+        raise Refused(f"{opened.link}: of what nobody has open, this kind cannot be moved yet")
+    owned = {each.description for each in found.deliveries} | {each.description for each in found.locks}
+    if number >= before and number in owned:
+        raise Refused(f"{opened.link}: nobody has it open, and it has an owner (F_SETOWN), locks or a lease")
     return number
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from postcopy.dump_side import pipes
 from postcopy.dump_side.opened import Refused, Table, common, seen
+from postcopy.kernel import socket_queue
 from postcopy.kernel.sock_diag import DEAD, UnixDiag
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_PEERCRED, SO_PEERGROUPS, SOL_SOCKET
 from postcopy.socket_kinds import PeerCredentials, Socket, UnixMessage, UnixName, UnixSocket
@@ -227,7 +228,7 @@ def _queue(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
     finally:
         own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, before)
     if any(message.rights for message in found):
-        raise Refused(f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS), which cannot be moved yet")
+        table.carrying.append(diag.inode)
     return found
 
 
@@ -236,22 +237,26 @@ def _stream(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
     found: list[UnixMessage] = []
     # Never beyond the last byte: finding nothing, the kernel would tell, and forget, a pending error.
     left = struct.unpack("=i", fcntl.ioctl(own, termios.FIONREAD, bytes(4)))[0]
-    while left and (piece := _peek(table, own, diag)):
-        # The kernel joins what was written before the descriptors to what came with them, and does not tell where
-        # these begin (net/unix/af_unix.c, unix_stream_read_generic).
-        if piece.rights and len(piece.content) > 1:
-            raise Refused(
-                f"{_title(diag)}: descriptors are on their way in it (SCM_RIGHTS) somewhere among "
-                f"{len(piece.content)} bytes of a stream, which cannot be moved"
-            )
+    seen = 0
+    while left and (piece := _peek(table, own, diag, left)):
+        length = len(piece.content)
+        if piece.rights and length > 1:
+            # What was written before the descriptors is joined to what came with them, and ends with it.
+            own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, seen)
+            before = socket_queue.whole_pieces(own.fileno(), length - 1)
+            own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, seen + length)
+            if before:
+                found.append(dataclasses.replace(piece, content=piece.content[:before], rights=[]))
+                piece = dataclasses.replace(piece, content=piece.content[before:])
         found.append(piece)
-        left -= len(piece.content)
+        left -= length
+        seen += length
     return found
 
 
-def _peek(table: Table, own: SocketType, diag: UnixDiag) -> UnixMessage | None:
+def _peek(table: Table, own: SocketType, diag: UnixDiag, size: int = _MESSAGE_SIZE) -> UnixMessage | None:
     try:
-        content, control, flags, address = own.recvmsg(_MESSAGE_SIZE, _CONTROL_SIZE, _PEEK)
+        content, control, flags, address = own.recvmsg(size, _CONTROL_SIZE, _PEEK)
     except BlockingIOError:
         return None
     except OSError as error:

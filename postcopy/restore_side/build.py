@@ -76,7 +76,7 @@ class Built:
 
 class Building:
     """A process on the way to being `Built`: first every process of a tree is begun, in its order, then the files of
-    each are opened, then each is finished.
+    each are opened, then what is on its way in their sockets is sent, then each is finished.
 
     All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
@@ -97,6 +97,11 @@ class Building:
         """Open its files; those that share a table have all begun."""
         with _errors_named(self.built.state):
             self._builder.open()
+
+    def send(self) -> None:
+        """Send the descriptors that are on their way in its sockets."""
+        with _errors_named(self.built.state):
+            self._builder.send()
 
     def finish(self) -> Built:
         """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last."""
@@ -143,6 +148,12 @@ class _Builder:
         self._run_memory()
         memory.write_pages(self._state.memory, pages, self._newborn.memory)
         self._run_leader()
+
+    def send(self) -> None:
+        """What is on its way to other processes, whose files are all there."""
+        leader = self._executors[0]
+        run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
+        descriptors.send(self._state, self._shared, self._most_descriptors, run, leader.batch)
 
     def finish(self) -> None:
         """What may refer to the other processes of the tree, and what must come last."""

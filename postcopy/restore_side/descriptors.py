@@ -120,6 +120,12 @@ class Plan:
         self.close(opened)
         return place
 
+    def unpark(self, place: int) -> None:
+        """Close what is parked, and is not needed until the end."""
+        if place in self.parked:
+            self.parked.remove(place)
+        self.close(place)
+
     def parking(self) -> int:
         """A number where nothing of the program's is."""
         # What has just been opened may lie here too, for a while: behind what is parked already.
@@ -272,6 +278,12 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
     plan.sockets |= packet_sockets.rebuild(plan, [one.packet for one in mine if one.packet])
     kept = shared.keep(process, plan.sockets)
     plan.parked = [place for place in plan.parked if place not in kept]
+    # Before the table: the numbers below it, which are opened for a moment, are free.
+    for number in shared.in_flight.get(process.pid, ()):
+        place = plan.parking()
+        _open(plan, Slot(place, True, number))
+        plan.parked.remove(place)
+        shared.keep_in_flight(process, number, place)
     first: dict[int, int] = {}
     for slot in process.slots:
         if slot.description in first:
@@ -285,12 +297,6 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
             shared.taken(slot.description, process, slot.fd)
             continue
         _open(plan, slot)
-    for number in shared.in_flight.get(process.pid, ()):
-        place = plan.parking()
-        _open(plan, Slot(place, True, number))
-        plan.parked.remove(place)
-        shared.descriptions[number] = process.pid, place
-        shared.kept.setdefault(process.pid, []).append(place)
     plan.end()
 
 
@@ -319,6 +325,24 @@ def fill(process: Process, shared: Shared, pidfd: int) -> None:
             locked.add(end.pty)
 
 
+def send(
+    process: Process, shared: Shared, limit: int, run: Callable[[Batch], Answers], batch: Callable[[], Batch]
+) -> None:
+    """Fill the sockets of the process in which descriptors are on their way: the tables of all processes are there,
+    and each keeps still what it has made for others."""
+    late = shared.late.pop(process.pid, None)
+    if late is None:
+        return
+    plan = Plan(batch(), process.pid, shared, spaces(process.slots, limit))
+    plan.finished(process.slots)
+    kept = shared.kept[process.pid]
+    plan.used.update(kept)
+    closed = late.fill(plan)
+    shared.kept[process.pid] = [fd for fd in kept if fd not in closed]
+    plan.end()
+    run(plan.batch)
+
+
 def connect(
     process: Process,
     shared: Shared,
@@ -339,9 +363,6 @@ def connect(
     connecting = plan()
     kept = shared.kept.pop(process.pid, [])
     connecting.used.update(kept)
-    if (late := shared.late.pop(process.pid, None)) is not None:
-        closed = late.fill(connecting)
-        kept = [fd for fd in kept if fd not in closed]
     for fd in kept:
         connecting.batch.add(call("close", fd), "closing what others have got")
     clocks = timerfd.Clocks.ask(connecting)

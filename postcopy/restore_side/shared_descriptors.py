@@ -42,6 +42,8 @@ class Shared:
         # What is only on its way in Unix sockets, by the process that makes it; and what fills these sockets.
         self.in_flight: dict[int, list[int]] = {}
         self.late: dict[int, unix_sockets.Builder] = {}
+        for number, pid in in_flight.makers(tree).items():
+            self.in_flight.setdefault(pid, []).append(number)
         for process in tree.processes:
             for slot in process.slots:
                 where = process.pid, slot.fd
@@ -51,9 +53,8 @@ class Shared:
                     self._for_others.setdefault(maker, []).append(slot.description)
                     where = maker, -1
                 self._note(slot.description, where)
-        for number, pid in in_flight.makers(tree).items():
-            self.in_flight.setdefault(pid, []).append(number)
-            self._note(number, (pid, -1))
+            for number in self.in_flight.get(process.pid, ()):
+                self._note(number, (process.pid, -1))
 
     def _note(self, number: int, where: tuple[int, int]) -> None:
         """A description is to be had there, unless it is to be had elsewhere already."""
@@ -81,6 +82,16 @@ class Shared:
                 self.descriptions[number] = process.pid, at
                 self.kept.setdefault(process.pid, []).append(at)
         return self.kept.get(process.pid, [])
+
+    def keep_in_flight(self, process: Process, number: int, at: int) -> None:
+        """The process has made what nobody has open, and keeps it until it is sent."""
+        description = self.descriptors.descriptions[number]
+        self.descriptions[number] = process.pid, at
+        if description.pipe is not None and self.pipes[description.pipe.pipe] == (process.pid, -1):
+            self.pipes[description.pipe.pipe] = process.pid, at
+        if description.ghost is not None and self.ghosts[description.ghost.ghost] == (process.pid, -1):
+            self.ghosts[description.ghost.ghost] = process.pid, at
+        self.kept.setdefault(process.pid, []).append(at)
 
     def taken(self, description: int, process: Process, fd: int) -> None:
         """From now on the process is the one that others take ``description`` from, if it was made for others."""

@@ -101,7 +101,7 @@ class Workshop:
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
-        self.add(call("close", fd), f"closing descriptor {fd}")
+        self._plan.unpark(fd)
 
     def socket(self, common: Socket, purpose: str, but: frozenset[Option] = frozenset()) -> int:
         """Make a socket with the options that must be there before it is used."""

@@ -99,4 +99,6 @@ def build_tree(
         place += count
     for building in buildings:
         building.open()
+    for building in buildings:
+        building.send()
     return BuiltTree([building.finish() for building in buildings], memory)

@@ -142,6 +142,7 @@ CASES: tuple[type[Case], ...] = (
     unix_sockets.UnixStreamPair,
     unix_sockets.UnixMessages,
     unix_sockets.UnixHalfClosed,
+    unix_sockets.UnixRights,
     unix_sockets.UnixServer,
     unix_sockets.UnixDatagrams,
     unix_sockets.UnixCredentials,
