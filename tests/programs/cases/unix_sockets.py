@@ -169,6 +169,9 @@ class UnixRights(Case):
         self.stream = socket.socketpair()
         socket.send_fds(self.stream[0], [b"1"], [read_end, self.file])
         socket.send_fds(self.stream[0], [b"2"], [self.file])
+        self.stream[0].send(b"between")
+        self.long = os.urandom(70_000)
+        socket.send_fds(self.stream[0], [self.long], [self.file, self.file])
         self.stream[0].send(b"behind")
         os.close(read_end)
 
@@ -190,8 +193,13 @@ class UnixRights(Case):
         memory = os.memfd_create("on-its-way")
         os.write(memory, b"in memory")
         os.lseek(memory, 3, os.SEEK_SET)
-        socket.send_fds(other, [b"last"], [self.file, memory])
+        deleted = self.directory / "on-its-way.deleted"
+        deleted.write_bytes(b"deleted")
+        ghost = os.open(deleted, os.O_RDONLY)
+        deleted.unlink()
+        socket.send_fds(other, [b"last"], [self.file, memory, ghost])
         os.close(memory)
+        os.close(ghost)
         other.close()
 
     def verify(self) -> str | None:
@@ -204,10 +212,15 @@ class UnixRights(Case):
         os.lseek(self.file, 7, os.SEEK_SET)
         found: list[object] = [content, os.read(pipe, 100), os.read(file, 1)]
         content, fds, _, _ = socket.recv_fds(stream, 100, 10)
-        found += [content, len(fds), os.read(fds[0], 1), stream.recv(100)]
+        found += [content, len(fds), os.read(fds[0], 1)]
         os.write(self.write_end, b"more")
         found.append(os.read(pipe, 100))
-        problem = unlike("a stream", [b"1", b"in the pipe", b"7", b"2", 1, b"8", b"behind", b"more"], found)
+        found += [stream.recv(3), stream.recv(4)]
+        content, fds, _, _ = socket.recv_fds(stream, 100_000, 10)
+        rest = stream.recv(100_000)
+        found += [len(fds), len(content) < len(self.long), content + rest == self.long + b"behind"]
+        expected = [b"1", b"in the pipe", b"7", b"2", 1, b"8", b"more", b"bet", b"ween", 2, True, True]
+        problem = unlike("a stream", expected, found)
 
         content, (there, received), _, _ = socket.recv_fds(self.packets[1], 100, 10)
         found = [content, self.packets[1].recv(100), os.read(there, 100)]
@@ -221,9 +234,9 @@ class UnixRights(Case):
         )
 
         found = [self.left.recv(100)]
-        content, (file, memory), _, _ = socket.recv_fds(self.left, 100, 10)
-        found += [content, os.read(file, 1), os.read(memory, 100)]
-        return problem or unlike("what was left", [b"nothing", b"last", b"9", b"memory"], found)
+        content, (file, memory, ghost), _, _ = socket.recv_fds(self.left, 100, 10)
+        found += [content, os.read(file, 1), os.read(memory, 100), os.read(ghost, 100)]
+        return problem or unlike("what was left", [b"nothing", b"last", b"9", b"memory", b"deleted"], found)
 
 
 class UnixServer(Case):
