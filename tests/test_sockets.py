@@ -247,3 +247,26 @@ def test_ping_sockets_move_where_they_are_allowed(hosts: Pair, tmp_path: Path) -
     for host in hosts:
         host.run(allow, check=True)
     assert run_program(hosts, tmp_path, 1, "--only", "ping_sockets") == {"ping_sockets": None}
+
+
+#: Sends a timerfd to itself, and closes it.
+TIMER_ON_ITS_WAY = """
+import ctypes, os, signal, socket, sys
+pair = socket.socketpair()
+timer = ctypes.CDLL(None).timerfd_create(1, 0)
+socket.send_fds(pair[0], [b"!"], [timer])
+os.close(timer)
+os.mkdir(sys.argv[1])
+signal.pause()
+"""
+
+
+def test_timer_that_is_only_on_its_way_is_refused(hosts: Pair, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    program = hosts.a.popen([sys.executable, "-c", TIMER_ON_ITS_WAY, str(ready)], pid=PID)
+    wait_until(ready.exists, SECONDS, "the timer is on its way")
+    migration = start_dump(hosts.a, hosts.b, PID)
+    restore = start_restore(migration, wait=False)
+    assert (migration.dump.wait(SECONDS), restore.wait(SECONDS)) == (5, 10), migration.logs()
+    assert "[timerfd]: of what nobody has open, this kind" in dict(migration.logs())["dump on alpha, stderr"]
+    assert program.poll() is None

@@ -363,7 +363,7 @@ def connect(
     connecting = plan()
     kept = shared.kept.pop(process.pid, [])
     connecting.used.update(kept)
-    for fd in kept:
+    for fd in dict.fromkeys(kept):
         connecting.batch.add(call("close", fd), "closing what others have got")
     clocks = timerfd.Clocks.ask(connecting)
     armed = epoll.connect(connecting)

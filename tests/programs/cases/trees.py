@@ -644,6 +644,43 @@ class PairsBetween(Case):
         )
 
 
+class RightsBetween(Case):
+    """Descriptors on their way to a child, of which nobody but we has the other ends."""
+
+    def setup(self) -> None:
+        """Send one end of a pipe, and of a pair that carries a descriptor itself; keep the others."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def child(line: Line) -> None:
+            line.wait()
+            _, (pipe, end), _, _ = socket.recv_fds(theirs, 100, 10)
+            received = socket.socket(fileno=end)
+            content, (inner,), _, _ = socket.recv_fds(received, 100, 10)
+            received.send(os.read(pipe, 100) + content + os.read(inner, 100))
+            line.say("sent")
+            line.wait()
+
+        self.child = Child(child, theirs.fileno())
+        theirs.close()
+        self.kept, given = socket.socketpair()
+        read_end, self.write_end = os.pipe()
+        inner, other = os.pipe()
+        os.write(self.write_end, b"pipe ")
+        os.write(other, b"inner")
+        socket.send_fds(self.kept, [b"pair "], [inner])
+        socket.send_fds(ours, [b"!"], [read_end, given.fileno()])
+        for fd in (read_end, inner, other):
+            os.close(fd)
+        given.close()
+        self.ours = ours
+
+    def verify(self) -> str | None:
+        """It has received all of it."""
+        self.child.say("receive")
+        self.child.hear()
+        return unlike("what came back", b"pipe pair inner", self.kept.recv(100))
+
+
 def maker_of(end: socket.socket) -> int:
     """SO_PEERCRED's process."""
     return int(struct.unpack("=iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
@@ -977,6 +1014,7 @@ CASES: tuple[type[Case], ...] = (
     SharedOffset,
     PipesBetween,
     PairsBetween,
+    RightsBetween,
     OwnMemory,
     ThreadsOfChild,
     Credentials,
