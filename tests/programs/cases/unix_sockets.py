@@ -205,6 +205,7 @@ class UnixRights(Case):
     def verify(self) -> str | None:
         """Receive them, and use them."""
         stream = self.stream[1]
+        stream.setblocking(False)
         content, fds, _, _ = socket.recv_fds(stream, 100, 10)
         if len(fds) != 2:
             return f"{len(fds)} descriptors came with {content!r}"
