@@ -24,7 +24,7 @@ from tests.hosts import Pair
 from tests.migrate import MigrationFailed
 
 HERE = Path(__file__).parent
-PARTS = ("moves", "descriptors", "directories")
+PARTS = ("moves", "trees", "descriptors", "directories")
 ORDERS = ("random", "sequential")
 STANDSTILL_TARGET = 0.050
 RANDOM_TARGET = 3.0
@@ -33,6 +33,7 @@ MEMORY_TARGET = 80 * MIB
 WHOLE_TARGET = 1.5
 LAZY_TARGET = 0.040
 FILES_TARGET, CONNECTIONS_TARGET = 0.500, 0.150
+FORKS_TARGET, PROGRAMS_TARGET = 0.120, 2.0
 # Seconds over which the load of others is taken, before each measurement.
 LISTEN = 0.3
 
@@ -41,7 +42,7 @@ LISTEN = 0.3
 class Sizes:
     """MiB of the moved programs, faults of the bare fault; ``huge``, ``served``: MiB of programs in directories.
 
-    ``files``, ``connections``: how many a program has open.
+    ``files``, ``connections``: how many a program has open; ``forks``, ``programs``: processes in a tree.
     """
 
     small: int
@@ -51,10 +52,14 @@ class Sizes:
     faults: int
     files: int
     connections: int
+    forks: int
+    programs: int
 
 
-FULL = Sizes(small=64, large=1024, huge=4096, served=512, faults=5000, files=10_000, connections=1000)
-QUICK = Sizes(small=16, large=128, huge=256, served=64, faults=1000, files=1000, connections=100)
+FULL = Sizes(
+    small=64, large=1024, huge=4096, served=512, faults=5000, files=10_000, connections=1000, forks=20, programs=500
+)
+QUICK = Sizes(small=16, large=128, huge=256, served=64, faults=1000, files=1000, connections=100, forks=5, programs=50)
 
 
 @dataclass
@@ -156,6 +161,9 @@ def measure(runs: int, sizes: Sizes, parts: Sequence[str]) -> Measured:
             tell(f"run {run} of {runs}")
             if "moves" in parts:
                 measure_moves(run, measured, hosts, sizes)
+            if "trees" in parts:
+                measured.take(run, "forks", partial(moves.with_children, hosts, "forks", sizes.forks))
+                measured.take(run, "programs", partial(moves.with_children, hosts, "programs", sizes.programs))
             if "descriptors" in parts:
                 measured.take(run, "files", partial(moves.with_files, hosts, sizes.files))
                 measured.take(run, "connections", partial(moves.with_connections, sizes.connections))
@@ -232,14 +240,16 @@ def rows_of_checkpoints(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
     yield from row("many", f"{together}, until the last page", "s", spread("many", "seconds"))
 
 
-def rows_of_descriptors(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
-    """Programs that have much open."""
+def rows_of_many(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
+    """Trees of many processes, and programs that have much open."""
     for name, text, target in (
+        ("forks", f"{sizes.forks} processes, copies of one", FORKS_TARGET),
+        ("programs", f"{sizes.programs} small processes", PROGRAMS_TARGET),
         ("files", f"{sizes.files} open files", FILES_TARGET),
         ("connections", f"{sizes.connections} TCP connections", CONNECTIONS_TARGET),
     ):
         found = measured.spread(name, "seen_seconds")
-        yield from row("descriptors", f"stand-still, {text}", "ms", found, target=target)
+        yield from row("many", f"stand-still, {text}", "ms", found, target=target)
 
 
 def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
@@ -276,7 +286,7 @@ def rows(measured: Measured, sizes: Sizes) -> Iterator[Figure]:
         yield from row("memory", f"peak RSS, {large}, {role}", "B", found, target=MEMORY_TARGET)
     largest = measured.peak([f"still {sizes.small}"])
     yield from row("memory", f"peak RSS, {sizes.small} MiB, the largest of all", "B", largest, target=MEMORY_TARGET)
-    yield from rows_of_descriptors(measured, sizes)
+    yield from rows_of_many(measured, sizes)
     yield from rows_of_checkpoints(measured, sizes)
     yield from row("others", "other work just before each measurement", "CPUs", measured.others())
 
@@ -310,7 +320,7 @@ def main() -> int:
     """Measure, print, write; 0 if every move went well, whatever it took."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=None, help="runs of everything (5; with --quick 1)")
-    parser.add_argument("--only", choices=PARTS, help="measure moves, descriptors, or checkpoint directories")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--quick", action="store_true", help="one run, smaller sizes: the targets are not meant for it")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for the JSON file")
     options = parser.parse_args()

@@ -185,6 +185,12 @@ def with_connections(count: int) -> dict[str, Any]:
         return _seen(hosts, figures)
 
 
+def with_children(hosts: Pair, kind: str, count: int) -> dict[str, Any]:
+    """The same with children, so that they are so many processes: ``forks`` of it, or small ``programs``."""
+    holding, options = [kind, str(count), "-"], ["--timeout", "60"]
+    return _seen(hosts, _run(hosts, "ticking", ["1"], signal.SIGTERM, holding=holding, options=options))
+
+
 def _seen(hosts: Pair, figures: dict[str, Any]) -> dict[str, Any]:
     """What the gaps between two looks at the clock were."""
     gaps = figures["program"]["gaps"]

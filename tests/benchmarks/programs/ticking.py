@@ -1,9 +1,10 @@
 """Reads the clock about every 0.1 ms and notes each gap, with the host it ended on, until SIGTERM.
 
-``ticking.py MIB READY RESULT [files|connections COUNT WHERE]``: holds MIB of memory, and if told so descriptors: of
-COUNT files that it makes in the directory WHERE, or of COUNT connections that it accepts at the address WHERE, port
-7300. Makes the file READY, writes RESULT (JSON) at the end. In between it opens nothing and writes nothing but memory.
-It ends with 0 if its memory and its descriptors are then as they were.
+``ticking.py MIB READY RESULT [files|connections|forks|programs COUNT WHERE]``: holds MIB of memory, and if told so
+descriptors: of COUNT files that it makes in the directory WHERE, or of COUNT connections that it accepts at the address
+WHERE, port 7300; or children, so that they are COUNT processes: copies of itself, or sleep(1). Makes the file READY,
+writes RESULT (JSON) at the end. In between it opens nothing and writes nothing but memory. It ends with 0 if its memory,
+its descriptors and its children are then as they were.
 """
 
 import gc
@@ -38,9 +39,28 @@ def hold(kind: str, count: int, where: str) -> Callable[[], bool]:
             files.append(os.open(path, os.O_RDWR))
             os.lseek(files[-1], 4, os.SEEK_SET)
         return lambda: all(os.read(file, 8) == b"%04d" % (number % 10_000) for number, file in enumerate(files))
+    if kind in ("forks", "programs"):
+        return lead(count - 1, kind == "forks")
     listener = socket.create_server((where, PORT), backlog=count)
     accepted = [listener.accept()[0] for _ in range(count)]
     return lambda: all(each.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b"x" for each in accepted)
+
+
+def lead(count: int, copies: bool) -> Callable[[], bool]:
+    """Have so many children; what ends them, and tells whether they were there until then."""
+    children = []
+    for _ in range(count):
+        child = os.fork() if copies else os.posix_spawnp("sleep", ["sleep", "1000000"], os.environ)
+        if not child:
+            signal.pause()
+        children.append(child)
+
+    def end() -> bool:
+        for each in children:
+            os.kill(each, signal.SIGKILL)
+        return all(os.waitpid(each, 0)[1] == signal.SIGKILL for each in children)
+
+    return end
 
 
 def main() -> None:
