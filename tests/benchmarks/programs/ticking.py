@@ -3,8 +3,8 @@
 ``ticking.py MIB READY RESULT [files|connections|forks|programs COUNT WHERE]``: holds MIB of memory, and if told so
 descriptors: of COUNT files that it makes in the directory WHERE, or of COUNT connections that it accepts at the address
 WHERE, port 7300; or children, so that they are COUNT processes: copies of itself, or sleep(1). Makes the file READY,
-writes RESULT (JSON) at the end. In between it opens nothing and writes nothing but memory. It ends with 0 if its memory,
-its descriptors and its children are then as they were.
+writes RESULT (JSON) at the end. In between it opens nothing and writes nothing but memory. It ends with 0 if memory,
+descriptors and children are then as they were.
 """
 
 import gc
