@@ -428,6 +428,7 @@ def test_source_runs_on_when_the_daemon_dies_before_commit(scene: Scene, watched
 def test_both_sides_are_told_when_somebody_ends_the_frozen_program(scene: Scene, watched: Watched, step: str) -> None:
     source, destination = watched.both("dump", step)
     watched.program.kill()
+    wait_until(lambda: watched.hosts.a.proc_state(watched.pid) in (None, "Z", "X"), SECONDS, "it has ended")
     source.process.send_signal(signal.SIGCONT)
     source.ends(3)
     destination.ends(10)

@@ -26,7 +26,7 @@ from postcopy.wire import control
 from postcopy.wire import pages as wire
 from postcopy.wire.control import HEADER, MAGIC, PROTOCOL_VERSION, Hello, Kind
 from tests.checkpoints import Taken
-from tests.hosts import wait_until
+from tests.hosts import Host, wait_until
 from tests.sides import SECONDS, Side
 from tests.stage import Stage, Witness
 from tests.tamper import PAGE_HEADER, SILENCE, Change, Frame, Tamper, socket_in
@@ -207,6 +207,16 @@ TO_DUMP: dict[str, tuple[Change, str]] = {
 }
 
 
+def at_work(host: Host, name: str) -> list[int]:
+    """The processes of this name that have not ended."""
+    found = []
+    for pid in host.pids():
+        with contextlib.suppress(OSError):
+            if (host.proc / str(pid) / "comm").read_text().strip() == name and host.proc_state(pid) not in (None, "Z"):
+                found.append(pid)
+    return found
+
+
 @pytest.mark.parametrize("name", [*TO_DUMP, *REQUESTS])
 def test_dump_refuses_what_is_wrong_before_commit(scene: Scene, watched: Watched, name: str) -> None:  # noqa: F811
     frame, expected = REQUESTS.get(name, (b"", ""))
@@ -214,6 +224,9 @@ def test_dump_refuses_what_is_wrong_before_commit(scene: Scene, watched: Watched
     def asking(passing: Frame) -> bytes | None:
         if (passing.to, passing.name) == ("dump", "PREPARED"):
             tamper.to_source["demand"].sendall(frame)
+        if (passing.to, passing.name) == ("dump", "READY"):
+            # Who asks only after commit is told only then.
+            wait_until(lambda: expected in source.text and not at_work(watched.hosts.a, "postcopy-demand"), SECONDS)
         return passing.whole
 
     change, expected = TO_DUMP.get(name, (asking, expected))
