@@ -138,7 +138,7 @@ def _process(
         smaps.begin(pid)
     lines = list(procfs.parse_maps(maps)) if known is None else known.lines
     boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
-    pages = memory.scan(pid, lines, boot_set)
+    pages = memory.scan(frozen.pagemap, lines, boot_set)
     vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
     vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     if known is None:

@@ -214,7 +214,7 @@ class Pages:
     guards: PageRanges
 
 
-def scan(pid: int, lines: Sequence[MapsLine], boot_set: Iterable[int]) -> Pages:
+def scan(pagemap: Pagemap, lines: Sequence[MapsLine], boot_set: Iterable[int]) -> Pages:
     """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along.
 
     Missing-mode userfaultfd covers private anonymous memory; of private mappings of files the copied pages are sent.
@@ -222,18 +222,14 @@ def scan(pid: int, lines: Sequence[MapsLine], boot_set: Iterable[int]) -> Pages:
     anonymous: list[tuple[int, int]] = []
     copied: list[tuple[int, int]] = []
     guards: list[tuple[int, int]] = []
-    pagemap = Pagemap(pid)
-    try:
-        for line, region in _private_regions(pagemap, lines):
-            place = max(line.start, region.start), min(line.end, region.end)
-            if region.categories & PAGE_IS_GUARD:
-                guards.append(place)
-            elif line.inode and not region.categories & PAGE_IS_FILE:
-                copied.append(place)
-            elif not line.inode and not region.categories & PAGE_IS_PFNZERO:
-                anonymous.append(place)
-    finally:
-        pagemap.close()
+    for line, region in _private_regions(pagemap, lines):
+        place = max(line.start, region.start), min(line.end, region.end)
+        if region.categories & PAGE_IS_GUARD:
+            guards.append(place)
+        elif line.inode and not region.categories & PAGE_IS_FILE:
+            copied.append(place)
+        elif not line.inode and not region.categories & PAGE_IS_PFNZERO:
+            anonymous.append(place)
     existing = PageRanges.from_pairs(anonymous)
     pages = {page_down(address) for address in boot_set}
     boot = PageRanges.from_pairs(sorted((page, page + PAGE_SIZE) for page in pages if existing.contains(page)))
@@ -311,15 +307,11 @@ class Question:
 
 def future_locks(frozen: Frozen) -> int:
     """What mlockall(2) was told of mappings to come; while the executors have theirs, which shows it."""
-    pid, arena = frozen.face, frozen.arena
-    grown = _locked(procfs.status(pid)) - _locked(frozen.threads[0].status)
+    arena = frozen.arena
+    grown = _locked(procfs.status(frozen.face)) - _locked(frozen.threads[0].status)
     if grown < len(arena):
         return 0
-    pagemap = Pagemap(pid)
-    try:
-        present = sum(r.end - r.start for r in pagemap.for_each_region(arena.start, arena.stop, files=False))
-    finally:
-        pagemap.close()
+    present = sum(r.end - r.start for r in frozen.pagemap.for_each_region(arena.start, arena.stop, files=False))
     return _MCL_FUTURE | (_MCL_ONFAULT if present < len(arena) else 0)
 
 

@@ -105,7 +105,7 @@ class Pagemap:
         begin, previous = start, 0
         for first in range(start // PAGE_SIZE, end // PAGE_SIZE, step):
             count = min(step, end // PAGE_SIZE - first)
-            entries = array.array("Q", os.pread(self._fd, 8 * count, 8 * first))
+            entries = self._read(first * PAGE_SIZE, count)
             if not any(entries):
                 if previous:
                     yield PageRegion(begin, first * PAGE_SIZE, previous)
