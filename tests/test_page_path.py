@@ -363,6 +363,29 @@ def test_an_address_space_in_the_middle_of_a_change_does_not_hold_up_the_others_
             os.close(uffd)
 
 
+def test_the_kernel_is_asked_about_what_may_have_been_unmapped_before_it_came() -> None:
+    there, elsewhere = BASE, BASE + MIB
+    old = [BASE - 8 * MIB, BASE - 4 * MIB, there - PAGE_SIZE, elsewhere + PAGE_SIZE]
+    residency = AddressSpace(0, PageRanges.from_pairs((place, place + PAGE_SIZE) for place in old))
+    pid, uffd = _unmaps_and_waits(False)
+    try:
+        filling = Filling(lambda mm: None)
+        filling.adopt(uffd, residency)
+        for place, new in zip(old, (there, elsewhere), strict=False):
+            residency.remap(place, new, PAGE_SIZE)
+            residency.unmap(place, place + PAGE_SIZE)
+        residency.unmap(there - PAGE_SIZE, there + PAGE_SIZE)
+        residency.unmap(elsewhere, elsewhere + 2 * PAGE_SIZE)
+        assert residency.absent_pages == 2
+        assert filling.settled(filling.mms[uffd])
+        assert residency.absent_pages == 1
+        assert residency.lookup(there) == 0
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(uffd)
+
+
 def _never_wakes(path: PagePath) -> None:
     reason = path.report("lost")["reason"]
     assert reason

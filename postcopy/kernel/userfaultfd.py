@@ -208,6 +208,17 @@ def continue_(fd: int, start: int, length: int) -> None:
     _ioctl(fd, UFFDIO_CONTINUE, bytearray(_CONTINUE.pack(start, length, 0, 0)))
 
 
+def registered(fd: int, address: int) -> bool:
+    """Whether the page at ``address`` is in the hands of the userfaultfd, present or not; EAGAIN: as of `copy`."""
+    try:
+        continue_(fd, address, PAGE_SIZE)
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            raise
+        return error.errno not in (errno.ENOENT, errno.ESRCH)
+    return True
+
+
 def wake(fd: int, start: int, length: int) -> None:
     """UFFDIO_WAKE: the threads that are blocked in the range try their access again."""
     _pack_range(_wake_argument, 0, start, length)

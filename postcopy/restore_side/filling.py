@@ -230,12 +230,18 @@ class Filling:
 
     def settled(self, mm: Mm) -> bool:
         """Whether every layout change that the kernel has begun has been read; see `AddressSpace.settle`."""
-        if not uffdio.settled(mm.uffd):
+        residency = mm.residency
+        try:
+            settled = uffdio.settled(mm.uffd)
+            gone = [place for place in residency.doubtful if not uffdio.registered(mm.uffd, place[0])]
+        except BlockingIOError:
+            settled = False
+        if not settled:
             mm.stalled_since = mm.stalled_since or monotonic_ns()
             return False
         mm.end_stall()
-        mm.residency.settle()
-        if not mm.residency.absent_pages:
+        residency.settle(gone)
+        if not residency.absent_pages:
             self.incomplete.discard(mm)
         return True
 

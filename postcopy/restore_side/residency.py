@@ -44,14 +44,22 @@ class _Places:
 
     def cut(self, start: int, end: int) -> list[tuple[int, int]]:
         """Take start-end out; what of it was in the set."""
-        low, high = bisect_right(self._ends, start), bisect_left(self._starts, end)
-        found = list(zip(self._starts[low:high], self._ends[low:high], strict=True))
-        left = [(first, start) for first, _ in found if first < start] + [
-            (end, last) for _, last in found if last > end
-        ]
+        low, high = self._span(start, end)
+        found = self.within(start, end)
+        left = [(first, start) for first in self._starts[low : low + 1] if found and first < start]
+        left += [(end, last) for last in self._ends[high - 1 : high] if found and last > end]
         self._starts[low:high] = [first for first, _ in left]
         self._ends[low:high] = [last for _, last in left]
+        return found
+
+    def within(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What of start-end is in the set."""
+        low, high = self._span(start, end)
+        found = zip(self._starts[low:high], self._ends[low:high], strict=True)
         return [(max(first, start), min(last, end)) for first, last in found]
+
+    def _span(self, start: int, end: int) -> tuple[int, int]:
+        return bisect_right(self._ends, start), bisect_left(self._starts, end)
 
     def add(self, start: int, end: int) -> None:
         self.cut(start, end)
@@ -98,6 +106,9 @@ class AddressSpace:
         self._vacated: list[tuple[int, int]] = []
         # Where pages were moved to before it was told that what had been there has left; its pages are in the shadow.
         self._overtaken = _Places()
+        # What has come by moves since the last proof that nothing is due, and what of it may have been unmapped again.
+        self._arrived = _Places()
+        self._doubtful = _Places()
         # Whether an event may be due that is older than one that has been applied; see `settle`.
         self.unsettled = False
 
@@ -117,7 +128,9 @@ class AddressSpace:
         child._registered = self._registered.copy()
         child._vacated = []
         child._overtaken = _Places()
-        child.unsettled = False
+        child._arrived = _Places()
+        child._doubtful = self._doubtful.copy()
+        child.unsettled = bool(child.doubtful)
         child._leave_the_shadow()
         return child
 
@@ -191,12 +204,23 @@ class AddressSpace:
         if (start, end) in self._vacated:
             self._vacated.remove((start, end))
             return
-        for _, ordinal, pages in self._meant(start, end):
+        arrived = self._arrived.within(start, end)
+        overtaken = self._overtaken.within(start, end)
+        if len(arrived) == 1 and self._registered.within(start, end) == arrived and not overtaken:
+            arrived = []
+        for _, ordinal, pages in self._meant(start, end, arrived):
             self.mark(ordinal, pages, REMOVED)
+        for place in arrived:
+            self._doubtful.add(*place)
+        for place in overtaken:
+            self._doubtful.cut(*place)
 
     def remap(self, old: int, new: int, length: int) -> None:
         """``length`` bytes have been moved from ``old`` to ``new``, perhaps before the last events applied."""
-        moved = self._meant(old, old + length)
+        moved = self._meant(old, old + length, self._overtaken.within(old, old + length))
+        for start, end in self._doubtful.within(new, new + length):
+            for _, ordinal, pages in self._take(start, end):
+                self.mark(ordinal, pages, REMOVED)
         for start, end in self._registered.cut(new, new + length):
             overtaken = self._cut(start, end)
             self._drop(start + _SHADOW, end + _SHADOW)
@@ -206,11 +230,19 @@ class AddressSpace:
         for address, ordinal, pages in moved:
             self._insert(address - old + new, ordinal, pages)
         self._registered.add(new, new + length)
+        self._arrived.add(new, new + length)
         self._vacated.append((old, old + length))
         self.unsettled = True
 
-    def settle(self) -> None:
+    @property
+    def doubtful(self) -> list[tuple[int, int]]:
+        """Where `settle` must be told whether anything is still registered; of each range either all is or nothing."""
+        return self._doubtful.within(0, _SHADOW)
+
+    def settle(self, gone: Iterable[tuple[int, int]] = ()) -> None:
         """Every layout change that the kernel has begun has been applied: what is expected now will not come.
+
+        ``gone``: those of the `doubtful` ranges that are not registered any more.
 
         The kernel changes the layout first and tells of it when the lock is free again: another thread may have
         changed it once more by then, and even told so. So events about one place can come in the wrong order, and what
@@ -225,7 +257,12 @@ class AddressSpace:
            unmapping first.) Its pages are kept in the shadow; the next event about the place means them, or that there
            were none, and not the pages that have come. That a mapping has grown where it is, nobody tells: of what it
            has grown by, this rule knows nothing.
-        3. A move by MREMAP_DONTUNMAP never tells of an unmapping, and an expectation that is not met must not hit a
+        3. A munmap(2) may leave a hole where there was one, and be told after a move into the hole. So an event about
+           a range with something else in it than one arrival spares what has arrived: it is doubtful until the kernel
+           can be asked. A move onto doubtful pages means that they were unmapped; that they were not, and have been
+           moved on since by yet another event that is overtaken, takes two threads that each stand still for the time
+           of a few events, at the same place, between their change and its event.
+        4. A move by MREMAP_DONTUNMAP never tells of an unmapping, and an expectation that is not met must not hit a
            munmap(2) years later. The kernel counts, per address space, the changes that it has begun and whose events
            have not been read (``mmap_changing`` in fs/userfaultfd.c), before it lets go of the lock that the change
            was made under; with the count above zero every UFFDIO_COPY fails with EAGAIN. One that did not fail is
@@ -234,8 +271,13 @@ class AddressSpace:
         Until it is proven, an expectation stays: to ignore one unmapping too many costs nothing (a page that is filled
         where nothing is registered is refused with ENOENT), to apply one too many would lose pages.
         """
+        for place in gone:
+            self._drop(*place)
+            self._registered.cut(*place)
         self._vacated.clear()
         self._overtaken.clear()
+        self._arrived.clear()
+        self._doubtful.clear()
         self._leave_the_shadow()
         self.unsettled = False
 
@@ -243,18 +285,24 @@ class AddressSpace:
         if self._starts and self._starts[-1] >= _SHADOW:
             self._drop(_SHADOW, 2 * _SHADOW)
 
-    def _meant(self, start: int, end: int) -> list[Run]:
-        """Take the pages that an event about start-end means out of the segments, and what it means of the layout."""
-        meant = []
-        for low, high in self._overtaken.cut(start, end):
-            shadows = self._cut(low + _SHADOW, high + _SHADOW)
-            meant += [Run(address - _SHADOW, ordinal, pages) for address, ordinal, pages in shadows]
+    def _meant(self, start: int, end: int, younger: Iterable[tuple[int, int]]) -> list[Run]:
+        """Take the pages that an event about start-end means out of the segments, and what it means of the layout.
+
+        ``younger``: where it does not mean what is there; but it does mean the pages in the shadow.
+        """
+        meant = [
+            Run(address - _SHADOW, ordinal, pages)
+            for low, high in self._overtaken.cut(start, end)
+            for address, ordinal, pages in self._cut(low + _SHADOW, high + _SHADOW)
+        ]
+        for low, high in younger:
             meant += self._take(start, low)
             start = high
         return meant + self._take(start, end)
 
     def _take(self, start: int, end: int) -> list[Run]:
-        self._registered.cut(start, end)
+        for places in (self._registered, self._arrived, self._doubtful):
+            places.cut(start, end)
         return self._cut(start, end)
 
     def _drop(self, start: int, end: int) -> None:
