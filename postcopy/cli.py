@@ -253,12 +253,12 @@ def restore(
     from postcopy.restore_side.fault_handler import Background
 
     reporter = reporting.Printer(as_json, display_stats)
-    checkpoint = channels = None
+    checkpoint = channels = between = None
     if directory is not None:
         checkpoint = Checkpoint.open(directory)
         if not checkpoint.pages_elsewhere:
             _no_address(address, port, f"{directory} has all the pages")
-            channels = give_here(checkpoint, lazy_pages)
+            channels, between = give_here(checkpoint, lazy_pages)
         elif not lazy_pages:
             raise UsageError(
                 f"{directory} has all but the lazy pages, which the dump that wrote it serves",
@@ -266,6 +266,8 @@ def restore(
             )
 
     def running() -> None:
+        if between is not None:
+            between.wait()
         if shell_job and not detached and log_file is None:
             reporter.leave_screen()
         reporting.announce(status_fd)

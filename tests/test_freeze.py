@@ -20,7 +20,7 @@ from postcopy.dump_side.signals import late
 from postcopy.dump_side.smaps import SmapsReader
 from postcopy.dump_side.survey import survey
 from postcopy.errors import DumpError
-from postcopy.kernel import procfs, ptrace
+from postcopy.kernel import cpu, procfs, ptrace
 from postcopy.kernel.calls import call
 from postcopy.reporting import Silent
 from tests.hosts import wait_until
@@ -373,3 +373,8 @@ def test_call_that_a_stop_breaks_off_is_begun_again() -> None:
         process.send_signal(signal.SIGUSR1)
         assert process.stdout is not None
         assert process.stdout.readline() == f"{int(signal.SIGUSR1)}\n".encode()
+
+
+def test_size_of_the_register_state_is_what_ptrace_gives() -> None:
+    with cpu.stopped_child() as child:
+        assert cpu.xsave_size() == len(ptrace.get_xstate(child))

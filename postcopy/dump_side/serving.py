@@ -84,8 +84,11 @@ def serve(checkpoint: Checkpoint, options: Options, reporter: Reporter, listenin
             customers.end()
 
 
-def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
-    """The destination's channels to a process on this host that gives ``checkpoint``; its pages too where ``lazy``."""
+def give_here(checkpoint: Checkpoint, lazy: bool) -> tuple[Channels, Role]:
+    """The destination's channels to a process on this host that gives ``checkpoint``; its pages too where ``lazy``.
+
+    That process is nobody's child; what has started it ends at once and is to be waited for when there is time.
+    """
     here, there = Channels.pair("restore", "the server of the checkpoint")
 
     def body() -> None:
@@ -101,9 +104,9 @@ def give_here(checkpoint: Checkpoint, lazy: bool) -> Channels:
         roles.start("postcopy-serve", body, dies_with_parent=False)
 
     # Not a child of ours: nobody would wait for it.
-    roles.start("postcopy-serve", start, dies_with_parent=True).wait()
+    between = roles.start("postcopy-serve", start, dies_with_parent=True)
     there.close()
-    return here
+    return here, between
 
 
 def give(

@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import signal
 from collections.abc import Iterator
 
 from postcopy.kernel import ptrace
-from postcopy.kernel.libc import refused
+from postcopy.kernel._libc import ffi
+from postcopy.kernel.libc import address_of, refused
+from postcopy.kernel.page import PAGE_SIZE
 
 
 def features() -> frozenset[str]:
@@ -40,6 +43,11 @@ def stopped_child() -> Iterator[int]:
 
 
 def xsave_size() -> int:
-    """The size of the XSAVE area in bytes."""
-    with stopped_child() as child:
-        return len(ptrace.get_xstate(child))
+    """The size of the XSAVE area and of NT_X86_XSTATE in bytes (CPUID leaf 0Dh, for the enabled features)."""
+    with mmap.mmap(-1, PAGE_SIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(_ASK_CPUID)
+        return int(ffi.cast("uint32_t (*)(void)", address_of(page))())
+
+
+# push rbx; mov eax, 0Dh; xor ecx, ecx; cpuid; mov eax, ebx; pop rbx; ret
+_ASK_CPUID = bytes.fromhex("53 b80d000000 31c9 0fa2 89d8 5b c3")

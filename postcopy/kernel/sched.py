@@ -5,12 +5,12 @@ import os
 
 
 def scheduling(policy: int = os.SCHED_OTHER, priority: int = 0, nice: int = 0) -> None:
-    """Policy (os.SCHED_*), real-time priority and niceness of the calling process.
+    """Policy (os.SCHED_*), real-time priority and niceness of the calling process; what it forks begins without.
 
     What is not allowed (EPERM without CAP_SYS_NICE, ENOSYS, EINVAL) is left as it is: the caller works without it,
     only slower.
     """
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, policy, os.sched_param(priority))
+        os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, nice)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
-from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.kernel.libc import memory_at
 from postcopy.restore_side import unix_names
 from postcopy.restore_side.job import terminal
 from postcopy.state import FileIdentity, Manifest
@@ -147,12 +147,9 @@ def _pids(manifest: Manifest, new_pid_namespace: bool) -> Iterator[str]:
 
 
 def _vdso(manifest: Manifest) -> Iterator[str]:
-    own = next(line for line in procfs.for_each_vma(os.getpid()) if line.name == "[vdso]")
-    memory = ProcessMemory(os.getpid())
-    try:
-        image = memory.read(own.start, own.end - own.start)
-    finally:
-        memory.close()
+    lines = procfs.read(os.getpid(), "maps").splitlines()
+    own = next(procfs.parse_maps(next(line for line in lines if line.endswith(b"[vdso]"))))
+    image = bytes(memory_at(own.start, own.end - own.start))
     # Behind what is used, a dump that was killed may have left the executor's stub in the source's.
     used = vdso.slack(image).start
     if len(image) != len(manifest.vdso) or image[:used] != manifest.vdso[:used]:

@@ -158,22 +158,21 @@ class _Takeover:
 
     def prepare(self) -> None:
         """Check the manifest and make what can be made before the tree is frozen. Raises ProblemsError."""
-        with deadline(self._options.timeout, "waiting for the source to look at the process"):
-            offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
-        soundness.check_message("offer", offer)
-        manifest = self._manifest = offer.manifest
-        if self._checkpoint is not None and offer.checkpoint != self._checkpoint.id:
-            raise RestoreError(
-                f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
-                "name the address and port of the dump that wrote it, which must still run",
-            )
+        if self._options.lazy:
+            # Every other process would lengthen the stand-still, and first of all those that we are about to fork.
+            scheduling(nice=-20)
+        if self._checkpoint is None:
+            offer = self._receive_offer()
+            manifest, self._clocks = offer.manifest, ProgramClocks(offer.clocks)
+        else:
+            manifest, self._clocks = self._checkpoint.manifest, ProgramClocks(self._checkpoint.tree.clocks)
+        self._manifest = manifest
         if problems := manifests.problems(
             manifest, self._options.new_pid_namespace, self._options.inherited, self._options.shell_job
         ):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
-        self._clocks = ProgramClocks(self._checkpoint.tree.clocks if self._checkpoint is not None else offer.clocks)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace()
             self._namespace.enter()
@@ -192,13 +191,23 @@ class _Takeover:
             os.close(fd)
         self._start_watchdog()
         self._reporter.event("born", pid=self._newborn.pid)
+        if self._checkpoint is not None and self._receive_offer().checkpoint != self._checkpoint.id:
+            raise RestoreError(
+                f"the source at {self._channels.control.peer} does not serve the pages of this checkpoint",
+                "name the address and port of the dump that wrote it, which must still run",
+            )
         self._channels.control.send(Kind.PREPARED, control.Prepared(has_state=self._checkpoint is not None))
+
+    def _receive_offer(self) -> control.Offer:
+        with deadline(self._options.timeout, "waiting for the source to look at the process"):
+            offer = self._channels.control.expect(Kind.MANIFEST, control.Offer)
+        soundness.check_message("offer", offer)
+        return offer
 
     def build(self) -> None:
         """Take the state, build the tree, start the daemon, and wait for GO."""
         if self._options.lazy:
-            # On a busy host, every other process would lengthen the stand-still, and so would looking for garbage.
-            scheduling(nice=-20)
+            # Looking for garbage would lengthen the stand-still.
             gc.disable()
         if self._checkpoint is not None:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()

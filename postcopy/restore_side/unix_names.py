@@ -22,6 +22,8 @@ log = logging.getLogger("postcopy")
 
 def problems(names: Sequence[UnixName]) -> Iterator[str]:
     """Names that cannot be had here, before anything is frozen."""
+    if not names:
+        return
     there = {(one.name, one.kind): one for one in sock_diag.unix_sockets().values() if one.name}
     bound = {one.vfs for one in there.values()}
     abstract = {name for name, _ in there}
