@@ -1,8 +1,11 @@
 """The content of the pages that travel with a state: each once, however many processes have it in common."""
 
+import mmap
+import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import PAGE_SIZE
@@ -11,37 +14,77 @@ _PLACE_SIZE = 4
 _NUMBERS = "I"
 
 
+class Readable(Protocol):
+    """What pages can be read from."""
+
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, whole pages, from the page-aligned ``address`` on."""
+
+
 @dataclass(frozen=True)
 class SentPages:
-    """``places``: for each page, in the order of `spaces_of`, which page of ``content`` it is."""
+    """``places``: for each page, in the order of `spaces_of`, which page of ``content`` it is.
+
+    ``fd``: a file in memory that is ``content``, for others to read; -1 where there is none.
+    """
 
     places: "array[int]"
     content: memoryview
+    fd: int = -1
 
     @classmethod
-    def plain(cls, content: bytes | bytearray | memoryview) -> "SentPages":
-        """Every page has a content of its own; these are one after the other."""
-        return cls(array(_NUMBERS, range(len(content) // PAGE_SIZE)), memoryview(content))
+    def room(cls, places: "array[int]", size: int) -> "SentPages":
+        """With ``size`` bytes of content still to be written, which take no memory before. Raises OSError."""
+        if not size:
+            return cls(places, memoryview(b""))
+        fd = os.memfd_create("postcopy-pages")
+        try:
+            os.ftruncate(fd, size)
+            return cls(places, memoryview(mmap.mmap(fd, size)), fd)
+        except BaseException:
+            os.close(fd)
+            raise
 
     @classmethod
-    def unpack(cls, total: int, packed: bytearray) -> "SentPages":
-        """What `pack` made of ``total`` pages. Raises ProtocolError when it cannot have come from there."""
-        content = memoryview(packed)[total * _PLACE_SIZE :]
+    def read(
+        cls, places: "array[int]", runs: Iterable[tuple[int, int, int]], sources: Mapping[int, Readable]
+    ) -> "SentPages":
+        """The content is read from ``runs``: of which of the ``sources``, at which address, how many pages."""
+        runs = list(runs)
+        pages = cls.room(places, sum(count for _, _, count in runs) * PAGE_SIZE)
+        at = 0
+        for space, address, count in runs:
+            sources[space].read_into(address, pages.content[at : at + count * PAGE_SIZE])
+            at += count * PAGE_SIZE
+        return pages
+
+    @classmethod
+    def announced(cls, packed: bytes | bytearray, size: int) -> "SentPages":
+        """Of the first piece that `pack` gives, with room for the second, of ``size`` bytes. Raises ProtocolError."""
         places = array(_NUMBERS)
-        places.frombytes(packed[: total * _PLACE_SIZE])
-        if len(content) % PAGE_SIZE or max(places, default=-1) + 1 > len(content) // PAGE_SIZE:
-            raise ProtocolError(f"{len(content)} bytes of pages are not what the places of {total} pages name")
-        return cls(places, content)
+        places.frombytes(packed)
+        if max(places, default=-1) + 1 > size // PAGE_SIZE:
+            raise ProtocolError(f"{size} bytes of pages are not what the places of {len(places)} pages name")
+        try:
+            return cls.room(places, size)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"{size} bytes of pages cannot be taken: {error}") from None
 
     def pack(self) -> tuple[bytes, memoryview]:
         """Two pieces, to be sent one after the other: the places as little-endian 32-bit numbers, the content."""
         return self.places.tobytes(), self.content
 
     @staticmethod
-    def fits(total: int, size: int) -> bool:
-        """Whether ``total`` pages can take ``size`` bytes packed."""
+    def split(total: int, size: int) -> tuple[int, int] | None:
+        """The sizes of the two pieces of ``total`` pages packed into ``size`` bytes; None: that cannot be."""
         content = size - total * _PLACE_SIZE
-        return 0 <= content <= total * PAGE_SIZE and content % PAGE_SIZE == 0
+        fits = 0 <= content <= total * PAGE_SIZE and content % PAGE_SIZE == 0
+        return (total * _PLACE_SIZE, content) if fits else None
+
+    def close(self) -> None:
+        """Give the file back; the content stays as long as it is used."""
+        if self.fd >= 0:
+            os.close(self.fd)
 
     @property
     def total(self) -> int:
@@ -50,19 +93,19 @@ class SentPages:
 
     def part(self, first: int, count: int) -> "SentPages":
         """``count`` of the pages from number ``first`` on."""
-        return SentPages(self.places[first : first + count], self.content)
+        return SentPages(self.places[first : first + count], self.content, self.fd)
 
-    def runs(self, first: int, count: int) -> Iterator[memoryview]:
-        """The content of ``count`` pages from number ``first`` on, in as few pieces as it lies there."""
+    def runs(self, first: int, count: int) -> Iterator[range]:
+        """Where in ``content`` the ``count`` pages from number ``first`` on lie (bytes), in as few pieces as can be."""
         places = self.places[first : first + count]
         at = 0
         while at < len(places):
             start, run = places[at], 1
             while at + run < len(places) and places[at + run] == start + run:
                 run += 1
-            yield self.content[start * PAGE_SIZE : (start + run) * PAGE_SIZE]
+            yield range(start * PAGE_SIZE, (start + run) * PAGE_SIZE)
             at += run
 
     def joined(self, first: int, count: int) -> bytes:
         """The same in one piece."""
-        return b"".join(self.runs(first, count))
+        return b"".join(self.content[run.start : run.stop] for run in self.runs(first, count))

@@ -7,7 +7,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -61,15 +61,8 @@ class Channel:
 
         Raises ConnectionLost, ProtocolError, or, for a FAILED frame that is not asked for, what the peer says.
         """
-        kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
-        if kind not in bodies and kind != Kind.FAILED:
-            due = " or ".join(k.name for k in bodies) or "nothing"
-            raise ProtocolError(f"{self.peer} sent {kind.name} where {due} was due")
-        content = self._exactly(length)
-        if kind not in bodies:
-            failed = control.parse_body(control.Failed, content)
-            raise PeerFailed(f"{self.peer} gave up: {printable(failed.message)}", printable(failed.hint))
-        return kind, control.parse_body(bodies[kind], content)
+        kind, length = self._begin(bodies)
+        return kind, control.parse_body(bodies[kind], self._exactly(length))
 
     def expect(self, kind: Kind, body: type[T]) -> T:
         """The next frame's body, which must be of this kind."""
@@ -84,13 +77,25 @@ class Channel:
         self.send_frame(content)
 
     def receive_pages(self, total: int) -> SentPages:
-        """The content of ``total`` pages in the next frame, which must be PAGES."""
-        kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
-        if kind != Kind.PAGES:
-            raise ProtocolError(f"{self.peer} sent {kind.name} where PAGES was due")
-        if not SentPages.fits(total, length):
+        """The content of ``total`` pages in the next frame, which must be PAGES; raises what `receive` does."""
+        _, length = self._begin([Kind.PAGES])
+        sizes = SentPages.split(total, length)
+        if sizes is None:
             raise ProtocolError(f"{self.peer} sent {length} bytes of pages with a state that names {total} pages")
-        return SentPages.unpack(total, self._exactly(length))
+        pages = SentPages.announced(self._exactly(sizes[0]), sizes[1])
+        self._fill(pages.content)
+        return pages
+
+    def _begin(self, due: Collection[Kind]) -> tuple[Kind, int]:
+        """The kind of the next frame, which must be one of those, and the length of its body."""
+        kind, length = control.parse_header(bytes(self._exactly(control.HEADER.size)))
+        if kind in due:
+            return kind, length
+        if kind != Kind.FAILED:
+            names = " or ".join(each.name for each in due) or "nothing"
+            raise ProtocolError(f"{self.peer} sent {kind.name} where {names} was due")
+        failed = control.parse_body(control.Failed, self._exactly(length))
+        raise PeerFailed(f"{self.peer} gave up: {printable(failed.message)}", printable(failed.hint))
 
     def _exactly(self, length: int) -> bytearray:
         content = bytearray()
@@ -98,19 +103,21 @@ class Channel:
             # Memory is taken as the bytes arrive: a length that is only claimed costs nothing.
             start = len(content)
             content.extend(bytes(min(length - start, _STEP)))
-            view = memoryview(content)[start:]
-            while view:
-                try:
-                    count = self.socket.recv_into(view)
-                except BlockingIOError:
-                    raise ConnectionLost(f"{self.peer} has stopped in the middle of a message") from None
-                except OSError as error:
-                    raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
-                if not count:
-                    raise ConnectionLost(f"{self.peer} closed the connection")
-                view = view[count:]
-            view.release()
+            with memoryview(content)[start:] as view:
+                self._fill(view)
         return content
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            try:
+                count = self.socket.recv_into(view)
+            except BlockingIOError:
+                raise ConnectionLost(f"{self.peer} has stopped in the middle of a message") from None
+            except OSError as error:
+                raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
+            if not count:
+                raise ConnectionLost(f"{self.peer} closed the connection")
+            view = view[count:]
 
     def close(self) -> None:
         """Close the socket."""

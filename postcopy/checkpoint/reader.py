@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from postcopy.checkpoint.format import (
 )
 from postcopy.checkpoint.page_file import PageFile
 from postcopy.errors import CheckpointError, ProtocolError
-from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.sent_pages import SentPages
@@ -87,14 +87,9 @@ class Checkpoint:
 
     def sent_content(self) -> SentPages:
         """The content of the pages that go with the state: `spaces_of` in order, ranges in order. Verified."""
-        content = memoryview(bytearray(sum(space.sent.total_pages for space in self._spaces) * PAGE_SIZE))
-        at = 0
-        for space in self._spaces:
-            for each in space.sent:
-                size = each.end - each.start
-                self._pages[space.number].read_into(each.start, content[at : at + size])
-                at += size
-        return SentPages.plain(content)
+        runs = [(space.number, each.start, each.pages) for space in self._spaces for each in space.sent]
+        places = array("I", range(sum(pages for _, _, pages in runs)))
+        return SentPages.read(places, runs, self._pages)
 
     def source(self, space: int) -> PageFile:
         """Where the pages of an address space come from (see `PageSource`); what it raises is a CheckpointError."""

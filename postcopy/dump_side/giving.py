@@ -65,11 +65,13 @@ class Giving:
         self._reporter.event("prepared")
         return body.has_state
 
-    def send_state(self, tree: Tree, pages: SentPages) -> None:
-        """The state, and the pages that travel with it."""
+    def send_state(self, tree: Tree, read_pages: Callable[[], SentPages]) -> None:
+        """The state, and the pages that travel with it, which are read while the destination looks at the state."""
         self.control.send(Kind.STATE, tree)
+        pages = read_pages()
         self.control.send_pages(pages)
         self._boot_bytes = len(pages.content)
+        pages.close()
 
     def start_servers(self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource]) -> None:
         """Fork the demand server and the bulk streamer of the pages of ``plan``, by address space."""

@@ -59,9 +59,4 @@ def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames: _F
                     runs[-1] = (space.number, runs[-1][1], runs[-1][2] + 1)
                 else:
                     runs.append((space.number, address, 1))
-    content = memoryview(bytearray(total * PAGE_SIZE))
-    at = 0
-    for number, address, pages in runs:
-        sources[number].read_into(address, content[at : at + pages * PAGE_SIZE])
-        at += pages * PAGE_SIZE
-    return SentPages(places, content)
+    return SentPages.read(places, runs, sources)

@@ -124,7 +124,7 @@ def give(
         pushed = {space: pages for space, pages in plan.items() if space not in first}
         with giving.in_time("waiting for the destination to build the tree"):
             if not has_state:
-                giving.send_state(checkpoint.tree, checkpoint.sent_content())
+                giving.send_state(checkpoint.tree, checkpoint.sent_content)
             giving.start_servers(pushed, {space: checkpoint.source(space) for space in plan})
             giving.await_ready()
         giving.go(control.Go(checkpoint.tree.late_signals))

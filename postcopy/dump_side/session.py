@@ -194,7 +194,7 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
                     capture.take()
                     # Before the destination's first: what they take away here is to come up there.
                     scripts.run(Action.POST_DUMP, options.pid)
-                    giving.send_state(capture.tree, capture.sent_pages())
+                    giving.send_state(capture.tree, capture.sent_pages)
                     # Forked while the destination builds: this costs no stand-still.
                     giving.start_servers(pushed(capture.tree), capture.sources)
                     go = _await_go(capture, giving, reporter)
@@ -221,7 +221,7 @@ def _offer(
         has_state = giving.agree(manifest, capture.tree.clocks, checkpoint)
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
-                giving.send_state(capture.tree, capture.sent_pages())
+                giving.send_state(capture.tree, capture.sent_pages)
             giving.start_servers(pushed(capture.tree), capture.sources)
             go = _await_go(capture, giving, reporter)
         _commit(options, capture, giving, go)

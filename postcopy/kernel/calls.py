@@ -21,6 +21,7 @@ NUMBERS = {
     "close": 3,
     "poll": 7,
     "lseek": 8,
+    "pread64": 17,
     "ioctl": 16,
     "flock": 73,
     "mkdir": 83,

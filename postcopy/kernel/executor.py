@@ -126,12 +126,15 @@ class Batch:
         self.base = base
         self.capacity = capacity
         self.calls: list[Call] = []
-        self.purposes: list[str] = []
+        self.purposes: list[object] = []
         self._pieces: list[bytes] = []
         self._top = capacity
 
-    def add(self, made: Call, purpose: str = "") -> int:
-        """Append a call; the number by which its result is found. With a ``purpose`` a refusal is an error."""
+    def add(self, made: Call, purpose: object = "") -> int:
+        """Append a call; the number by which its result is found. With a ``purpose`` a refusal is an error.
+
+        What ``purpose`` is as a string says what has failed.
+        """
         self.calls.append(made)
         self.purposes.append(purpose)
         return len(self.calls) - 1
@@ -188,7 +191,7 @@ class Answers:
         """Each call with a purpose that the kernel refused: the call, its purpose, the errno."""
         for made, purpose, result in zip(self.batch.calls, self.batch.purposes, self.results, strict=True):
             if purpose and -4096 < result < 0:
-                yield made, purpose, -result
+                yield made, str(purpose), -result
 
 
 class Executor:

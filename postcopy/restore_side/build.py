@@ -9,7 +9,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.executor import (
     CODE_SIZE,
     Answers,
+    Batch,
     Executor,
     lone_syscall,
     signal_bit,
@@ -87,11 +88,14 @@ class Building:
         self._shared = shared
         self._parent_stays = parent_stays
 
-    def begin(self, pages: SentPages) -> None:
-        """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it."""
+    def begin(self, pages: SentPages) -> Iterator[None]:
+        """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it.
+
+        In steps: after each the process is busy on its own for a while.
+        """
         with _errors_named(self.built.state):
             self._builder = _Builder(self.built, self._shared, self._parent_stays)
-            self._builder.begin(pages)
+            yield from self._builder.begin(pages)
 
     def open(self) -> None:
         """Open its files; those that share a table have all begun."""
@@ -103,11 +107,13 @@ class Building:
         with _errors_named(self.built.state):
             self._builder.send()
 
-    def finish(self) -> Built:
-        """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last."""
+    def finish(self) -> Iterator[None]:
+        """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last.
+
+        In steps, like `begin`.
+        """
         with _errors_named(self.built.state):
-            self._builder.finish()
-        return self.built
+            yield from self._builder.finish()
 
 
 @contextlib.contextmanager
@@ -141,13 +147,13 @@ class _Builder:
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def begin(self, pages: SentPages) -> None:
+    def begin(self, pages: SentPages) -> Iterator[None]:
         """Up to where a descriptor table is ready for the program's descriptors."""
         self._allow_descriptors()
         self._install()
-        self._run_memory()
+        yield from self._run_memory(pages)
         memory.write_pages(self._state.memory, pages, self._newborn.memory)
-        self._run_leader()
+        yield from self._run_leader()
 
     def send(self) -> None:
         """What is on its way to other processes, whose files are all there."""
@@ -155,7 +161,7 @@ class _Builder:
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
         descriptors.send(self._state, self._shared, self._most_descriptors, run, leader.batch)
 
-    def finish(self) -> None:
+    def finish(self) -> Iterator[None]:
         """What may refer to the other processes of the tree, and what must come last."""
         pid, state, leader = self._newborn.pid, self._state, self._executors[0]
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
@@ -171,7 +177,7 @@ class _Builder:
         self._arm()
         if seccomp.is_confined(state.threads):
             self._confine()
-        self._run_threads()
+        yield from self._run_threads()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
         attributes.write_files(state.attributes, pid)
@@ -247,7 +253,7 @@ class _Builder:
 
     # -- the batches --------------------------------------------------------------------------------------------------
 
-    def _run_memory(self) -> None:
+    def _run_memory(self, pages: SentPages) -> Iterator[None]:
         leader = self._executors[0]
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
@@ -264,13 +270,14 @@ class _Builder:
             batch.add(call("dup3", fd, high + number, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
         attributes.log_in(self._state.attributes, batch)
-        memory.rebuild(self._state.memory, self._shared.memory, batch, present, keep, keep.stop, lender)
+        memory.rebuild(self._state.memory, pages, self._shared.memory, batch, present, keep, keep.stop, lender)
         for number in range(len(lent)):
             batch.add(call("dup3", high + number, number, 0))
         batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
-        self._checked(leader.run(batch))
+        answers = yield from self._run(batch)
+        memory.check_pages(batch, answers)
 
-    def _run_leader(self) -> None:
+    def _run_leader(self) -> Iterator[None]:
         state, leader = self._state, self._executors[0]
         batch = leader.batch()
         attributes.rebuild(state.attributes, batch)
@@ -279,7 +286,7 @@ class _Builder:
             batch.add(call("mlockall", state.memory.future_locks), "locking mappings to come")
         threads.ask_for(state.threads[1:], self._nesting, batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
-        answers = self._checked(leader.run(batch))
+        answers = yield from self._run(batch)
         self._welcome(leader.born)
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
@@ -328,7 +335,7 @@ class _Builder:
             batch.add(call("close", fd), "closing what is open for a while")
             self._checked(leader.run(batch))
 
-    def _run_threads(self) -> None:
+    def _run_threads(self) -> Iterator[None]:
         batches = []
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             batch = executor.batch()
@@ -339,6 +346,7 @@ class _Builder:
             batches.append(batch)
         for executor, batch in zip(self._executors, batches, strict=True):
             executor.start(batch)
+        yield
         for executor in self._executors:
             self._checked(executor.finish())
         # The change of any thread's ids resets what the whole process shares.
@@ -348,7 +356,7 @@ class _Builder:
         last = self._executors[0].batch()
         attributes.rebuild_last(self._state.attributes, last)
         timers.rebuild(self._state.timers, self._nesting, now, last)
-        self._checked(self._executors[0].run(last))
+        yield from self._run(last)
 
     def _confine(self) -> None:
         """Put the threads under seccomp, which does nothing yet as long as they are traced."""
@@ -381,6 +389,13 @@ class _Builder:
     def _arm(self) -> None:
         for area in memory.lazy_vmas(self._state.memory, self._shared.memory):
             userfaultfd.register(self._built.uffd, area.start, len(area), userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
+
+    def _run(self, batch: Batch) -> Generator[None, None, Answers]:
+        """Let the leader make the calls; after the step they have been made."""
+        leader = self._executors[0]
+        leader.start(batch)
+        yield
+        return self._checked(leader.finish())
 
     def _checked(self, answers: Answers) -> Answers:
         for made, purpose, number in answers.refusals():

@@ -2,13 +2,14 @@
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import procfs
-from postcopy.kernel.calls import Call, call
-from postcopy.kernel.executor import Batch
+from postcopy.kernel.calls import NUMBERS, Call, call
+from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from postcopy.kernel.process_memory import ProcessMemory
@@ -50,11 +51,12 @@ def in_use(memory: Memory) -> list[range]:
 
 def descriptors(memory: Memory) -> int:
     """How many descriptors, from 0 on, `rebuild` opens for a while."""
-    return len(memory.files) + 1 + len(_objects(memory))
+    return len(memory.files) + 2 + len(_objects(memory))
 
 
 def rebuild(
     memory: Memory,
+    pages: SentPages,
     shared: SharedObjects,
     batch: Batch,
     present: list[procfs.MapsLine],
@@ -62,7 +64,8 @@ def rebuild(
     staging: int,
     lender: int,
 ) -> None:
-    """Add the calls that make the layout out of that of a new process.
+    """Add the calls that make the layout out of that of a new process, and that read ``pages``, which came with the
+    state, into all that can be written; see `write_pages` for the rest.
 
     ``present``: what the new process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the
     vdso and its data on their way; ``lender``: its descriptor of the directory of ours.
@@ -79,14 +82,18 @@ def rebuild(
     numbers = {each: exe + 1 + i for i, each in enumerate(_objects(memory))}
     for number, writable in numbers:
         _borrow(batch, shared, number, writable, lender)
+    content = exe + 1 + len(numbers)
+    if pages.fd >= 0:
+        batch.add(call("openat", lender, batch.text(str(pages.fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
+    sent = _Sent(PageRanges.unpack(memory.sent), pages, content)
     system_v.rebuild(memory, shared.states, batch)
     for vma in memory.vmas:
         if vma.backing == "object" and shared.states[vma.file].system_v is not None:
             _advise(batch, vma)
         elif vma.backing == "object":
-            _map(batch, vma, numbers[_object(vma)])
+            _map(batch, vma, numbers[_object(vma)], sent)
         elif vma.backing in ("anonymous", "stack", "huge", "file"):
-            _map(batch, vma, vma.file)
+            _map(batch, vma, vma.file, sent)
     _set_mm(memory, batch, exe)
     batch.add(call("close_range", 0, descriptors(memory) - 1, 0), "closing the mapped files")
     for guard in PageRanges.unpack(memory.guards):
@@ -113,17 +120,48 @@ def _borrow(batch: Batch, shared: SharedObjects, number: int, writable: bool, le
     batch.add(call("openat", lender, batch.text(path), flags), f"opening {state.kind} memory {state.name}")
 
 
+class _Sent(NamedTuple):
+    """The pages that travelled with the state, one range after the other, in the file ``fd`` of the new process."""
+
+    ranges: PageRanges
+    pages: SentPages
+    fd: int
+
+    def runs(self, vma: Vma) -> Iterator[tuple[int, range]]:
+        """Those of a mapping: at which address, and where they lie in the file."""
+        for part, ordinal in self.ranges.overlapping(vma.start, vma.end):
+            at = part.start
+            for run in self.pages.runs(ordinal, part.pages):
+                yield at, run
+                at += len(run)
+
+    def read(self, batch: Batch, vma: Vma) -> None:
+        """Add the calls that read them."""
+        for at, run in self.runs(vma):
+            batch.add(call("pread64", self.fd, at, len(run), run.start), f"reading pages to {at:#x}")
+
+
+def check_pages(batch: Batch, answers: Answers) -> None:
+    """That all pages have been read. Raises RestoreError."""
+    for made, result in zip(batch.calls, answers.results, strict=True):
+        if made.number == NUMBERS["pread64"] and result != made.arguments[2]:
+            raise RestoreError(f"reading pages to {made.arguments[1]:#x}: {result} bytes of {made.arguments[2]}")
+
+
 def write_pages(memory: Memory, pages: SentPages, target: ProcessMemory) -> None:
-    """Write the pages that travelled with the state; ``pages`` are theirs, one range after the other."""
-    place = 0
-    for sent in PageRanges.unpack(memory.sent):
-        at = sent.start
-        for run in pages.runs(place, sent.pages):
-            target.write(at, run)
-            at += len(run)
-        place += sent.pages
-    if place != pages.total:
-        raise RestoreError(f"{pages.total} pages came with the state, which names {place}")
+    """Write the pages of mappings that the process itself cannot write; ``pages`` are all that travelled with it."""
+    sent = _Sent(PageRanges.unpack(memory.sent), pages, -1)
+    if sent.ranges.total_pages != pages.total:
+        raise RestoreError(f"{pages.total} pages came with the state, which names {sent.ranges.total_pages}")
+    for vma in memory.vmas:
+        if not _is_writable_first(vma):
+            for at, run in sent.runs(vma):
+                target.write(at, pages.content[run.start : run.stop])
+
+
+def _is_writable_first(vma: Vma) -> bool:
+    """What was writable once stays accounted (and so apart from its neighbours) when it is made read-only."""
+    return bool(vma.prot & _PROT_WRITE) or ("ac" in vma.flags and not vma.shared)
 
 
 def lazy_parts(memory: Memory, shared: SharedObjects) -> list[Part]:
@@ -175,36 +213,45 @@ def _move_kernel_mappings(memory: Memory, batch: Batch, present: list[procfs.Map
         batch.add(call("munmap", line.start, line.end - line.start), f"removing {name}")
 
 
-def _map(batch: Batch, vma: Vma, fd: int) -> None:
+def _map(batch: Batch, vma: Vma, fd: int, sent: _Sent) -> None:
     size = vma.end - vma.start
     flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
     flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
     flags |= _MAP_ANONYMOUS if fd < 0 else 0
     flags |= _MAP_HUGETLB | vma.huge_shift << _MAP_HUGE_SHIFT if vma.huge_shift else 0
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
-    where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
-    # What was writable once stays accounted (and so apart from its neighbours) when it is made read-only.
-    prot = vma.prot | _PROT_WRITE if "ac" in vma.flags and not vma.shared else vma.prot
-    batch.add(call("mmap", vma.start, size, prot, flags, fd, vma.offset), f"mapping {where}")
+    prot = vma.prot | _PROT_WRITE if _is_writable_first(vma) else vma.prot
+    batch.add(call("mmap", vma.start, size, prot, flags, fd, vma.offset), _On("mapping", vma))
+    if prot & _PROT_WRITE:
+        sent.read(batch, vma)
     if prot != vma.prot:
-        batch.add(call("mprotect", vma.start, size, vma.prot), f"protecting {where}")
+        batch.add(call("mprotect", vma.start, size, vma.prot), _On("protecting", vma))
     _advise(batch, vma)
 
 
 def _advise(batch: Batch, vma: Vma) -> None:
     """Add the calls for what madvise(2), mlock(2) and prctl(2) have set of a mapping."""
     size = vma.end - vma.start
-    where = f"{vma.start:#x}-{vma.end:#x} {vma.name}".rstrip()
     for flag in vma.flags:
         if flag in _ADVICE:
-            batch.add(call("madvise", vma.start, size, _ADVICE[flag]), f"advising ({flag}) on {where}")
+            batch.add(call("madvise", vma.start, size, _ADVICE[flag]), _On(f"advising ({flag}) on", vma))
     if "lo" in vma.flags:
         # Locked as it fills: a plain mlock would wait for every page of it now.
-        batch.add(call("mlock2", vma.start, size, _MLOCK_ONFAULT), f"locking {where}")
+        batch.add(call("mlock2", vma.start, size, _MLOCK_ONFAULT), _On("locking", vma))
     if vma.name.startswith("[anon:"):
         # Without a purpose: kernels without CONFIG_ANON_VMA_NAME refuse, and only the name is lost.
         name = batch.text(vma.name[len("[anon:") : -1])
         batch.add(call("prctl", PR_SET_VMA, PR_SET_VMA_ANON_NAME, vma.start, size, name))
+
+
+class _On(NamedTuple):
+    """What is done to a mapping, to be put into words when it is refused."""
+
+    doing: str
+    vma: Vma
+
+    def __str__(self) -> str:
+        return f"{self.doing} {self.vma.start:#x}-{self.vma.end:#x} {self.vma.name}".rstrip()
 
 
 def _set_mm(memory: Memory, batch: Batch, exe: int) -> None:

@@ -215,8 +215,8 @@ class _Takeover:
             _warm_up()
             with deadline(self._options.timeout, "waiting for the state of the process"):
                 tree = self._channels.control.expect(Kind.STATE, Tree)
+                soundness.check(tree, self._manifest)
                 pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
-            soundness.check(tree, self._manifest)
         self._reporter.event("received", boot_bytes=len(pages.content))
         self._stopped_at = tree.clocks
         streams = [each.stream for each in tree.descriptors.descriptions if each.stream]
@@ -233,6 +233,7 @@ class _Takeover:
             self._network = Network(tree, self._options.network_lock)
             self._network.prepare(self._leftovers)
             self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
+            pages.close()
             self._network.complete(self._pidfds())
             self._boot_bytes = len(pages.content)
             self._hand_over(self._built)

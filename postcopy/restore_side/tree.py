@@ -1,8 +1,10 @@
 """Build a whole tree, stopped, out of its state: first its processes are born, then one after the other is built."""
 
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import ptrace
@@ -91,14 +93,29 @@ def build_tree(
         raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
     of_processes = sum(counts[: len(tree.processes)])
     memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
-    buildings = []
-    place = 0
-    for process, count in zip(tree.processes, counts, strict=False):
-        buildings.append(Building(process, newborns[process.pid], shared, parent_stays))
-        buildings[-1].begin(pages.part(place, count))
-        place += count
+    buildings = [Building(process, newborns[process.pid], shared, parent_stays) for process in tree.processes]
+    places = accumulate(counts, initial=0)
+    parts = [pages.part(place, count) for place, count in zip(places, counts[: len(buildings)], strict=False)]
+    begun = [
+        (process, building.begin(part))
+        for process, building, part in zip(tree.processes, buildings, parts, strict=True)
+    ]
+    _by_turns(begin for process, begin in begun if not process.table_of)
+    # Those that share a table clear it: one after the other, once its owner has begun.
+    for begin in (begin for process, begin in begun if process.table_of):
+        _by_turns([begin])
     for building in buildings:
         building.open()
     for building in buildings:
         building.send()
-    return BuiltTree([building.finish() for building in buildings], memory)
+    _by_turns(building.finish() for building in buildings)
+    return BuiltTree([building.built for building in buildings], memory)
+
+
+def _by_turns(works: Iterable[Iterator[None]]) -> None:
+    """A step of one after that of another: while a process makes its calls, the next ones are given theirs."""
+    waiting = deque(works)
+    while waiting:
+        work = waiting.popleft()
+        if next(work, work) is None:
+            waiting.append(work)
