@@ -440,12 +440,16 @@ def test_both_sides_are_told_when_somebody_ends_the_frozen_program(scene: Scene,
 
 
 def of_role(host: Host, name: str) -> int:
-    """The PID of a process of ours."""
-    for pid in host.pids():
-        with contextlib.suppress(OSError):
-            if (host.proc / str(pid) / "comm").read_text().strip() == name[:15]:
-                return pid
-    raise AssertionError(f"no {name} on {host.name}")
+    """The PID of a process of ours, as soon as it has its name."""
+
+    def found() -> int:
+        for pid in host.pids():
+            with contextlib.suppress(OSError):
+                if (host.proc / str(pid) / "comm").read_text().strip() == name[:15]:
+                    return pid
+        return 0
+
+    return host.wait_until(found, SECONDS, f"a process called {name} is there")
 
 
 def resumed(scene: Scene, *options: str) -> tuple[Watched, Side, Side]:

@@ -151,10 +151,17 @@ class FaultHandler:
         gc.disable()
         # A thread that waits for a page waits for this process.
         scheduling(nice=-10)
-        signal.signal(GIVE_UP, _give_up)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         try:
+            self._run()
+        except Lost as error:
+            # It was told to give up, perhaps when something else was lost already.
+            self._wait_for_death(str(error))
+
+    def _run(self) -> None:
+        try:
+            signal.signal(GIVE_UP, _give_up)
             self._adopt_objects()
             self._serve()
             self._finish()
