@@ -191,7 +191,7 @@ _PLAIN_BACKINGS = frozenset({"anonymous"}) | _INDEXED_BACKINGS
 def check(tree: Tree, manifest: Manifest) -> None:
     """Raises ProtocolError with the field, its value and what is wrong with it."""
     for name, value in (("manifest", manifest), ("state", tree)):
-        for problem in _walk(value):
+        if problem := _walk(value):
             raise ProtocolError(f"{name}.{problem}")
     if manifest.pid not in [process.pid for process in tree.processes]:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
@@ -204,7 +204,7 @@ def check(tree: Tree, manifest: Manifest) -> None:
 
 def check_message(name: str, message: Any) -> None:
     """The same of a single message, a dataclass, before anything of it is used. Raises ProtocolError."""
-    for problem in _walk(message):
+    if problem := _walk(message):
         raise ProtocolError(f"{name}.{problem}")
 
 
@@ -218,21 +218,22 @@ def prepare() -> None:
         ]
 
 
-def _walk(value: Any) -> Iterator[str]:
-    """The problems of a dataclass and of all that are in it, each with its path."""
+def _walk(value: Any) -> str:
+    """The first problem of a dataclass and of all that are in it, with its path; empty where there is none."""
     kind: type = type(value)
     rules = _rules(kind)
     for rule in rules.own:
-        yield from rule(value)
+        for problem in rule(value):
+            return problem
     for name in rules.inner:
         inner = getattr(value, name)
         if isinstance(inner, list):
             for number, each in enumerate(inner):
-                for problem in _walk(each):
-                    yield f"{name}[{number}].{problem}"
-        elif inner is not None:
-            for problem in _walk(inner):
-                yield f"{name}.{problem}"
+                if problem := _walk(each):
+                    return f"{name}[{number}].{problem}"
+        elif inner is not None and (problem := _walk(inner)):
+            return f"{name}.{problem}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,16 @@ class _Rules:
 
 @functools.cache
 def _rules(kind: type) -> _Rules:
-    hints = _hints(kind)
-    tables = (_NUMBERS, _LENGTHS, _ITEM_LENGTHS, _ITEM_NUMBERS, _CHOICES, _PATHS)
-    # What is said of a Vma, `_vma` asks by itself.
-    named = any(kind in table for table in tables) and kind is not Vma
-    own: list[Callable[[Any], Iterable[str]]] = [functools.partial(_of_fields, kind)] if named else []
+    own: list[Callable[[Any], Iterable[str]]]
+    own = [functools.partial(rule, table[kind]) for rule, table in _TABLES if kind in table]
     own += [_CHECKS[kind]] if kind in _CHECKS else []
-    return _Rules(tuple(own), tuple(name for name, hint in hints.items() if any(_dataclasses(hint))))
+    fields = (name for name, hint in _hints(kind).items() if any(_is_looked_at(each) for each in _dataclasses(hint)))
+    return _Rules(tuple(own), tuple(fields))
+
+
+def _is_looked_at(kind: Any) -> bool:
+    rules = _rules(kind)
+    return bool(rules.own or rules.inner)
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -268,41 +272,65 @@ def _dataclasses(hint: Any) -> Iterator[type]:
         yield from _dataclasses(each)
 
 
-def _of_fields(kind: type, value: Any) -> list[str]:
-    """What the tables find of one dataclass."""
-    found = []
-    for name, allowed in _NUMBERS.get(kind, _EMPTY).items():
+def _numbers(table: Mapping[str, range], value: Any) -> Iterable[str]:
+    for name, allowed in table.items():
         if (number := getattr(value, name)) not in allowed:
-            found.append(f"{name}: {number} is not within {_text(allowed)}")
-    for name, allowed in _LENGTHS.get(kind, _EMPTY).items():
+            return (f"{name}: {number} is not within {_text(allowed)}",)
+    return ()
+
+
+def _lengths(table: Mapping[str, range], value: Any) -> Iterable[str]:
+    for name, allowed in table.items():
         if (length := len(getattr(value, name))) not in allowed:
-            found.append(f"{name}: a length of {length} is not within {_text(allowed)}")
-    for name, wanted in _ITEM_LENGTHS.get(kind, _EMPTY).items():
+            return (f"{name}: a length of {length} is not within {_text(allowed)}",)
+    return ()
+
+
+def _item_lengths(table: Mapping[str, int], value: Any) -> Iterable[str]:
+    for name, wanted in table.items():
         for at, item in enumerate(getattr(value, name)):
             if len(item) != wanted:
-                found.append(f"{name}[{at}]: {len(item)} bytes; it must have {wanted}")
-    for name, allowed in _ITEM_NUMBERS.get(kind, _EMPTY).items():
+                return (f"{name}[{at}]: {len(item)} bytes; it must have {wanted}",)
+    return ()
+
+
+def _item_numbers(table: Mapping[str, range], value: Any) -> Iterable[str]:
+    for name, allowed in table.items():
         for at, number in enumerate(getattr(value, name)):
             if number not in allowed:
-                found.append(f"{name}[{at}]: {number} is not within {_text(allowed)}")
-    for name, choices in _CHOICES.get(kind, _EMPTY).items():
+                return (f"{name}[{at}]: {number} is not within {_text(allowed)}",)
+    return ()
+
+
+def _choices(table: Mapping[str, frozenset[str]], value: Any) -> Iterable[str]:
+    for name, choices in table.items():
         if (choice := getattr(value, name)) not in choices:
-            found.append(f"{name}: {choice[:80]!r} is none of {', '.join(sorted(choices))}")
-    for name in _PATHS.get(kind, ()):
-        found += _path(name, getattr(value, name))
-    return found
+            return (f"{name}: {choice[:80]!r} is none of {', '.join(sorted(choices))}",)
+    return ()
 
 
-_EMPTY: Mapping[str, Any] = {}
+def _paths(table: Iterable[str], value: Any) -> Iterable[str]:
+    return [problem for name in table for problem in _path(name, getattr(value, name))]
+
+
+_TABLES: tuple[tuple[Callable[[Any, Any], Iterable[str]], Mapping[type, Any]], ...] = (
+    (_numbers, _NUMBERS),
+    (_lengths, _LENGTHS),
+    (_item_lengths, _ITEM_LENGTHS),
+    (_item_numbers, _ITEM_NUMBERS),
+    (_choices, _CHOICES),
+    (_paths, _PATHS),
+)
 
 
 def _text(allowed: range) -> str:
     return f"{allowed.start} to {allowed.stop - 1}"
 
 
-def _path(name: str, path: str) -> Iterator[str]:
-    if not path.startswith("/") or "\0" in path or len(path) >= _PATH_MAX:
-        yield f"{name}: {path[:80]!r} is not an absolute path of less than {_PATH_MAX} characters"
+def _path(name: str, path: str) -> Iterable[str]:
+    if path.startswith("/") and "\0" not in path and len(path) < _PATH_MAX:
+        return ()
+    return (f"{name}: {path[:80]!r} is not an absolute path of less than {_PATH_MAX} characters",)
 
 
 def _repeated(values: Iterable[int]) -> Iterator[int]:
@@ -394,13 +422,9 @@ def _process(process: Process) -> Iterator[str]:
 
 def _vma(vma: Vma) -> Iterable[str]:
     # There are thousands of them, and nearly all pass.
-    sound = 0 <= vma.start < vma.end and not (vma.start | vma.end | vma.offset) % PAGE_SIZE and vma.offset in _INT64
+    sound = vma.start < vma.end and not (vma.start | vma.end | vma.offset) % PAGE_SIZE and not vma.huge_shift
     plain = vma.backing in _PLAIN_BACKINGS and (vma.file == -1 or vma.backing in _INDEXED_BACKINGS)
-    plain = plain and not vma.huge_shift
-    short = len(vma.name) in _VMA_NAME and len(vma.flags) in _VMA_FLAGS
-    if sound and plain and short and all(len(flag) == 2 for flag in vma.flags):
-        return ()
-    return [*_of_fields(Vma, vma), *_wrong_with(vma)]
+    return () if sound and plain and all(len(flag) == 2 for flag in vma.flags) else _wrong_with(vma)
 
 
 def _wrong_with(vma: Vma) -> Iterator[str]:

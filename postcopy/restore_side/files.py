@@ -1,5 +1,6 @@
 """Regular files, directories, O_PATH descriptors and simple devices: opened again by path."""
 
+import os
 from typing import TYPE_CHECKING
 
 from postcopy.kernel.calls import call
@@ -17,7 +18,10 @@ def rebuild(plan: "Plan", slot: Slot, file: OpenFile) -> None:
     """Add the calls that open ``file`` at ``slot``."""
     purpose = f"opening {file.path} (descriptor {slot.fd})"
     opened = plan.next_fd()
-    plan.batch.add(call("openat", _AT_FDCWD, plan.batch.text(file.path), file.flags), purpose)
+    at_once = opened == slot.fd
+    flags = file.flags | os.O_CLOEXEC if at_once and slot.close_on_exec else file.flags
+    plan.batch.add(call("openat", _AT_FDCWD, plan.batch.text(file.path), flags), purpose)
     if file.kind in _WITH_POSITION and file.position:
         plan.batch.add(call("lseek", opened, file.position, _SEEK_SET), f"seeking in {file.path}")
-    plan.settle(opened, slot.fd, slot.close_on_exec, purpose)
+    if not at_once:
+        plan.settle(opened, slot.fd, slot.close_on_exec, purpose)
