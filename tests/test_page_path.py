@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,6 +269,33 @@ def test_parent_and_children_each_get_every_page(background: Background) -> None
         finish(path)
         forked = [message for message in path.messages if message["event"] == "forked"]
         assert len(forked) == path.forks
+
+
+@pytest.mark.parametrize("background", MODES, ids=lambda mode: mode.mode)
+def test_a_child_has_what_another_thread_had_moved_and_not_told_yet(background: Background) -> None:
+    old = BASE + SIZE - MIB
+
+    def program() -> None:
+        with pytest.raises(OSError):
+            # The hole behind it is an error, found when the mapping is locked already and nothing populated.
+            syscall("mlock", SYS_MLOCK, old, 2 * MIB)
+        moving = threading.Thread(target=_grow_elsewhere, args=[old])
+        moving.start()
+        while f"{ELSEWHERE:x}-" not in Path("/proc/self/maps").read_text():
+            pass
+        # The thread waits for pages to be populated, which come only after a while, and tells of the move after that.
+        pid = _in_child(lambda: expect(ELSEWHERE, MIB // PAGE_SIZE, old))
+        moving.join()
+        expect(ELSEWHERE, MIB // PAGE_SIZE, old)
+        assert os.waitpid(pid, 0)[1] == 0
+        expect(BASE, (SIZE - MIB) // PAGE_SIZE, BASE)
+
+    run(program, background)
+
+
+def _grow_elsewhere(old: int) -> None:
+    arguments = old, MIB, MIB + 2 * PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, ELSEWHERE
+    ctypes.CDLL(None).syscall(*(ctypes.c_long(each) for each in (SYS_MREMAP, *arguments)))
 
 
 def test_threads_that_move_memory_about_see_only_their_own_pages() -> None:

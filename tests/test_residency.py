@@ -1,6 +1,7 @@
 """Residency against a dictionary that says of each current page which source page it is, and in what state."""
 
 import itertools
+from collections.abc import Collection
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,9 +151,27 @@ class Kernel:
         self.due: list[list[tuple[str, int, int, int]]] = [[] for _ in range(THREADS)]
         # Where something is that came while the event of an unmapping was due.
         self.spared: set[int] = set()
+        # The layout of a child, from its fork to the next proof that no event is due; and what is to be told of it.
+        self.birth: dict[int, int | None] | None = None
+        self.child: AddressSpace | None = None
+        self.later: list[tuple[int, int, int]] = []
+        # What nobody tells of.
+        self.grown: set[int] = set()
+        # Whether something was moved onto registered memory and what it left is registered too: of this a child's
+        # userfaultfd does not tell. And what such moves have left.
+        self.covered = False
+        self.behind: set[int] = set()
+        # Where something has come to by a move.
+        self.come: set[int] = set()
+
+    @property
+    def forking(self) -> bool:
+        """Whether a fork is to be told. What is unmapped after it and told before it cannot be kept apart."""
+        return self.birth is not None and self.child is None
 
     def unmap(self, thread: int, start: int, pages: int) -> None:
-        if self.can_act(thread, start, pages) and any(place in self.pages for place in range(start, start + pages)):
+        there = any(place in self.pages for place in range(start, start + pages))
+        if there and not self.forking and self.can_act(thread, start, pages):
             self.take(start, pages)
             self.due[thread].append(("unmap", start, start + pages, 0))
 
@@ -162,6 +181,18 @@ class Kernel:
             return
         if not self.can_act(thread, old, pages) or not self.can_act(thread, new, pages):
             return
+        # What the kernel does not tell of: pages of a mapping that has grown there, moved without the rest of it; or
+        # memory that is left behind empty, put together of what was moved next to each other.
+        span = set(range(old, old + pages))
+        if span <= self.grown or (keep and span & self.come and span - self.come):
+            return
+        onto = set(range(new, new + pages))
+        if self.forking and onto & (self.pages.keys() | self.left.keys()):
+            return
+        over = not onto.isdisjoint(self.pages)
+        self.covered |= (keep and over) or not onto.isdisjoint(self.behind)
+        self.behind |= span if over else set()
+        self.come = (self.come - span) | onto
         if self.take(new, pages):
             self.due[thread].append(("unmap", new, new + pages, 0))
         for place, content in self.take(old, pages).items():
@@ -171,6 +202,23 @@ class Kernel:
         self.due[thread].append(("remap", old, new, pages))
         if not keep:
             self.due[thread].append(("unmap", old, old + pages, 0))
+
+    def grow(self, thread: int, start: int, pages: int) -> None:
+        """A mapping grows where it is (mremap(2), a stack): no event, and no thread waits."""
+        ends = (each for each in range(start, start + 12) if each - 1 in self.pages and each not in self.pages)
+        place = next(ends, 0)
+        if place and self.can_act(thread, place, pages):
+            grown = set(itertools.takewhile(lambda each: each not in self.pages, range(place, place + pages)))
+            # What has left and is to be told would seem to be there.
+            self.covered |= any(self.due) and not grown.isdisjoint(self.left)
+            self.pages |= dict.fromkeys(grown)
+            self.grown |= grown
+
+    def fork(self, thread: int) -> None:
+        """One fork at a time, and none when the child's userfaultfd would not tell what was moved before."""
+        if not self.due[thread] and self.birth is None and not self.covered:
+            self.birth = dict(self.pages)
+            self.due[thread].append(("fork", 0, 0, 0))
 
     def take(self, start: int, pages: int) -> dict[int, int | None]:
         taken = {place: self.pages.pop(place) for place in range(start, start + pages) if place in self.pages}
@@ -192,25 +240,52 @@ class Kernel:
         return not self.due[thread] and busy.isdisjoint(touched)
 
     def deliver(self, thread: int, space: AddressSpace) -> None:
+        """The next event of a thread.
+
+        That something has left where a mapping had grown is told before a move into there is over: what the kernel
+        does not tell of cannot be kept apart for longer.
+        """
+        if self.due[thread] and self.due[thread][0][0] == "unmap":
+            thread = next((each for each, due in enumerate(self.due) if due and self.leaves_growth(*due[0])), thread)
         if self.due[thread]:
             event, first, second, pages = self.due[thread].pop(0)
+            if event == "fork":
+                self.child = space.fork()
+                return
+            if self.child is not None:
+                self.later.append((first * PAGE_SIZE, second * PAGE_SIZE, pages * PAGE_SIZE))
             if event == "unmap":
                 space.unmap(first * PAGE_SIZE, second * PAGE_SIZE)
                 self.spared |= {place for place in range(first, second) if place in self.pages}
             else:
                 space.remap(first * PAGE_SIZE, second * PAGE_SIZE, pages * PAGE_SIZE)
 
+    def leaves_growth(self, event: str, first: int, second: int, pages: int) -> bool:
+        return not self.grown.isdisjoint(range(first, second if event == "unmap" else first + pages))
+
     def settle(self, space: AddressSpace) -> None:
+        if self.birth is not None and self.child is not None:
+            born, child = Kernel(set(), set()), self.child
+            born.pages, self.birth, self.child = self.birth, None, None
+            child.born(self.later, lambda address: address // PAGE_SIZE in born.pages)
+            self.later.clear()
+            born.settle(child)
+            # What lies where nothing is registered does no harm: a fill says so, and drops it.
+            born.check(child, born.pages.keys())
+        if not any(self.due):
+            self.covered = False
+            self.behind.clear()
         space.settle((start, end) for start, end in space.doubtful if start // PAGE_SIZE not in self.pages)
 
-    def check(self, space: AddressSpace) -> None:
+    def check(self, space: AddressSpace, places: Collection[int] = range(2 * PLACES)) -> None:
         """With no event due, every page is where it is, and there is none but these."""
         at = {content: place for place, content in self.pages.items() if content is not None}
         seen = {}
         for run in space.missing_runs(0, PLACES):
             for number in range(run.pages):
                 place = space.source_address(run.ordinal + number) // PAGE_SIZE
-                seen[place] = run.address // PAGE_SIZE + number
+                if run.address // PAGE_SIZE + number in places:
+                    seen[place] = run.address // PAGE_SIZE + number
         assert at.items() <= seen.items()
         assert seen.keys() == at.keys()
 
@@ -223,8 +298,10 @@ changes = st.lists(
     st.one_of(
         st.tuples(st.just("deliver"), thread),
         st.tuples(st.just("unmap"), thread, spot, few),
+        st.tuples(st.just("grow"), thread, spot, few),
         st.tuples(st.just("move"), thread, spot, spot, few, st.booleans()),
         st.tuples(st.just("settle")),
+        st.tuples(st.just("fork"), thread),
     ),
     max_size=40,
 )
@@ -299,7 +376,8 @@ def test_an_unmap_event_of_memory_without_pages_that_is_overtaken_by_a_move_ther
     space.remap(16 * PAGE_SIZE, PAGE_SIZE, 2 * PAGE_SIZE)
     space.unmap(0, 4 * PAGE_SIZE)
     assert [(run.address // PAGE_SIZE, run.pages) for run in space.missing_runs(16 * PAGE_SIZE, 2)] == [(1, 2)]
-    # The next one is younger.
+    # The next one, when the move is over, is younger.
+    space.unmap(16 * PAGE_SIZE, 18 * PAGE_SIZE)
     space.unmap(PAGE_SIZE, 3 * PAGE_SIZE)
     assert space.absent_pages == 0
 
@@ -352,3 +430,24 @@ def test_thousands_of_fragments_stay_correct() -> None:
         assert space.lookup(2 * at * PAGE_SIZE) == -1
     assert sum(1 for _ in space.missing_runs(0, 2 * count)) == 2 * count
     assert space.absent_pages == 2 * count
+
+
+def test_what_is_unmapped_where_a_mapping_had_grown_spares_what_came_there() -> None:
+    space = AddressSpace(1, pages_of((0, 4), (16, 18)))
+    space.remap(16 * PAGE_SIZE, 4 * PAGE_SIZE, 2 * PAGE_SIZE)
+    space.unmap(4 * PAGE_SIZE, 6 * PAGE_SIZE)
+    assert space.doubtful == [(4 * PAGE_SIZE, 6 * PAGE_SIZE)]
+    space.settle()
+    assert [(run.address // PAGE_SIZE, run.pages) for run in space.missing_runs(16 * PAGE_SIZE, 2)] == [(4, 2)]
+
+
+def test_a_mapping_that_has_grown_and_moves_does_not_take_what_came_where_it_had_grown() -> None:
+    space = AddressSpace(1, pages_of((0, 4), (16, 18)))
+    space.remap(16 * PAGE_SIZE, 4 * PAGE_SIZE, 2 * PAGE_SIZE)
+    space.remap(0, 32 * PAGE_SIZE, 6 * PAGE_SIZE)
+    stays, goes = space.fork(), space.fork()
+    stays.settle()
+    goes.settle(goes.doubtful)
+    for each, place in (stays, 4), (goes, 36):
+        found = [(run.address // PAGE_SIZE, run.pages) for run in each.missing_runs(0, 32)]
+        assert found == [(32, 4), (place, 2)]

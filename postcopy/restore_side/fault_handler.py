@@ -247,7 +247,7 @@ class FaultHandler:
                 elif fd in self._exit_watch:
                     epoll.unregister(fd)
                     self._filling.probe()
-            if self._put_off or self._put_off_faults or self._bulk_stalled:
+            if self._waits_for_event:
                 self._retry()
             if self._slots_filled and not ready and not self._bulk_stalled:
                 self._fill_piece()
@@ -260,11 +260,15 @@ class FaultHandler:
                 unplaced, self._unplaced = self._unplaced, set()
                 self._put_off_faults |= dict.fromkeys(unplaced, now)
 
+    @property
+    def _waits_for_event(self) -> bool:
+        return bool(self._put_off or self._put_off_faults or self._bulk_stalled or self._filling.newborns)
+
     def _patience(self) -> float:
         """How long the main loop may sleep, in seconds."""
         if self._slots_filled and not self._bulk_stalled:
             return 0
-        if self._put_off or self._put_off_faults or self._bulk_stalled:
+        if self._waits_for_event:
             return 0 if self._retries < _HOT_RETRIES and not self._filling.waits_for_memory else 0.001
         return _TICK_NS / 1e9
 
@@ -276,10 +280,14 @@ class FaultHandler:
     # Faults and layout changes
 
     def _read_messages(self, mm: Mm) -> None:
-        """Apply what is queued, events first: once they are read, nothing keeps us from filling by an old layout."""
+        """Apply what is queued."""
+        self._apply(mm, uffdio.read_messages(mm.uffd))
+
+    def _apply(self, mm: Mm, messages: Sequence[uffdio.Message]) -> None:
+        """Events first: once they are read, nothing keeps us from filling by an old layout."""
         now = monotonic_ns()
         faults = []
-        for message in uffdio.read_messages(mm.uffd):
+        for message in messages:
             if type(message) is uffdio.PageFault:
                 faults.append(message.address)
             else:
@@ -366,6 +374,7 @@ class FaultHandler:
                 # Shared memory that is mapped once more: nothing has moved, and nobody has waited there yet.
                 if length:
                     mm.residency.remap(old, new, length)
+                    self._filling.moved(mm, old, new, length)
                     uffdio.wake(mm.uffd, old, length)
                     uffdio.wake(mm.uffd, new, length)
             case uffdio.Remove(start, end):
@@ -377,6 +386,7 @@ class FaultHandler:
                 if mm.parts is not None:
                     mm.parts.unmap(start, end)
                 mm.residency.unmap(start, end)
+                self._filling.moved(mm, start, end)
                 uffdio.wake(mm.uffd, start, end - start)
         self._filling.event_read(mm)
         if not mm.residency.absent_pages:
@@ -384,10 +394,17 @@ class FaultHandler:
 
     def _fork(self, mm: Mm, uffd: int) -> None:
         os.set_blocking(uffd, False)
-        self._filling.adopt(uffd, mm.residency.fork(), mm.parts.fork() if mm.parts is not None else None)
-        assert self._epoll is not None
-        self._epoll.register(uffd, select.EPOLLIN)
+        self._filling.adopt_child(uffd, mm)
         self._report({"event": "forked", "uffd": uffd}, uffd)
+
+    def _bear(self) -> None:
+        """Listen to those children of which it is certain by now what they were born with."""
+        assert self._epoll is not None
+        for child in tuple(self._filling.newborns):
+            if self._filling.born(child):
+                self._epoll.register(child.uffd, select.EPOLLIN)
+                early, child.early = child.early, []
+                self._apply(child, early)
 
     # Filling
 
@@ -470,6 +487,8 @@ class FaultHandler:
     def _retry(self) -> None:
         """Try again what was put off; the events that it waited for may have been read."""
         self._retries += 1
+        if self._filling.newborns:
+            self._bear()
         faults, self._put_off_faults = self._put_off_faults, {}
         for (mm, address), since in faults.items():
             if not mm.gone:
@@ -481,7 +500,7 @@ class FaultHandler:
                 self._put_off.append(answer)
         if self._bulk_stalled:
             self._fill_piece()
-        if not self._put_off and not self._put_off_faults and not self._bulk_stalled:
+        if not self._waits_for_event:
             self._filling.nothing_put_off()
 
     # Asking
@@ -522,7 +541,7 @@ class FaultHandler:
             self._filling.probe()
             self._last_probe = now
         for mm in tuple(self._filling.mms.values()):
-            if mm.residency.unsettled:
+            if mm.residency.unsettled and mm.parent is None:
                 self._filling.settled(mm)
         idle = now - self._last_fault >= self._background.idle_delay * 1e9
         if self._background.mode == "idle" and not self._background_on and idle:

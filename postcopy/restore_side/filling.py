@@ -54,6 +54,11 @@ class Mm:
     # In a stall: when to look next for a thread that populates, and whether one was found.
     look_at: int = 0
     populating: bool = False
+    # Whose child it is, until it is certain with which layout it was born; see `Filling.born`.
+    parent: "Mm | None" = None
+    # The parent's layout changes since the fork was told, and what the child itself has told meanwhile.
+    later: list[tuple[int, int, int]] = field(default_factory=list)
+    early: list[uffdio.Message] = field(default_factory=list)
     # Pages that were taken out of the userfaultfd's hands, to be given back with the next event.
     unregistered: list[int] = field(default_factory=list)
 
@@ -77,18 +82,62 @@ class Filling:
         self.objects: dict[int, SharedObject] = {}
         # Those that lack pages.
         self.incomplete: set[Mm | SharedObject] = set()
+        self.newborns: list[Mm] = []
         self.filled = dict.fromkeys(Cause, 0)
         self.waits_for_memory = False
         self._forgotten = forgotten
         self._families: dict[int, list[Mm]] = {}
         self._out_of_memory_since = 0
 
-    def adopt(self, uffd: int, residency: AddressSpace, parts: Parts | None = None) -> None:
+    def adopt(self, uffd: int, residency: AddressSpace, parts: Parts | None = None) -> Mm:
         """One more address space."""
         mm = self.mms[uffd] = Mm(uffd, residency, parts)
         self._families.setdefault(residency.source, []).append(mm)
         if residency.absent_pages:
             self.incomplete.add(mm)
+        return mm
+
+    def adopt_child(self, uffd: int, parent: Mm) -> None:
+        """One that has been forked; nothing is filled there, nor are its messages read, before it is `born`."""
+        residency = parent.residency
+        child = self.adopt(uffd, residency.fork(), parent.parts.fork() if parent.parts is not None else None)
+        child.parent = parent
+        child.stalled_since = monotonic_ns()
+        self.newborns.append(child)
+
+    def moved(self, mm: Mm, first: int, second: int, length: int = 0) -> None:
+        """A layout change of ``mm`` has been read, as `AddressSpace.born` takes them."""
+        for child in self.newborns:
+            if child.parent is mm:
+                child.later.append((first, second, length))
+
+    def born(self, child: Mm) -> bool:
+        """Whether it is certain which of the parent's layout changes the child was born with.
+
+        A thread of the parent may have changed the layout before another one forked, and tell of it later, or the other
+        way round. So nothing older may be due in the parent; then the child is asked what it has.
+        """
+        parent = child.parent
+        if parent is None or not (parent.gone or self.settled(parent)):
+            return False
+        residency = child.residency
+        if child.later or residency.unsettled:
+            residency = residency.fork()
+            try:
+                residency.born(child.later, lambda address: _was_registered(child, address))
+                residency.settle(place for place in residency.doubtful if not _was_registered(child, place[0]))
+            except BlockingIOError:
+                # It lives on meanwhile, and changes its layout.
+                child.early += uffdio.read_messages(child.uffd)
+                return False
+            child.residency = residency
+        child.parent = None
+        child.later.clear()
+        child.end_stall()
+        if not residency.absent_pages:
+            self.incomplete.discard(child)
+        self.newborns.remove(child)
+        return True
 
     def adopt_object(self, shared: SharedObject) -> None:
         """Shared memory, which lacks pages."""
@@ -123,7 +172,7 @@ class Filling:
     def probe(self) -> None:
         """Forget the address spaces that are gone."""
         for mm in tuple(self.mms.values()):
-            if not uffdio.mm_exists(mm.uffd):
+            if mm.parent is None and not uffdio.mm_exists(mm.uffd):
                 self.forget(mm)
 
     def event_read(self, mm: Mm) -> None:
@@ -151,7 +200,7 @@ class Filling:
             residency = mm.residency
             if not residency.absent_pages:
                 continue
-            if residency.unsettled and not self.settled(mm):
+            if mm.parent is not None or (residency.unsettled and not self.settled(mm)):
                 complete = False
                 continue
             for run in residency.missing_runs(address, pages):
@@ -357,3 +406,18 @@ class Filling:
         """Everything that was put off has been done: whatever it waited for, it is there."""
         self.waits_for_memory = False
         self._out_of_memory_since = 0
+
+
+def _was_registered(child: Mm, address: int) -> bool:
+    """Whether it was when the child was born; EAGAIN: its layout is changing."""
+    for message in child.early:
+        match message:
+            case uffdio.Remap(old, new, length):
+                if old <= address < old + length:
+                    return True
+                if new <= address < new + length:
+                    return False
+            case uffdio.Unmap(start, end):
+                if start <= address < end:
+                    return True
+    return uffdio.registered(child.uffd, address)

@@ -8,10 +8,10 @@ bytes, and a page that is on its way is recognised wherever it has been moved to
 import re
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from postcopy.kernel.page import PAGE_SHIFT
+from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 
 ABSENT, REQUESTED, PRESENT, REMOVED = range(4)
@@ -58,6 +58,10 @@ class _Places:
         found = zip(self._starts[low:high], self._ends[low:high], strict=True)
         return [(max(first, start), min(last, end)) for first, last in found]
 
+    def has(self, address: int) -> bool:
+        """Whether ``address`` is in the set."""
+        return bool(self.within(address, address + 1))
+
     def _span(self, start: int, end: int) -> tuple[int, int]:
         return bisect_right(self._ends, start), bisect_left(self._starts, end)
 
@@ -102,13 +106,17 @@ class AddressSpace:
         self._by_ordinal_start = self._starts[:]
         # What is registered, as far as it is told: that a mapping has grown where it is, nobody tells.
         self._registered = _Places((each.start, each.end) for each in (lazy if registered is None else registered))
-        # Ranges that mremap has emptied and whose unmap event is still to come, oldest first.
-        self._vacated: list[tuple[int, int]] = []
+        # Ranges that mremap has emptied and whose unmap event is still to come, oldest first; where they have gone.
+        self._vacated: dict[tuple[int, int], int] = {}
         # Where pages were moved to before it was told that what had been there has left; its pages are in the shadow.
         self._overtaken = _Places()
         # What has come by moves since the last proof that nothing is due, and what of it may have been unmapped again.
         self._arrived = _Places()
         self._doubtful = _Places()
+        # Doubtful places, and where else their pages may have gone by the move that spared them.
+        self._elsewhere: list[tuple[int, int, int]] = []
+        # Moves since the last proof that nothing is due.
+        self._moves: list[tuple[int, int, int]] = []
         # Whether an event may be due that is older than one that has been applied; see `settle`.
         self.unsettled = False
 
@@ -126,13 +134,43 @@ class AddressSpace:
         child._by_ordinal_pages = self._by_ordinal_pages[:]
         child._by_ordinal_start = self._by_ordinal_start[:]
         child._registered = self._registered.copy()
-        child._vacated = []
-        child._overtaken = _Places()
-        child._arrived = _Places()
+        child._vacated = self._vacated.copy()
+        child._overtaken = self._overtaken.copy()
+        child._arrived = self._arrived.copy()
         child._doubtful = self._doubtful.copy()
-        child.unsettled = bool(child.doubtful)
-        child._leave_the_shadow()
+        child._elsewhere = self._elsewhere[:]
+        child._moves = self._moves[:]
+        child.unsettled = self.unsettled
         return child
+
+    def born(self, later: Iterable[tuple[int, int, int]], registered: Callable[[int], bool]) -> None:
+        """Of the changes that its parent has made about the time of the fork, a child has those from before it.
+
+        ``later``: the parent's events between that of the fork and the proof that no older one is due, as the arguments
+        of `remap`; an unmapping as start, end, 0. ``registered``: whether an address was, in the child, at its birth.
+
+        That tells for each move whether it is here, unless both of its places were registered before it and after it,
+        as by a mapping that has grown into what was left. Of an unmapping nothing is lost that is done before the fork
+        and told after it. One that is done after it and told before it, or an MADV_DONTNEED, takes its missing pages
+        from the child too: of these nobody tells.
+        """
+        known = self._registered
+        for old, new, length in reversed(self._moves):
+            # Told before the fork, but done after it.
+            if known.has(new) and not registered(new) and not known.has(old):
+                for address, ordinal, pages in self._take(new, new + length):
+                    self._insert(address - new + old, ordinal, pages)
+                known.add(old, old + length)
+        for first, second, length in later:
+            if length:
+                # What has grown into the place that is left has come from one side.
+                left = not registered(first) or not registered(first + length - PAGE_SIZE)
+                if registered(second) and (left or not known.has(second)):
+                    self.remap(first, second, length)
+            elif (first, second) in self._vacated:
+                self.unmap(first, second)
+            elif registered(first):
+                known.add(first, second)
 
     def lookup(self, address: int) -> int:
         """The ordinal of the page that is at ``address`` now, or -1 when no lazy page is."""
@@ -202,11 +240,11 @@ class AddressSpace:
     def unmap(self, start: int, end: int) -> None:
         """start-end has been unmapped, perhaps before the last events applied; see `settle`."""
         if (start, end) in self._vacated:
-            self._vacated.remove((start, end))
+            del self._vacated[start, end]
             return
         arrived = self._arrived.within(start, end)
         overtaken = self._overtaken.within(start, end)
-        if len(arrived) == 1 and self._registered.within(start, end) == arrived and not overtaken:
+        if len(arrived) == 1 and self._is_all(arrived, start, end) and not self._fresh(start, end):
             arrived = []
         for _, ordinal, pages in self._meant(start, end, arrived):
             self.mark(ordinal, pages, REMOVED)
@@ -217,10 +255,20 @@ class AddressSpace:
 
     def remap(self, old: int, new: int, length: int) -> None:
         """``length`` bytes have been moved from ``old`` to ``new``, perhaps before the last events applied."""
-        moved = self._meant(old, old + length, self._overtaken.within(old, old + length))
-        for start, end in self._doubtful.within(new, new + length):
-            for _, ordinal, pages in self._take(start, end):
-                self.mark(ordinal, pages, REMOVED)
+        fresh = self._fresh(old, old + length)
+        younger = _Places([] if self._is_all(fresh, old, old + length) else fresh)
+        for place in self._overtaken.within(old, old + length):
+            younger.add(*place)
+        moved = self._meant(old, old + length, younger.within(old, old + length))
+        for place in self._doubtful.within(new, new + length):
+            self._leave(*place)
+        self._elsewhere = [
+            (start, end, at - old + new if old <= at < old + length else at) for start, end, at in self._elsewhere
+        ]
+        for start, end in younger.within(old, old + length):
+            if self._arrived.within(start, end):
+                self._doubtful.add(start, end)
+                self._elsewhere.append((start, end, start - old + new))
         for start, end in self._registered.cut(new, new + length):
             overtaken = self._cut(start, end)
             self._drop(start + _SHADOW, end + _SHADOW)
@@ -231,7 +279,9 @@ class AddressSpace:
             self._insert(address - old + new, ordinal, pages)
         self._registered.add(new, new + length)
         self._arrived.add(new, new + length)
-        self._vacated.append((old, old + length))
+        self._vacated[old, old + length] = new
+        if moved:
+            self._moves.append((old, new, length))
         self.unsettled = True
 
     @property
@@ -255,13 +305,16 @@ class AddressSpace:
         2. A move onto memory that is still there, by what we know, is told before the event that says where that
            went: a munmap(2) by another thread, or a move. (An mremap(2) that replaces it itself tells of the
            unmapping first.) Its pages are kept in the shadow; the next event about the place means them, or that there
-           were none, and not the pages that have come. That a mapping has grown where it is, nobody tells: of what it
-           has grown by, this rule knows nothing.
-        3. A munmap(2) may leave a hole where there was one, and be told after a move into the hole. So an event about
-           a range with something else in it than one arrival spares what has arrived: it is doubtful until the kernel
-           can be asked. A move onto doubtful pages means that they were unmapped; that they were not, and have been
-           moved on since by yet another event that is overtaken, takes two threads that each stand still for the time
-           of a few events, at the same place, between their change and its event.
+           were none, and not the pages that have come.
+        3. Of some memory nobody knows that it was there: a munmap(2) may leave a hole where there was one, and that a
+           mapping has grown where it is, nobody tells. Then a move to there comes before the event that says that it
+           has left. So an event about a range with something else in it than one arrival spares what has arrived; as
+           does any unmapping while the mremap(2) that it came by is not over (rule 1), since only its own thread knows
+           where it has gone. What is spared is doubtful until the kernel can be asked: if it is not registered any
+           more, it was unmapped, or has gone elsewhere with the move that spared it. A move onto doubtful pages means
+           the same; that they were not, and have been moved on since by yet another event that is overtaken, takes two
+           threads that each stand still for the time of a few events, at the same place, between their change and its
+           event.
         4. A move by MREMAP_DONTUNMAP never tells of an unmapping, and an expectation that is not met must not hit a
            munmap(2) years later. The kernel counts, per address space, the changes that it has begun and whose events
            have not been read (``mmap_changing`` in fs/userfaultfd.c), before it lets go of the lock that the change
@@ -272,9 +325,10 @@ class AddressSpace:
         where nothing is registered is refused with ENOENT), to apply one too many would lose pages.
         """
         for place in gone:
-            self._drop(*place)
-            self._registered.cut(*place)
+            self._leave(*place)
+        self._elsewhere.clear()
         self._vacated.clear()
+        self._moves.clear()
         self._overtaken.clear()
         self._arrived.clear()
         self._doubtful.clear()
@@ -299,6 +353,25 @@ class AddressSpace:
             meant += self._take(start, low)
             start = high
         return meant + self._take(start, end)
+
+    def _leave(self, start: int, end: int) -> None:
+        """What was doubtful at start-end is not there."""
+        for address, ordinal, pages in self._take(start, end):
+            places = (address - first + at for first, last, at in self._elsewhere if first <= address < last)
+            at = next(places, 0)
+            if at and not self._overlapping(at, at + (pages << PAGE_SHIFT)):
+                self._insert(at, ordinal, pages)
+            else:
+                self.mark(ordinal, pages, REMOVED)
+
+    def _is_all(self, places: list[tuple[int, int]], start: int, end: int) -> bool:
+        """Whether nothing else is in start-end by what we know, nor has been overtaken there."""
+        return self._registered.within(start, end) == places and not self._overtaken.within(start, end)
+
+    def _fresh(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What has come to start-end by moves that are not over, or that keep what they leave."""
+        come = [(new, new + last - first) for (first, last), new in self._vacated.items()]
+        return [place for low, high in sorted(come) for place in self._arrived.within(max(low, start), min(high, end))]
 
     def _take(self, start: int, end: int) -> list[Run]:
         for places in (self._registered, self._arrived, self._doubtful):
