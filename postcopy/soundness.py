@@ -510,7 +510,13 @@ def _huge(shift: int, kind: str, places: Iterable[int]) -> Iterator[str]:
 def _shared_memory(memory: SharedMemory) -> Iterator[str]:
     if (memory.kind == "system_v") != (memory.system_v is not None):
         yield f"system_v: does not fit memory of kind {memory.kind}"
-    yield from _huge(memory.huge_shift, memory.kind, (memory.size,))
+    # memfds and segments may be of hugetlb pages; then they are judged as what always is.
+    may_be = memory.kind in ("memfd", "system_v") and memory.huge_shift
+    yield from _huge(memory.huge_shift, "huge" if may_be else memory.kind, (memory.size,))
+    if memory.system_v is not None:
+        rounded = -memory.system_v.size % (1 << memory.huge_shift) if memory.huge_shift else 0
+        if memory.system_v.size + rounded != memory.size:
+            yield f"system_v.size: {memory.system_v.size} bytes in memory of {memory.size}"
     if "\0" in memory.name:
         yield f"name: {memory.name[:80]!r} has a NUL"
     sets: dict[str, PageRanges] = {}

@@ -125,10 +125,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class SystemV:
-    """What a System V segment has beyond its memory (shmget(2)): ``removed``: it ends with its last attachment."""
+    """What a System V segment has beyond its memory (shmget(2)).
+
+    ``size`` in bytes, of which its memory may have more: whole pages; ``removed``: it ends with its last attachment.
+    """
 
     identifier: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     key: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 47)]
     removed: bool
 
 
@@ -136,8 +140,8 @@ class SystemV:
 class SharedMemory:
     """Memory with an identity of its own: vmas and descriptors of any process refer to it by its index.
 
-    ``kind``: ``anonymous`` (MAP_SHARED), ``huge`` (the same of hugetlb pages, ``huge_shift`` as of `Vma`), ``memfd``,
-    ``system_v`` or ``deleted`` (a mapped file without a name).
+    ``kind``: ``anonymous`` (MAP_SHARED), ``huge`` (the same of hugetlb pages), ``memfd``, ``system_v`` or ``deleted``
+    (a mapped file without a name). ``huge_shift`` as of `Vma`; memfds and segments may be of hugetlb pages, too.
     ``inode``: its number at the source; ``name``: a memfd's, or the path that the file had; ``size`` in bytes;
     ``seals``: F_SEAL_ bits. ``space`` numbers it in the page protocol, where addresses are offsets; ``sent`` and
     ``lazy`` as of `Memory`.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.hosts import Pair
 from tests.migrate import MigrationFailed
-from tests.programs.cases.shared_memory import HugePages
+from tests.programs.cases.shared_memory import HugeFiles, HugePages
 from tests.test_states import run_program
 
 NUMBER = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
@@ -32,6 +32,11 @@ def huge_pages(count: int) -> Iterator[None]:
 def test_huge_pages_move_there_and_back(hosts: Pair, tmp_path: Path) -> None:
     with huge_pages(4 * HugePages.PAGES):
         assert run_program(hosts, tmp_path, 2, "--only", HugePages.name()) == {HugePages.name(): None}
+
+
+def test_files_of_huge_pages_move_there_and_back(hosts: Pair, tmp_path: Path) -> None:
+    with huge_pages(2 * HugeFiles.PAGES + 2):
+        assert run_program(hosts, tmp_path, 2, "--only", HugeFiles.name()) == {HugeFiles.name(): None}
 
 
 def test_too_few_huge_pages_are_refused_before_the_freeze(hosts: Pair, tmp_path: Path) -> None:

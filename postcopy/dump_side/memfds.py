@@ -7,7 +7,7 @@ from postcopy.state import Description, OpenMemory
 
 def collect(table: Table, opened: Opened) -> Description | None:
     """The description of a memfd's descriptor; None for other kinds."""
-    if opened.stat.st_dev != shared_memory.DEVICE:
+    if not shared_memory.is_nameless(opened.stat.st_dev):
         return None
     if shared_memory.kind_of(opened.link) != "memfd":
         raise Refused(f"{opened.link}: memory of this kind cannot be moved by a descriptor")

@@ -152,9 +152,7 @@ def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _OtherName | _
         if line.name.startswith(prefix):
             return _Problem(text)
     if "ht" in line.flags:
-        if line.name != shared_memory.HUGE_NAME:
-            return _Problem("huge pages (hugetlb) of files, memfds and System V segments cannot be moved yet")
-        return "object" if line.shared else "huge"
+        return _huge_backing(line)
     if os.makedev(*line.device) == shared_memory.DEVICE:
         return "object" if shared_memory.kind_of(line.name) else _Problem("memory of a kernel object cannot be moved")
     if not line.inode:
@@ -165,6 +163,15 @@ def _backing(pid: int, line: MapsLine, checked: Checked) -> str | _OtherName | _
     if key not in checked:
         checked[key] = _file_backing(pid, line)
     return checked[key]
+
+
+def _huge_backing(line: MapsLine) -> str | _Problem:
+    kind = shared_memory.kind_of(line.name)
+    if kind is None or os.makedev(*line.device) not in shared_memory.huge_devices():
+        return _Problem("files of huge pages (hugetlbfs) cannot be moved")
+    if line.shared:
+        return "object"
+    return "huge" if kind == "huge" else _Problem("private mappings of huge pages (hugetlb) of a memfd cannot be moved")
 
 
 def _file_backing(pid: int, line: MapsLine) -> str | _OtherName | _Problem:

@@ -6,6 +6,7 @@ It is found by the vmas and descriptors that refer to it, and read by way of the
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import stat
 from bisect import bisect_left
@@ -23,12 +24,11 @@ from postcopy.page_ranges import PageRanges
 from postcopy.state import SharedMemory, SystemV, Vma
 
 DELETED = " (deleted)"
-# What maps shows of anonymous hugetlb memory, private and shared (mm/hugetlb.c, fs/hugetlbfs/inode.c).
-HUGE_NAME = "/anon_hugepage" + DELETED
 # Bytes: of one such memory, and of all, that travel with the state although they could be fetched later.
 MOST_SENT, MOST_SENT_OF_ALL = 64 << 10, 4 << 20
 
-_PREFIXES = {"/dev/zero": "anonymous", "/SYSV": "system_v", "/memfd:": "memfd"}
+_PREFIXES = {"/dev/zero": "anonymous", "/SYSV": "system_v", "/memfd:": "memfd", "/anon_hugepage": "huge"}
+_HUGE_POOLS = "/sys/kernel/mm/hugepages"
 _FIRST_SPACE = 1 << 20  # in the page protocol; the numbers below are those of processes
 
 Key = tuple[int, int]  # device and inode
@@ -46,11 +46,25 @@ def _device_of_nameless_memory() -> int:
 DEVICE = _device_of_nameless_memory()
 
 
+@functools.cache
+def huge_devices() -> dict[int, int]:
+    """The same for hugetlb memory: a device for each size of pages, and the logarithm of that (hugetlbfs/inode.c)."""
+    devices = {}
+    for name in os.listdir(_HUGE_POOLS) if os.path.isdir(_HUGE_POOLS) else ():
+        shift = (int(name.removeprefix("hugepages-").removesuffix("kB")) << 10).bit_length() - 1
+        with contextlib.suppress(OSError):
+            fd = os.memfd_create("postcopy-device", os.MFD_CLOEXEC | os.MFD_HUGETLB | shift << os.MFD_HUGE_SHIFT)
+            devices[os.fstat(fd).st_dev] = shift
+            os.close(fd)
+    return devices
+
+
 @dataclass
 class Found:
     """One such memory: ``path`` leads to it as long as its finder stays frozen; ``mapped``: for sharing.
 
-    ``boot_set``: offsets of pages that are touched at once when the tree goes on.
+    ``boot_set``: offsets of pages that are touched at once when the tree goes on. ``huge_shift``: of hugetlb memory,
+    the logarithm of its page size; ``huge_pages``: how many of these it takes.
     """
 
     key: Key
@@ -61,7 +75,7 @@ class Found:
     reserved: bool = True
     boot_set: set[int] = field(default_factory=set)
     huge_shift: int = 0
-    size: int = 0
+    huge_pages: int = 0
 
 
 @dataclass
@@ -80,9 +94,7 @@ class SharedObjects:
         path = f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}"
         number = self._number((mapped.st_dev, mapped.st_ino), line.name, path)
         self.found[number].mapped |= line.shared
-        if "ht" in line.flags:
-            each = self.found[number]
-            each.kind, each.huge_shift, each.size = "huge", huge_shift(mapped), mapped.st_size
+        self._count(number, mapped, reserved="nr" not in line.flags)
         if line.shared and "nr" in line.flags:
             self.found[number].reserved = False
         return number
@@ -91,7 +103,16 @@ class SharedObjects:
         """The number of the memory behind a descriptor."""
         number = self._number((status.st_dev, status.st_ino), link, f"/proc/{pid}/fd/{fd}")
         self.found[number].mapped = True
+        self._count(number, status, reserved=False)
         return number
+
+    def _count(self, number: int, status: os.stat_result, *, reserved: bool) -> None:
+        """The pages that there are, or that mappings have reserved, of hugetlb memory."""
+        each = self.found[number]
+        each.huge_shift = huge_devices().get(status.st_dev, 0)
+        if each.huge_shift:
+            size = status.st_size if reserved else status.st_blocks << 9
+            each.huge_pages = max(each.huge_pages, size >> each.huge_shift)
 
     def add_boot_set(self, vmas: Iterable[Vma], addresses: Iterable[int]) -> None:
         """Of a frozen process's layout: what its threads, or the kernel for them, touch at once when they go on."""
@@ -105,7 +126,7 @@ class SharedObjects:
         if key not in self._numbers:
             self._numbers[key] = len(self.found)
             name = shown.removesuffix(DELETED)
-            kind = kind_of(shown) if key[0] == DEVICE else "deleted"
+            kind = kind_of(shown) if is_nameless(key[0]) else "deleted"
             self.found.append(Found(key, kind or "", name.removeprefix("/memfd:"), path))
         return self._numbers[key]
 
@@ -114,8 +135,8 @@ class SharedObjects:
         """How many pages of hugetlb memory there are of it, by the logarithm of their size."""
         found: Counter[int] = Counter()
         for each in self.found:
-            if each.huge_shift and each.reserved:
-                found[each.huge_shift] += each.size >> each.huge_shift
+            if each.huge_pages:
+                found[each.huge_shift] += each.huge_pages
         return found
 
     # -- what cannot be moved -----------------------------------------------------------------------------------------
@@ -168,8 +189,13 @@ class SharedObjects:
                         system_v.remove(each.key[1])
 
 
+def is_nameless(device: int) -> bool:
+    """Whether nothing but memory of the kernel's own is on a device."""
+    return device == DEVICE or device in huge_devices()
+
+
 def kind_of(shown: str) -> str | None:
-    """The kind of memory on `DEVICE`, by the name that maps or a descriptor's link shows."""
+    """The kind of memory on a device that `is_nameless`, by the name that maps or a descriptor's link shows."""
     return next((kind for prefix, kind in _PREFIXES.items() if shown.startswith(prefix)), None)
 
 
@@ -195,7 +221,7 @@ def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != each.key:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    existing = _data(fd, status.st_size)
+    existing = _huge_data(fd, status, each.huge_shift) if each.huge_shift else _data(fd, status.st_size)
     lazy = PageRanges()
     if existing.total_pages * PAGE_SIZE > most_sent:
         boot_set = PageRanges.from_pairs((page, page + PAGE_SIZE) for page in each.boot_set)
@@ -211,7 +237,7 @@ def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
         owner=segment.owner if segment else (status.st_uid, status.st_gid),
         seals=fcntl.fcntl(fd, fcntl.F_GET_SEALS) if each.kind == "memfd" else 0,
         reserved=each.reserved,
-        system_v=SystemV(each.key[1], segment.key, segment.removed) if segment else None,
+        system_v=SystemV(each.key[1], segment.key, segment.size, segment.removed) if segment else None,
         sent=existing.subtract(lazy).pack(),
         lazy=lazy.pack(),
         huge_shift=each.huge_shift,
@@ -221,6 +247,20 @@ def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
 def _data(fd: int, size: int) -> PageRanges:
     """The pages that exist (lseek(2), SEEK_DATA)."""
     return PageRanges.from_pairs((page_down(each.start), page_up(each.stop)) for each in data_ranges(fd, size))
+
+
+def _huge_data(fd: int, status: os.stat_result, shift: int) -> PageRanges:
+    """The pages of hugetlb memory that hold anything: its files do not tell which exist, only how many."""
+    length = 1 << shift
+    if status.st_blocks << 9 == status.st_size:
+        return PageRanges.from_pairs([(0, status.st_size)] if status.st_size else [])
+    places = range(0, status.st_size if status.st_blocks else 0, length)
+    buffer, zeros = bytearray(length), bytes(length)
+    found = []
+    for place in places:
+        if os.preadv(fd, [buffer], place) and buffer != zeros:
+            found.append((place, place + length))
+    return PageRanges.from_pairs(found)
 
 
 def _holders(keys: set[Key], but: set[int]) -> dict[Key, int]:

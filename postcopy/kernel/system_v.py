@@ -11,6 +11,7 @@ SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 
 _IPC_RMID, _IPC_SET, _IPC_STAT = 0, 1, 2
 _IPC_CREAT, _IPC_EXCL, _SHM_NORESERVE = 0o1000, 0o2000, 0o10000
+_SHM_HUGETLB, _SHM_HUGE_SHIFT = 0o4000, 26
 _SHM_DEST = 0o1000
 # struct shmid64_ds: key, uid, gid, creator's uid and gid, mode, sequence; size; three times, two PIDs, attachments.
 _SHMID_DS = struct.Struct("<iIIIIIHxx4x16xQ24xiiQ16x")
@@ -19,9 +20,13 @@ _NEXT_ID = "/proc/sys/kernel/shm_next_id"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What IPC_STAT tells of a segment; ``removed``: IPC_RMID has been called, it ends with its last attachment."""
+    """What IPC_STAT tells of a segment.
+
+    ``size`` in bytes; ``removed``: IPC_RMID has been called, it ends with its last attachment.
+    """
 
     key: int
+    size: int
     owner: tuple[int, int]
     mode: int
     removed: bool
@@ -30,8 +35,8 @@ class Segment:
 
 def stat(identifier: int) -> Segment:
     """shmctl(2), IPC_STAT. Raises OSError: EINVAL (there is none)."""
-    key, uid, gid, _, _, mode, _, _, _, _, attachments = _SHMID_DS.unpack(_stat(identifier))
-    return Segment(key, (uid, gid), mode & 0o777, bool(mode & _SHM_DEST), attachments)
+    key, uid, gid, _, _, mode, _, size, _, _, attachments = _SHMID_DS.unpack(_stat(identifier))
+    return Segment(key, size, (uid, gid), mode & 0o777, bool(mode & _SHM_DEST), attachments)
 
 
 def _stat(identifier: int) -> bytearray:
@@ -41,8 +46,10 @@ def _stat(identifier: int) -> bytearray:
     return buffer
 
 
-def create(identifier: int, key: int, size: int, *, reserved: bool) -> None:
+def create(identifier: int, key: int, size: int, *, reserved: bool, huge_shift: int = 0) -> None:
     """A new segment of ``size`` bytes with a chosen id, for its owner alone.
+
+    ``huge_shift``: of hugetlb pages of this size (its logarithm).
 
     Raises OSError: EEXIST (the id or the key is taken), EPERM (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is missing).
     """
@@ -53,6 +60,7 @@ def create(identifier: int, key: int, size: int, *, reserved: bool) -> None:
     except OSError as error:
         raise refused(f"{what}: choosing its id by {_NEXT_ID}", error.errno) from None
     flags = _IPC_CREAT | _IPC_EXCL | 0o600 | (0 if reserved else _SHM_NORESERVE)
+    flags |= _SHM_HUGETLB | huge_shift << _SHM_HUGE_SHIFT if huge_shift else 0
     got = syscall(what, NUMBERS["shmget"], key, size, flags)
     if got != identifier:
         remove(got)

@@ -64,7 +64,8 @@ class SharedObjects:
         assert state.system_v is not None
         identifier = state.system_v.identifier
         key = 0 if state.system_v.removed else state.system_v.key
-        system_v.create(identifier, key, state.size, reserved=state.reserved)
+        size = state.system_v.size
+        system_v.create(identifier, key, size, reserved=state.reserved, huge_shift=state.huge_shift)
         self._segments.append(identifier)
         if self._leftovers is not None:
             self._leftovers.segment(identifier)
@@ -140,7 +141,8 @@ def _map_file(address: int, size: int) -> str:
 
 
 def _memfd(state: SharedMemory) -> int:
-    fd = os.memfd_create(state.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    huge = os.MFD_HUGETLB | state.huge_shift << os.MFD_HUGE_SHIFT if state.huge_shift else 0
+    fd = os.memfd_create(state.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | huge)
     os.ftruncate(fd, state.size)
     os.fchown(fd, *state.owner)
     os.fchmod(fd, state.mode)

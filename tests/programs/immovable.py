@@ -245,10 +245,6 @@ def terminal(directory: Path) -> None:
     kept.append(slave)
 
 
-def huge_memfd(directory: Path) -> None:
-    kept.append(os.memfd_create("huge", os.MFD_HUGETLB))
-
-
 def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
     leave_behind()
@@ -270,9 +266,20 @@ def leave_behind(*keep: int) -> None:
 
 def hugetlb(directory: Path) -> None:
     fd = os.memfd_create("huge", os.MFD_HUGETLB)
+    map_huge(fd, mmap.MAP_PRIVATE)
+
+
+def file_of_huge_pages(directory: Path) -> None:
+    place = directory / "huge pages"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "none", place], check=True)
+    map_huge(os.open(place / "huge", os.O_CREAT | os.O_RDWR), mmap.MAP_SHARED)
+
+
+def map_huge(fd: int, flags: int) -> None:
     os.ftruncate(fd, 2 << 20)
     # Nothing is reserved for it, since it is never touched.
-    if libc.mmap(None, 2 << 20, 3, mmap.MAP_SHARED | MAP_NORESERVE, fd, 0) == ctypes.c_void_p(-1).value:
+    if libc.mmap(None, 2 << 20, 3, flags | MAP_NORESERVE, fd, 0) == ctypes.c_void_p(-1).value:
         raise Unavailable("no huge pages are reserved")
     os.close(fd)
 
@@ -332,12 +339,12 @@ KINDS: dict[Callable[[Path], None], str] = {
     pidfd_of_another: "[pidfd]: it stands for process 1, which is not moved along",
     pidfd_of_the_dead: "[pidfd]: it stands for a process that has ended",
     owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
-    huge_memfd: "/memfd:huge (deleted): memory of this kind cannot be moved yet",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
     shared_with_a_stranger: "is shared with process",
-    hugetlb: "huge pages (hugetlb) of files, memfds and System V segments cannot be moved yet",
+    hugetlb: "private mappings of huge pages (hugetlb) of a memfd cannot be moved",
+    file_of_huge_pages: "files of huge pages (hugetlbfs) cannot be moved",
     sealed: "sealed mappings (mseal) cannot be moved yet",
     posix_timer_of_some_thread: "POSIX timer 0 runs by CLOCK_THREAD_CPUTIME_ID",
     deleted_directory: "its cwd directory",

@@ -102,6 +102,7 @@ CASES: tuple[type[Case], ...] = (
     shared_memory.SharedAnonymous,
     shared_memory.SharedReserve,
     shared_memory.HugePages,
+    shared_memory.HugeFiles,
     shared_memory.Memfd,
     shared_memory.SealedMemfds,
     shared_memory.MemfdWithoutDescriptor,

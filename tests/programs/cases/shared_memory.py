@@ -29,6 +29,7 @@ from tests.programs.cases.memory import (
 SYS_MREMAP, SYS_SHMGET, SYS_SHMAT, SYS_SHMCTL, SYS_SHMDT = 25, 29, 30, 31, 67
 MREMAP_MAYMOVE = 1
 MAP_HUGETLB = 0x40000
+SHM_HUGETLB = 0o4000
 IPC_RMID, IPC_STAT, IPC_CREAT, IPC_EXCL = 0, 2, 0o1000, 0o2000
 SHM_RDONLY, SHM_DEST = 0o10000, 0o1000
 
@@ -147,6 +148,67 @@ class HugePages(Case):
             os._exit(0)
         os.waitpid(child, 0)
         return wrong_pages(self.shared, {1: page_content(8500)})
+
+
+class HugeFiles(Case):
+    """A memfd and a System V segment of hugetlb pages; a child has both too. The first has a hole, and a descriptor."""
+
+    PAGES = 3
+    SIZE = 2 << 20
+
+    def setup(self) -> None:
+        """The memfd is mapped twice, the segment is no multiple of its pages, and removed."""
+        self.fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | 21 << os.MFD_HUGE_SHIFT)
+        os.ftruncate(self.fd, self.PAGES * self.SIZE)
+        os.fchmod(self.fd, 0o640)
+        flags = PROT_READ | PROT_WRITE, MAP_SHARED, self.fd
+        self.mapped = libc.mmap(None, self.PAGES * self.SIZE, *flags, 0)
+        self.again = libc.mmap(None, self.SIZE, *flags, 2 * self.SIZE)
+        if FAILED in (self.mapped, self.again):
+            raise Unsupported("no hugetlb pages can be had")
+        self.identifier = syscall(SYS_SHMGET, 0, self.SIZE - 5000, IPC_CREAT | SHM_HUGETLB | 21 << 26 | 0o600)
+        if self.identifier < 0:
+            raise Unsupported("no hugetlb pages can be had")
+        self.attached = required(syscall(SYS_SHMAT, self.identifier, 0, 0), "shmat")
+        required(syscall(SYS_SHMCTL, self.identifier, IPC_RMID, 0), "IPC_RMID")
+        self.written = {page: 8000 + page for page in (0, 1, 511, 1030)}
+        for page, seed in self.written.items():
+            ctypes.memmove(self.mapped + page * PAGE, page_content(seed), PAGE)
+            ctypes.memmove(self.attached + page % 500 * PAGE, page_content(seed + 1000), PAGE)
+        self.before = self.take()
+
+    def take(self) -> list[object]:
+        """Layout, sizes, link and mode, and how many pages there are (in 512 bytes)."""
+        status = os.fstat(self.fd)
+        buffer = ctypes.create_string_buffer(112)
+        required(syscall(SYS_SHMCTL, self.identifier, IPC_STAT, ctypes.addressof(buffer)), "IPC_STAT")
+        return [
+            *(shown(address) for address in (self.mapped, self.again, self.attached)),
+            *(status.st_size, status.st_mode, status.st_blocks, os.readlink(f"/proc/self/fd/{self.fd}")),
+            int.from_bytes(buffer.raw[48:56], "little"),
+        ]
+
+    def verify(self) -> str | None:
+        """All of it, zeros where nothing was written; all ways lead to the same memory, those of a child too."""
+        pages = {page: page_content(seed) for page, seed in self.written.items()}
+        segment = {page % 500: page_content(seed + 1000) for page, seed in self.written.items()}
+        if problem := first_problem(
+            unlike("hugetlb files", self.before, self.take()),
+            wrong_pages(self.mapped, pages | {page: bytes(PAGE) for page in (5, 1100)}),
+            wrong_pages(self.attached, segment | {300: bytes(PAGE)}),
+            not_shared(self.mapped + 2 * self.SIZE + 9 * PAGE, self.again + 9 * PAGE, 8600),
+        ):
+            return problem
+        if not (child := os.fork()):
+            ctypes.memmove(self.mapped + 2 * PAGE, page_content(8500), PAGE)
+            ctypes.memmove(self.attached + 2 * PAGE, page_content(8501), PAGE)
+            os._exit(0)
+        os.waitpid(child, 0)
+        return first_problem(
+            wrong_pages(self.mapped, {2: page_content(8500)}),
+            wrong_pages(self.attached, {2: page_content(8501)}),
+            unlike("read(2)", page_content(8500), os.pread(self.fd, PAGE, 2 * PAGE)),
+        )
 
 
 class Memfd(Case):
