@@ -127,6 +127,21 @@ class GhostOpening:
 
 
 @dataclass(frozen=True, slots=True)
+class PtyContent:
+    """What is in a pseudoterminal: ``output`` that its master has yet to read, and what is typed for its slave.
+
+    ``lines``: as reads give them, where it collects lines (b"": VEOF alone); ``typed``: the line that is not complete,
+    or all that is typed. ``literal_next``: VLNEXT was typed last. ``stopped``: the output, by a key (1) or call (2).
+    """
+
+    output: bytes
+    lines: list[bytes]
+    typed: bytes
+    literal_next: bool
+    stopped: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class Pty:
     """A pseudoterminal with its master in the tree: ``/dev/pts/INDEX``; struct termios2 and struct winsize.
 
@@ -142,6 +157,7 @@ class Pty:
     session: Unsigned
     foreground: Unsigned
     hung_up: bool = False
+    content: PtyContent | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ from postcopy.open_kinds import (
     Lock,
     PidDescriptor,
     Pty,
+    PtyContent,
     PtyEnd,
     SignalDescriptor,
     TimerDescriptor,
     Watch,
 )
+from postcopy.pty_queues import MOST_OUTPUT, MOST_TYPED
 from postcopy.state import StandardStream, Tree
 
 _INT32, _UINT32, _INT64, _UINT64 = range(1 << 31), range(1 << 32), range(1 << 63), range(1 << 64)
@@ -41,6 +43,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     Lock: {"type": range(2), "start": _INT64, "length": _INT64},
     PidDescriptor: {"flags": _UINT32},
     Pty: {"index": _INT32, "session": range(1 << 22), "foreground": range(1 << 22)},
+    PtyContent: {"stopped": range(3)},
     PtyEnd: {"flags": _UINT32},
     SignalDescriptor: {"mask": _UINT64, "flags": _UINT32},
     TimerDescriptor: dict.fromkeys(("left", "at", "interval"), _INT64)
@@ -51,6 +54,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
 LENGTHS: Mapping[type, Mapping[str, range]] = {
     External: {"resource": range(1, 2 * _PATH_MAX)},
     Ghost: {"name": range(_NAME_MAX + 1)},
+    PtyContent: {"output": range(MOST_OUTPUT + 1)},
     Pty: {"settings": range(SETTINGS_SIZE, SETTINGS_SIZE + 1), "window": range(WINDOW_SIZE, WINDOW_SIZE + 1)},
 }
 
@@ -109,9 +113,15 @@ def tree(whole: Tree) -> Iterator[str]:
                 yield f"{name}[{at}].description: {number} is not open"
 
 
+def _pty(pty: Pty) -> Iterator[str]:
+    content = pty.content
+    if content is not None and sum(len(line) or 1 for line in (*content.lines, content.typed)) > MOST_TYPED:
+        yield f"content: more than the {MOST_TYPED} bytes that can be typed"
+
+
 def _stream(stream: StandardStream) -> Iterator[str]:
     if len(stream.settings) not in (0, SETTINGS_SIZE):
         yield f"settings: a length of {len(stream.settings)} is neither 0 nor {SETTINGS_SIZE}"
 
 
-CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost, StandardStream: _stream}
+CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost, Pty: _pty, StandardStream: _stream}

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def run_program(
     *options: str,
     dump_options: Sequence[str] = (),
     restore_options: Sequence[str] = (),
+    before_verifying: Callable[[], object] = lambda: None,
 ) -> Report:
     """Start the program, move it, let it verify; returns its report."""
     command = [sys.executable, "-m", "tests.programs.states", "--directory", str(directory), "--hold", str(HOLD[moves])]
@@ -72,6 +73,7 @@ def run_program(
                 f"the program is gone, restore ended with {end.wait(10)}; its standard error: {complaints!r}"
             )
         source, destination = destination, source
+    before_verifying()
     (directory / "go.new").write_text(str(time.monotonic()) if moves else "")
     (directory / "go.new").rename(directory / "go")
     status = end.wait(90)

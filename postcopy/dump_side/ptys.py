@@ -1,19 +1,27 @@
 """Pseudoterminals whose master is in the tree: both ends, their settings, whose controlling terminal they are."""
 
 import contextlib
+import dataclasses
+import fcntl
 import os
 import select
 import stat
+import termios
 from collections.abc import Iterator
 
+import msgpack
+
+from postcopy import pty_queues, roles
 from postcopy.dump_side.opened import Opened, Refused, Table, common
 from postcopy.kernel import procfs, pty
-from postcopy.open_kinds import Pty, PtyEnd
+from postcopy.open_kinds import Pty, PtyContent, PtyEnd
 from postcopy.state import Description, OpenFile
 
 _MASTER, _CONTROLLING = (5, 2), (5, 0)
 _SLAVES = range(136, 144)
 _SLAVE_PATH = "/dev/pts/"
+# Where it may be that the kernel has more that it has not looked at, nothing is taken out (n_tty_receive_buf_common).
+_MOST_TYPED, _MOST_LINES = pty_queues.MOST_TYPED - 5, 2048
 
 
 def collect(table: Table, opened: Opened) -> Description | None:
@@ -77,9 +85,12 @@ def _look(table: Table, index: int) -> Pty:
         if session and session not in table.pids:
             raise Refused(f"{name}: it is the controlling terminal of session {session}, which is not moved along")
         slaves = [(each, own) for each in table.pids for number, end, own in _ends(each) if number == index and not end]
-        waiting = pty.unread(master) + sum(_unread(*each) for each in slaves[:1])
-        if waiting:
-            raise Refused(f"{name}: {waiting} bytes in it are unread, which cannot be moved yet; try again")
+        hung_up = not slaves and _is_hung_up(master)
+        content = None
+        if not table.frozen:
+            _check_typing(name)
+        elif slaves or hung_up:
+            content = peek(master, name)
         return Pty(
             index=index,
             settings=pty.settings(master),
@@ -88,7 +99,8 @@ def _look(table: Table, index: int) -> Pty:
             packets=bool(pty.number(master, pty.TIOCGPKT)),
             session=common(table, session) if session else 0,
             foreground=_group(table, foreground),
-            hung_up=not slaves and _is_hung_up(master),
+            hung_up=hung_up,
+            content=content,
         )
 
 
@@ -101,9 +113,69 @@ def _group(table: Table, group: int) -> int:
     return 0
 
 
-def _unread(pid: int, fd: int) -> int:
-    with Opened.look(pid, fd).duplicate() as slave:
-        return pty.unread(slave)
+def _check_typing(name: str) -> None:
+    """What is typed and not read is to be typed again; raises Refused where that is not allowed to us."""
+    master, slave = os.openpty()
+    try:
+        fcntl.ioctl(slave, termios.TIOCSTI, b"x")
+    except OSError as error:
+        raise Refused(f"{name}: typing at a terminal takes CAP_SYS_ADMIN here ({error.strerror})") from None
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def peek(master: int, name: str) -> PtyContent | None:
+    """What is in a terminal that nobody uses now; it is left as it is. Raises Refused, OSError."""
+    slave = pty.open_slave(master)
+    os.set_blocking(slave, False)
+    packets = bool(pty.number(master, pty.TIOCGPKT))
+    try:
+        settings = pty.settings(master)
+        if packets and pty_queues.is_ready(master, select.POLLPRI):
+            raise Refused(f"{name}: in packet mode, and its master has yet to read what has changed; try again")
+        waiting, canonical = pty_queues.typed(slave), pty_queues.is_canonical(settings)
+        if waiting >= (_MOST_LINES if canonical else _MOST_TYPED):
+            raise Refused(_too_much(name, waiting))
+        # Of a line that is being typed, nothing is told.
+        if canonical or waiting or _is_used(master, slave):
+            return _look_into(master, slave, settings, packets, name)
+        return None
+    finally:
+        os.close(slave)
+
+
+def _too_much(name: str, length: int) -> str:
+    return f"{name}: {length} typed bytes are unread, which is too much to be moved; try again"
+
+
+def _is_used(master: int, slave: int) -> bool:
+    """Whether there is output in it, or none can be written."""
+    return pty_queues.is_ready(master, select.POLLIN) or not pty_queues.is_ready(slave, select.POLLOUT)
+
+
+def _look_into(master: int, slave: int, settings: bytes, packets: bool, name: str) -> PtyContent | None:
+    """By a process of its own, which ends in peace when we are killed: what it takes out, it puts in again."""
+    reading, writing = os.pipe()
+
+    def look() -> None:
+        pty.set_number(master, pty.TIOCPKT, 0)
+        content = pty_queues.take(master, slave, settings)
+        pty_queues.put(master, slave, settings, content)
+        pty.set_number(master, pty.TIOCPKT, int(packets))
+        with open(writing, "wb") as stream:
+            stream.write(msgpack.packb(dataclasses.astuple(content)))
+
+    looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[master, slave, writing])
+    os.close(writing)
+    with open(reading, "rb") as stream:
+        found = stream.read()
+    if looker.wait() or not found:
+        raise Refused(f"{name}: what is in it could not be read")
+    content = PtyContent(*msgpack.unpackb(found))
+    if len(content.typed) > _MOST_TYPED:
+        raise Refused(_too_much(name, len(content.typed)))
+    return content if content != PtyContent(b"", [], b"", False, pty_queues.NOT_STOPPED) else None
 
 
 def _is_hung_up(master: int) -> bool:

@@ -7,6 +7,7 @@ import termios
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from postcopy import pty_queues
 from postcopy.errors import RestoreError
 from postcopy.kernel import pidfd, pty
 from postcopy.kernel.calls import call
@@ -91,9 +92,14 @@ def set_up(states: Iterable[Pty], root: int, inherited: Mapping[str, int]) -> No
             master = pidfd.getfd(root, inherited[resource(state.index)])
             fcntl.ioctl(master, pty.TCSETS2, state.settings)
             fcntl.ioctl(master, termios.TIOCSWINSZ, state.window)
+            if state.hung_up or state.content is not None:
+                peer = pty.open_slave(master)
+                if state.content is not None:
+                    os.set_blocking(peer, False)
+                    pty_queues.put(master, peer, state.settings, state.content)
+                os.close(peer)
+            # Not earlier: setting up is nothing that its master is to be told.
             pty.set_number(master, pty.TIOCPKT, int(state.packets))
-            if state.hung_up:
-                os.close(pty.open_slave(master))
             os.close(master)
         except KeyError:
             raise RestoreError(f"terminal {slave(state.index)} came after the survey; try again") from None

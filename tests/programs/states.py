@@ -31,6 +31,7 @@ from tests.programs.cases import (
     shared_in_trees,
     shared_memory,
     signals,
+    terminals,
     threads,
     timers,
     trees,
@@ -169,7 +170,12 @@ CASES: tuple[type[Case], ...] = (
 )
 
 #: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
-ON_REQUEST: tuple[type[Case], ...] = (files.NamedFifos, files.FileLocks, open_in_trees.TerminalOfChild)
+ON_REQUEST: tuple[type[Case], ...] = (
+    files.NamedFifos,
+    files.FileLocks,
+    open_in_trees.TerminalOfChild,
+    *terminals.CASES,
+)
 
 #: What is tried with ``--tree``.
 TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES, *open_in_trees.CASES)
