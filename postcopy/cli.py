@@ -213,6 +213,9 @@ def restore(
         list[str] | None,
         typer.Option("--inherit-fd", help="fd[N]:RESOURCE: open descriptor N in place of what --external named."),
     ] = None,
+    root: Annotated[
+        Path | None, typer.Option("-r", "--root", help="This directory takes the place of / for the program.")
+    ] = None,
     shell_job: ShellJob = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
     action_script: ActionScript = None,
@@ -247,10 +250,13 @@ def restore(
         raise UsageError(
             f"--pidfile {pidfile} cannot be written", "name a directory that is there and can be written to"
         )
+    if root is not None and not root.is_dir():
+        raise UsageError(f"--root {root} is no directory")
     from postcopy.checkpoint.reader import Checkpoint
     from postcopy.dump_side.serving import give_here
     from postcopy.restore_side import session
     from postcopy.restore_side.fault_handler import Background
+    from postcopy.restore_side.root import Root
 
     reporter = reporting.Printer(as_json, display_stats)
     checkpoint = channels = between = None
@@ -287,6 +293,7 @@ def restore(
             shell_job=shell_job,
             scripts=_scripts(action_script, timeout, directory, RestoreError),
             background=Background(background.value, idle_delay),
+            root=Root(os.path.realpath(root or "/")),
         ),
         reporter,
         running,

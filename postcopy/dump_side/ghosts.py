@@ -19,7 +19,9 @@ def collect(table: Table, opened: Opened) -> Description | None:
     """The description of a file without a name; None for other kinds. The file itself is added to the table once."""
     if not opened.link.endswith(DELETED) or opened.stat.st_nlink or opened.mode not in _KINDS:
         return None
-    if int(opened.field("mnt_id") or 0) not in procfs.mount_ids(opened.pid):
+    # A program in a chroot sees only the mounts within.
+    mounts = procfs.mount_ids(opened.pid) | procfs.mount_ids(os.getpid())
+    if int(opened.field("mnt_id") or 0) not in mounts:
         # On a mount of the kernel's own, where no program can make another.
         raise Refused(f"{opened.link}: memory of this kind cannot be moved yet")
     key = opened.stat.st_dev, opened.stat.st_ino

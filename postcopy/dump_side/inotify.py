@@ -34,17 +34,17 @@ def _watch(table: Table, opened: Opened, match: re.Match[str]) -> Watch:
     if match["handle"] is None:
         raise Refused(f"{opened.link}: watch {number} is on a filesystem without file handles; its path is not known")
     handle = bytes.fromhex(match["handle"])[: int(match["size"], 16)]
-    path = _path(table.pid, device, int(match["type"], 16), handle, inode)
+    path = _path(device, int(match["type"], 16), handle, inode)
     if path is None:
         raise Refused(f"{opened.link}: what watch {number} watches (inode {inode}) has no name any more")
     table.needed.append(FileIdentity.named(path))
     return Watch(number, path, mask)
 
 
-def _path(pid: int, device: int, kind: int, handle: bytes, inode: int) -> str | None:
+def _path(device: int, kind: int, handle: bytes, inode: int) -> str | None:
     """The name of a file by its handle; None where it has none."""
     numbers = device >> _MINOR_BITS, device & (1 << _MINOR_BITS) - 1
-    for mountpoint in procfs.mountpoints(pid, numbers):
+    for mountpoint in procfs.mountpoints(os.getpid(), numbers):
         with contextlib.suppress(OSError):
             mount = os.open(mountpoint, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

@@ -12,6 +12,7 @@ from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, refused, syscall
 from postcopy.kernel.process_memory import ProcessMemory
+from postcopy.restore_side.root import HERE, Root
 
 _AT_EMPTY_PATH = 0x1000
 _INIT = 1
@@ -66,18 +67,18 @@ def kill(newborns: Iterable[Newborn]) -> None:
         newborn.kill()
 
 
-def give_birth(number: int, mount_namespace: int | None, init: bool = False) -> Newborn:
+def give_birth(number: int, mount_namespace: int | None, init: bool = False, root: Root = HERE) -> Newborn:
     """Make the process. Raises RestoreError: the PID is taken, or the kernel refuses.
 
     ``mount_namespace``: a descriptor of the mount namespace to live in, None for our own. ``init``: it is to be the
-    init of a new PID namespace.
+    init of a new PID namespace. ``root``: its root directory.
     """
     go_read, go_write = os.pipe()
     program = tiny_elf.as_memfd()
     lender = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def become() -> NoReturn:
-        _become_tiny(go_read, go_write, program, lender, mount_namespace)
+        _become_tiny(go_read, go_write, program, lender, mount_namespace, root)
 
     try:
         try:
@@ -145,7 +146,9 @@ def _until_event(tid: int, event: int) -> None:
         ptrace.cont(tid, stop.signal if not stop.event else 0)
 
 
-def _become_tiny(go_read: int, go_write: int, program: int, lender: int, mount_namespace: int | None) -> NoReturn:
+def _become_tiny(
+    go_read: int, go_write: int, program: int, lender: int, mount_namespace: int | None, root: Root
+) -> NoReturn:
     """In the child: wait until it is traced, then execute the tiny program."""
     try:
         os.close(go_write)
@@ -156,6 +159,7 @@ def _become_tiny(go_read: int, go_write: int, program: int, lender: int, mount_n
         os.dup2(lender, lender_number())
         if mount_namespace is not None:
             syscall("entering the mount namespace", NUMBERS["setns"], mount_namespace, clone3.CLONE_NEWNS)
+        root.enter()
         empty, none = b"\0", bytes(8)
         syscall(
             "executing the tiny program",

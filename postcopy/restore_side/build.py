@@ -167,7 +167,7 @@ class _Builder:
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
         if not state.table_of:
             descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
-        if state.pid in self._shared.owners_of_places:
+        if self._needs_places_until_the_end:
             batch = leader.batch()
             filesystem.rebuild(state.filesystem, batch)
             self._checked(leader.run(batch))
@@ -304,12 +304,18 @@ class _Builder:
             pid_namespace.mount_proc(batch)
         if not state.table_of:
             descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
-        if not state.places_of and state.pid not in self._shared.owners_of_places:
+        if not state.places_of and not self._needs_places_until_the_end:
             filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
         self._checked(leader.run(batch))
         if not state.table_of:
             descriptors.fill(state, self._shared, self._newborn.pidfd)
+
+    @property
+    def _needs_places_until_the_end(self) -> bool:
+        """Whether paths are still to be looked up with its directories: for others, or for watches (inotify)."""
+        state = self._state
+        return state.pid in self._shared.owners_of_places or (not state.places_of and state.filesystem.root != "/")
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""

@@ -30,7 +30,8 @@ def _make(plan: "Plan", ghost: Ghost) -> int:
     """Add the calls that make the file, still empty; the number where it is parked."""
     batch = plan.batch
     purpose = f"making {ghost.name}, which has no name any more, in {ghost.directory}"
-    path = batch.text(_free_name(ghost))
+    with plan.shared.root.entered():
+        path = batch.text(_free_name(ghost))
     opened = plan.next_fd()
     if ghost.kind == "temporary":
         batch.add(call("openat", _AT_FDCWD, batch.text(ghost.directory), ghost.made_with, 0o600), purpose)

@@ -7,6 +7,7 @@ import shutil
 import msgpack
 
 from postcopy.kernel import system_v
+from postcopy.restore_side.root import HERE, Root
 
 _SIZE = 1 << 16  # bytes: what a pipe holds
 
@@ -14,7 +15,9 @@ _SIZE = 1 << 16  # bytes: what a pipe holds
 class Leftovers:
     """Made before the watchdog is forked. Restore tells of each name; nobody reads it unless all has failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Root = HERE) -> None:
+        """``root``: where the paths lead."""
+        self._root = root
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def segment(self, identifier: int) -> None:
@@ -42,7 +45,8 @@ class Leftovers:
                 if isinstance(name, int):
                     system_v.remove(name)
                 else:
-                    shutil.rmtree(os.fsdecode(name), ignore_errors=True)
+                    with self._root.entered():
+                        shutil.rmtree(os.fsdecode(name), ignore_errors=True)
 
     def _tell(self, name: int | bytes | None) -> None:
         # A pipe that is full holds thousands of names: the rest is left behind.

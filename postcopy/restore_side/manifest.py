@@ -13,28 +13,39 @@ from postcopy.kernel.elf import build_id
 from postcopy.kernel.libc import memory_at
 from postcopy.restore_side import unix_names
 from postcopy.restore_side.job import terminal
+from postcopy.restore_side.root import HERE, Root
 from postcopy.state import FileIdentity, Manifest
 
 _CAPABILITY_SYS_ADMIN, _CAPABILITY_CHECKPOINT_RESTORE = 21, 40
 
 
 def problems(
-    manifest: Manifest, new_pid_namespace: bool, inherited: Collection[str] = (), shell_job: bool = False
+    manifest: Manifest,
+    new_pid_namespace: bool,
+    inherited: Collection[str] = (),
+    shell_job: bool = False,
+    root: Root = HERE,
 ) -> list[str]:
     """All reasons why the tree cannot be restored here, each with what to do.
 
     ``inherited``: the external resources for which others were given. ``shell_job``: our terminal may be lent.
+    ``root``: where its files are.
     """
+    with root.entered():
+        inside = [
+            *_ptys(manifest.ptys),
+            *files(manifest.files, frozen=False),
+            *unix_names.problems(manifest.unix_names),
+        ]
     return [
         *_external(manifest.external, inherited),
-        *_ptys(manifest.ptys),
+        *_proc(root, new_pid_namespace),
         *_terminal(manifest.shell_job, shell_job),
         *_pids(manifest, new_pid_namespace),
         *_vdso(manifest),
         *_cpu(manifest),
         *_huge_pages(manifest.huge_pages),
-        *files(manifest.files, frozen=False),
-        *unix_names.problems(manifest.unix_names),
+        *inside,
     ]
 
 
@@ -62,6 +73,16 @@ def _external(wanted: Iterable[str], given: Collection[str]) -> Iterator[str]:
     for resource in wanted:
         if resource not in given:
             yield f"nothing is given here for {resource}: --inherit-fd 'fd[N]:{resource}'"
+
+
+def _proc(root: Root, new_pid_namespace: bool) -> Iterator[str]:
+    where = os.path.join(root.path, "proc")
+    if root == HERE or root.has_proc(to_be_mounted=new_pid_namespace):
+        return
+    if new_pid_namespace:
+        yield f"{where}, where /proc is to be mounted, is no directory: make it"
+    else:
+        yield f"{where} is not mounted: mount -t proc proc {where}, or restore with --new-pid-namespace"
 
 
 def _ptys(wanted: Iterable[int]) -> Iterator[str]:

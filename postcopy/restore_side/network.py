@@ -12,6 +12,7 @@ from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.restore_side import tcp_connections, unix_names
 from postcopy.restore_side.leftovers import Leftovers
+from postcopy.restore_side.root import Root
 from postcopy.socket_kinds import InetSocket, TcpConnection
 from postcopy.state import Tree
 
@@ -21,8 +22,9 @@ log = logging.getLogger("postcopy")
 class Network:
     """The sockets of a tree."""
 
-    def __init__(self, tree: Tree, lock: str) -> None:
-        """``lock``: how to lock the network."""
+    def __init__(self, tree: Tree, lock: str, root: Root) -> None:
+        """``lock``: how to lock the network. ``root``: where the tree's files are."""
+        self._root = root
         descriptions = tree.descriptors.descriptions
         self._unix = [one.unix for one in descriptions if one.unix]
         inet = [one.inet for one in descriptions if one.inet]
@@ -40,7 +42,8 @@ class Network:
 
     def prepare(self, leftovers: Leftovers) -> None:
         """Before the tree is built. Raises PostcopyError."""
-        unix_names.prepare(self._unix, leftovers)
+        with self._root.entered():
+            unix_names.prepare(self._unix, leftovers)
         if self._lock is not None:
             ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
             listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
@@ -65,7 +68,8 @@ class Network:
 
         What the system refuses is logged: there is no way back.
         """
-        unix_names.settle(self._unix)
+        with self._root.entered():
+            unix_names.settle(self._unix)
         # Before the first packet, so that its answer finds the way.
         self._announce()
         if self._lock is not None:
@@ -89,7 +93,8 @@ class Network:
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""
-        unix_names.clear_away(self._unix)
+        with self._root.entered():
+            unix_names.clear_away(self._unix)
         if self._lock is not None:
             self._lock.close()
 

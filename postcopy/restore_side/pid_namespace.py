@@ -10,6 +10,7 @@ from postcopy.kernel import clone3
 from postcopy.kernel.calls import NUMBERS, call
 from postcopy.kernel.executor import Batch
 from postcopy.kernel.libc import address_of, syscall
+from postcopy.restore_side.root import Root
 from postcopy.roles import leave_output
 
 _NR_MOUNT = NUMBERS["mount"]
@@ -31,15 +32,15 @@ def mount_proc(batch: Batch) -> None:
 class PidNamespace:
     """The namespaces, and the init process that keeps them: it waits for orphans, and ends after the last process."""
 
-    def __init__(self) -> None:
-        """Make them. Raises OSError (see `refused`)."""
+    def __init__(self, root: Root) -> None:
+        """Make them; ``root``: in which directory ``/proc`` is. Raises OSError (see `refused`)."""
         ready_read, ready_write = os.pipe()
         self._root_read, self._root_write = os.pipe()
         self.init_pid = clone3.fork(signal.SIGCHLD, flags=clone3.CLONE_NEWPID | clone3.CLONE_NEWNS)
         if not self.init_pid:
             try:
                 os.close(self._root_write)
-                _be_init(ready_write, self._root_read)
+                _be_init(ready_write, self._root_read, root)
             finally:
                 os._exit(1)
         os.close(ready_write)
@@ -74,7 +75,7 @@ class PidNamespace:
             os.waitpid(self.init_pid, 0)
 
 
-def _be_init(ready: int, root_read: int) -> None:
+def _be_init(ready: int, root_read: int, directory: Root) -> None:
     """The init process: mount ``/proc``, then wait for orphans until the root and all of them have ended."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
@@ -84,7 +85,8 @@ def _be_init(ready: int, root_read: int) -> None:
     what = "mounting /proc"
     syscall(what, _NR_MOUNT, address_of(none), address_of(root), 0, _MS_REC | _MS_SLAVE, 0)
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    syscall(what, _NR_MOUNT, address_of(proc), address_of(where), address_of(proc), flags, 0)
+    with directory.entered():
+        syscall(what, _NR_MOUNT, address_of(proc), address_of(where), address_of(proc), flags, 0)
     leave_output(but_logs=False)
     os.write(ready, b"r")
     os.closerange(3, root_read)

@@ -45,6 +45,7 @@ from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
+from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import BuiltTree, build_tree
@@ -65,7 +66,7 @@ _NEWS_SIZE = 65536
 class Options:
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
     ``patience``: seconds to wait for the source to listen. ``inherited``: descriptors of ours, by the external resource
-    whose place each is to take; those above 2 are closed here."""
+    whose place each is to take; those above 2 are closed here. ``root``: what takes the place of ``/`` for the tree."""
 
     address: str = "127.0.0.1"
     port: int = DEFAULT_PORT
@@ -80,6 +81,7 @@ class Options:
     shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)
     background: Background = field(default_factory=Background)
+    root: Root = HERE
 
 
 def restore(
@@ -140,7 +142,7 @@ class _Takeover:
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
         self._built: BuiltTree | None = None
-        self._leftovers = Leftovers()
+        self._leftovers = Leftovers(options.root)
         self._shared = SharedObjects(self._leftovers)
         self._inherited: Mapping[str, int] = {}
         self._network: Network | None = None
@@ -168,21 +170,26 @@ class _Takeover:
             manifest, self._clocks = self._checkpoint.manifest, ProgramClocks(self._checkpoint.tree.clocks)
         self._manifest = manifest
         if problems := manifests.problems(
-            manifest, self._options.new_pid_namespace, self._options.inherited, self._options.shell_job
+            manifest,
+            self._options.new_pid_namespace,
+            self._options.inherited,
+            self._options.shell_job,
+            self._options.root,
         ):
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
         if self._options.new_pid_namespace:
-            self._namespace = PidNamespace()
+            self._namespace = PidNamespace(self._options.root)
             self._namespace.enter()
-        self._inherited = {**self._options.inherited, **ptys.make(manifest.ptys)}
+        with self._options.root.entered():
+            self._inherited = {**self._options.inherited, **ptys.make(manifest.ptys)}
         for fd in self._inherited.values():
             os.set_inheritable(fd, True)
         try:
             mounts = self._namespace.mount_namespace if self._namespace else None
             with self._clocks.namespace():
-                self._newborn = give_birth(manifest.pid, mounts, manifest.init)
+                self._newborn = give_birth(manifest.pid, mounts, manifest.init, self._options.root)
         finally:
             if self._namespace:
                 self._namespace.leave()
@@ -224,15 +231,19 @@ class _Takeover:
         with self._deadline():
             # What cannot have changed at the source was looked at a moment ago.
             seen = {file for file in self._manifest.files if not file.changing}
-            if problems := list(manifests.files([file for file in tree.files if file not in seen], frozen=True)):
+            with self._options.root.entered():
+                problems = list(manifests.files([file for file in tree.files if file not in seen], frozen=True))
+            if problems:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
             parent_stays = not self._options.detach
-            inherited = self._inherited
+            inherited, root = self._inherited, self._options.root
             self._run_scripts(Action.PRE_RESTORE)
-            self._network = Network(tree, self._options.network_lock)
+            self._network = Network(tree, self._options.network_lock, self._options.root)
             self._network.prepare(self._leftovers)
-            self._built = build_tree(tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited)
+            self._built = build_tree(
+                tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited, root
+            )
             pages.close()
             self._network.complete(self._pidfds())
             self._boot_bytes = len(pages.content)

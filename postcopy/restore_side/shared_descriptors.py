@@ -7,6 +7,7 @@ from postcopy.nesting import Nesting
 from postcopy.open_kinds import Ghost
 from postcopy.restore_side import unix_sockets
 from postcopy.restore_side.birth import Newborn
+from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Tree
 
@@ -24,9 +25,11 @@ class Shared:
         memory: SharedObjects,
         inherited: Mapping[str, int] | None = None,
         newborns: Mapping[int, Newborn] | None = None,
+        root: Root = HERE,
     ) -> None:
         """``inherited``: which descriptor of the newborn processes is to take the place of which external resource;
-        ``newborns``: these, once they are there."""
+        ``newborns``: these, once they are there; ``root``: their root directory."""
+        self.root = root
         self.nesting = Nesting(tree.pid_namespaces)
         self.owners_of_places = {process.places_of for process in tree.processes} - {0}
         self.newborns = {} if newborns is None else newborns

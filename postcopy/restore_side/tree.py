@@ -15,6 +15,7 @@ from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.memory import lazy_parts, lazy_vmas
 from postcopy.restore_side.offspring import bring_up
+from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.sent_pages import SentPages
@@ -73,9 +74,11 @@ def build_tree(
     memory: SharedObjects,
     parent_stays: bool,
     inherited: Mapping[str, int] | None = None,
+    directory: Root = HERE,
 ) -> BuiltTree:
     """Build ``tree`` around ``root``; ``inherited``: which descriptor of ours, and of ``root``, is to take the place of
-    which external resource; ``pages``: the content of the pages that came with it, as `spaces_of` orders it.
+    which external resource; ``pages``: the content of the pages that came with it, as `spaces_of` orders it;
+    ``directory``: its root directory.
 
     Every process is in ``newborns`` as soon as it is there, and ``memory`` has what of the tree's is not of one process
     alone. Raises RestoreError; all of them are then to be killed, and ``memory`` undone.
@@ -85,7 +88,7 @@ def build_tree(
     counts = [space.sent.total_pages for space in spaces_of(tree)]
     if sum(counts) != pages.total:
         raise RestoreError(f"{pages.total} pages came with the state, which names {sum(counts)}")
-    shared = Shared(tree, memory, inherited, newborns)
+    shared = Shared(tree, memory, inherited, newborns, directory)
     ptys.set_up(tree.descriptors.ptys, root.pidfd, inherited or {})
     try:
         bring_up(tree, root, newborns)
