@@ -163,6 +163,30 @@ MOVED = {
             assert os.read(read_end, 99) == b"through"
             assert os.pread(most - 3, 99, 0) == b"deleted"
     """,
+    "a descriptor table of a million numbers with gaps": """
+        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        except ValueError:  # without CAP_SYS_RESOURCE no table is as large
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        numbers = [*range(1000, most, 1009), most - 1]
+        first, *others = numbers
+        os.dup2(os.eventfd(0), first)
+        for place, number in enumerate(others):
+            fd = os.dup(first) if place % 3 else os.eventfd(number)
+            os.dup2(fd, number)
+            os.close(fd)
+        table = set(os.listdir("/proc/self/fd"))
+        def verify():
+            assert set(os.listdir("/proc/self/fd")) == table
+            os.eventfd_write(first, 1)
+            own = [number for place, number in enumerate(others) if place % 3 == 0]
+            assert [os.eventfd_read(number) for number in own] == own
+            assert os.eventfd_read(others[-1] if (len(others) - 1) % 3 else others[-2]) == 1
+            for number in numbers:
+                os.close(number)
+    """,
     "mapped files with odd names": """
         names = [b"a b", b"new\\nline", b"x (deleted)", b"lit\\\\777x", b"back\\\\slash", b"\\xff\\xfe", b"\\x85"]
         maps = []

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import Host, Process, Trio, wait_until
+from tests.hosts import Host, Process, Trio, postcopy_command, wait_until
 from tests.migrate import Migration, move, start_dump, start_restore
 
 PID = 6100
@@ -358,3 +359,56 @@ def test_network_is_locked_by_iptables(trio: Trio, tmp_path: Path) -> None:
     wait_until(lambda: all("postcopy" not in locks(host) for host in trio), what="no host is locked")
     report = service.report()
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
+TALKS = """
+import socket, sys
+local, remote, port = sys.argv[1:]
+own = socket.create_connection((remote, int(port)), source_address=(local, 0))
+while (line := own.recv(100)):
+    own.sendall(line)
+"""
+
+
+def test_peer_that_cannot_be_reached_from_the_destination_notices_nothing(trio: Trio, tmp_path: Path) -> None:
+    trio.add_service(trio.a)
+    peer = "10.99.0.1"
+    trio.c.run(["ip", "address", "add", f"{peer}/32", "dev", "lo"], check=True)
+    trio.a.run(["ip", "route", "add", f"{peer}/32", "via", trio.c.address], check=True)
+    server = "import socket, sys; listener = socket.create_server((sys.argv[1], 7001)); peer, _ = listener.accept()\n"
+    server += (
+        "for line in sys.stdin:\n    peer.sendall(line.encode()); print(peer.recv(100).decode(), end='', flush=True)"
+    )
+    pipe = subprocess.PIPE
+    there = trio.c.popen([sys.executable, "-c", server, peer], stdin=pipe, stdout=pipe)
+    listens = ["ss", "-Hltn", "sport = :7001"]
+    wait_until(lambda: trio.c.run(listens).stdout, SECONDS, "the peer listens")
+    trio.a.popen([sys.executable, "-c", TALKS, trio.service, peer, "7001"], pid=PID)
+
+    def answers(text: bytes) -> bool:
+        assert there.stdin is not None and there.stdout is not None
+        there.stdin.write(text)
+        there.stdin.flush()
+        line: bytes = there.stdout.readline()
+        return line == text
+
+    assert answers(b"before\n")
+    trio.add_service(trio.b)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    restore = start_restore(migration, wait=False)
+    assert (restore.wait(SECONDS), migration.dump.wait(SECONDS)) == (4, 10), migration.logs()
+    said = dict(migration.logs())["restore on beta, stderr"]
+    assert f"to {peer}:7001" in said and "ENETUNREACH" in said
+    assert answers(b"after\n")
+
+
+def test_connection_to_a_local_process_that_is_not_moved_is_refused(trio: Trio) -> None:
+    server = "import socket; kept = socket.create_server(('127.0.0.1', 7002)).accept()[0].recv(1)"
+    trio.a.popen([sys.executable, "-c", server])
+    wait_until(lambda: trio.a.run(["ss", "-Hltn", "sport = :7002"]).stdout, SECONDS, "the peer listens")
+    trio.a.popen([sys.executable, "-c", TALKS, "127.0.0.1", "127.0.0.1", "7002"], pid=PID)
+    connected = ["ss", "-Htn", "dport = :7002"]
+    wait_until(lambda: b"ESTAB" in trio.a.run(connected).stdout, SECONDS, "they are connected")
+    result = trio.a.run([*postcopy_command(), "dump", "--lazy-pages", "-t", str(PID), *ESTABLISHED], timeout=20)
+    assert result.returncode == 5
+    assert "to 127.0.0.1:7002, whose other end is a process of this host that is not moved" in result.stderr.decode()

@@ -10,6 +10,7 @@ from postcopy.dump_side import (
     edges,
     epoll,
     filesystem,
+    inet_sockets,
     limits,
     lineage,
     memory,
@@ -74,6 +75,7 @@ def _collect(
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
     for each in [each for each in frozen.processes if each.pid not in sharing.tables]:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)
+    inet_sockets.check_loops(table, problems)
     descriptors.collect_in_flight(table, problems)
     epoll.complete(table, problems)
     unix_sockets.check_peers(table, problems)

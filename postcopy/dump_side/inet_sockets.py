@@ -58,6 +58,8 @@ def _tcp(table: Table, common: Socket, own: SocketType) -> InetSocket:
             raise Refused(f"{where} {reason}")
         if table.silence is not None:
             table.silence(table.pid, local, remote)
+        if info.state == tcp_repair.ESTABLISHED and socket_address.is_loopback(remote):
+            table.loops.append((local, remote))
         if table.frozen:
             connection = tcp_connections.collect(own, info)
     return InetSocket(
@@ -70,6 +72,25 @@ def _tcp(table: Table, common: Socket, own: SocketType) -> InetSocket:
         ended=ended,
         aborted=aborted,
     )
+
+
+def check_loops(table: Table, problems: list[str]) -> None:
+    """Once all sockets have been collected: who is connected to a process that stays here would be so to nobody."""
+    addresses = [
+        (socket_address.unpack(one.inet.local), one.inet)
+        for one in table.descriptors.descriptions
+        if one.inet is not None and one.inet.local
+    ]
+    tree = {(local, socket_address.unpack(one.remote)) for local, one in addresses if one.remote}
+    # Where a connection waits to be accepted, its other end is nobody's yet.
+    ports = {port for (_, port), one in addresses if one.backlog >= 0}
+    for local, remote in table.loops:
+        ends = socket_address.unpack(local), socket_address.unpack(remote)
+        if ends[::-1] not in tree and ends[1][1] not in ports:
+            problems.append(
+                f"the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}, whose other end is "
+                "a process of this host that is not moved, would be connected to nobody; --tcp-close ends it"
+            )
 
 
 def _unmovable(table: Table, info: tcp_repair.Info) -> str:

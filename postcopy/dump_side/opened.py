@@ -176,7 +176,8 @@ class Table:
     ``carrying``: sockets (by inode) in which descriptors are on their way; ``received``: duplicates of these, ours.
     ``named``: where an earlier look has found a process's descriptor; ``found``: where this one will.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
-    ``silence``: is told of those that speak TCP. ``level``: see `pid_namespaces.level`.
+    ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
+    ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -202,6 +203,7 @@ class Table:
     found: dict[tuple[int, int], Named] = field(default_factory=dict)
     sockets: dict[int, int] = field(default_factory=dict)
     silence: Silence | None = None
+    loops: list[tuple[bytes, bytes]] = field(default_factory=list)
     socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     socket_options: dict[tuple[object, object], list[SocketOption]] = field(default_factory=dict)
     carrying: list[int] = field(default_factory=list)

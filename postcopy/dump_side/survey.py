@@ -16,6 +16,7 @@ from postcopy.dump_side import (
     descriptors,
     epoll,
     filesystem,
+    inet_sockets,
     lineage,
     memory,
     namespaces,
@@ -127,6 +128,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         kin = lineage.Kin(faces, zombies=set(descendants) - set(alive))
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
         found.problems += [*kin.problems_of(root), *kin.problems(sharing)]
+    inet_sockets.check_loops(found.table, found.problems)
     found.problems += shared.problems(set(faces.values()))
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")

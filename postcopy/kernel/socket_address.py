@@ -33,6 +33,12 @@ def unpack(address: bytes) -> tuple[bytes, int]:
     return (host[12:] if host.startswith(_MAPPED) else host), port
 
 
+def is_loopback(address: bytes) -> bool:
+    """Whether it is one that never leaves the host."""
+    host, _ = unpack(address)
+    return host[:1] == b"\x7f" if len(host) == 4 else host == socket.inet_pton(socket.AF_INET6, "::1")
+
+
 def scope(address: bytes) -> int:
     """The number of the interface that a link-local IPv6 address belongs to; 0 elsewhere."""
     return int.from_bytes(address[24:28], "little") if len(address) == 28 else 0
