@@ -16,7 +16,8 @@ from postcopy.dump_side import ptys
 from postcopy.dump_side.opened import Refused
 from postcopy.kernel import pty
 from postcopy.open_kinds import PtyContent
-from tests.hosts import Pair, postcopy_command
+from tests.hosts import Pair, postcopy_command, wait_until
+from tests.migrate import move
 from tests.programs.cases.terminals import CASES
 from tests.test_states import PID, Report, run_program
 
@@ -121,3 +122,29 @@ def test_more_than_can_be_typed_again_is_refused_and_stays(collects_lines: bool,
     assert found == text
     os.close(master)
     os.close(slave)
+
+
+COUNT = "i=0; until [ -e {stop} ]; do i=$((i+1)); echo $i; done"
+
+
+def test_every_line_of_a_program_that_writes_all_the_time_is_logged_once(hosts: Pair, tmp_path: Path) -> None:
+    own_terminals(hosts)
+    log, stop = tmp_path / "typescript", tmp_path / "stop"
+    command = ["script", "-q", "-f", "-c", COUNT.format(stop=stop), str(log)]
+    hosts.a.popen(command, pid=PID)
+
+    def goes_on() -> None:
+        before = log.stat().st_size if log.exists() else 0
+        wait_until(lambda: log.exists() and log.stat().st_size > before + 10_000, 20, "it writes")
+
+    goes_on()
+    for source, destination in (tuple(hosts), tuple(hosts)[::-1]):
+        migration = move(source, destination, PID)
+        migration.wait_drained()
+        goes_on()
+    stop.touch()
+    assert migration.restore is not None
+    assert migration.restore.wait(20) == 0
+    # The first line is script's own.
+    lines = [line for line in log.read_bytes().partition(b"\n")[2].split(b"\r\n") if line.isdigit()]
+    assert lines == [b"%d" % number for number in range(1, len(lines) + 1)]
