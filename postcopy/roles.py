@@ -13,6 +13,7 @@ from postcopy.errors import PostcopyError
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
+from postcopy.kernel.sched import scheduling
 
 log = logging.getLogger("postcopy")
 
@@ -79,6 +80,7 @@ def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] 
             signal.signal(number, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        scheduling()
         text = name.encode()[:15] + b"\0"
         syscall("naming a process", NUMBERS["prctl"], PR_SET_NAME, address_of(text))
         if parent:

@@ -31,6 +31,7 @@ _MOST_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE of the kernel
 _MOST_CALLERS = 256
 # Of destinations that have not opened all their channels.
 _MOST_SESSIONS = 64
+_ALSO = "also"  # among what the listener waits for
 CHANNELS = ("control", "demand", "bulk")
 
 
@@ -199,10 +200,11 @@ class Listener:
     """The listening port of a source: answers whoever speaks the protocol, and lets nobody else disturb it."""
 
     def __init__(self, address: str, port: int) -> None:
-        """Listen. Raises CannotRun when the address cannot be had."""
+        """Listen; at ``::`` for IPv4 too. Raises CannotRun when the address cannot be had."""
         try:
-            family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-            self._socket = socket.create_server((address, port), family=family, backlog=16)
+            family, *_, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            every = found[0] == "::" and socket.has_dualstack_ipv6()
+            self._socket = socket.create_server((address, port), family=family, backlog=16, dualstack_ipv6=every)
         except OSError as error:
             hint = "choose another port with --port, or end what listens there" if error.errno == 98 else ""
             raise CannotRun(f"cannot listen at {address}:{port}: {error.strerror or error}", hint) from None
@@ -220,13 +222,15 @@ class Listener:
         return found
 
     def accept(
-        self, refuse: Callable[[Hello], str | None], meanwhile: Callable[[], object] = lambda: None
+        self, refuse: Callable[[Hello], str | None], meanwhile: Callable[[], object] = lambda: None, also: int = -1
     ) -> tuple[Channels, Hello]:
         """Wait for a destination with all its channels; ``refuse`` says why a peer's host will not do.
 
         Who sends anything else, or nothing, is logged and dropped; the listener goes on. ``meanwhile`` is called a
-        few times a second.
+        few times a second, and when the descriptor ``also`` becomes readable.
         """
+        if also >= 0:
+            self._selector.register(also, selectors.EVENT_READ, _ALSO)
         while True:
             for caller in self._introduced():
                 self._take_in(caller, refuse)
@@ -248,7 +252,7 @@ class Listener:
             session.drop()
         self._sessions.clear()
         for key in list(self._selector.get_map().values()):
-            if key.data is not None:
+            if isinstance(key.data, _Caller):
                 key.data.connection.close()
         self._selector.close()
         self._socket.close()
@@ -259,8 +263,9 @@ class Listener:
         for key, _ in self._selector.select(timeout=0.25):
             if key.data is None:
                 self._take_call()
+            if not isinstance(key.data, _Caller):
                 continue
-            caller: _Caller = key.data
+            caller = key.data
             try:
                 content = caller.connection.recv(control.GREETING_LIMIT)
                 if not content:
@@ -272,7 +277,7 @@ class Listener:
             except (OSError, ProtocolError) as reason:
                 self._drop(caller, reason)
         for key in list(self._selector.get_map().values()):
-            if key.data is not None and key.data.until < time.monotonic():
+            if isinstance(key.data, _Caller) and key.data.until < time.monotonic():
                 self._drop(key.data, "it said nothing, or not enough, for too long")
         return ready
 
@@ -280,10 +285,11 @@ class Listener:
         with contextlib.suppress(OSError):
             connection, address = self._socket.accept()
             connection.setblocking(False)
-            callers = [key.data for key in self._selector.get_map().values() if key.data is not None]
+            callers = [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Caller)]
             if len(callers) >= _MOST_CALLERS:
                 self._drop(min(callers, key=lambda caller: caller.until), "too many are calling at once")
-            caller = _Caller(connection, f"{address[0]}:{address[1]}", time.monotonic() + GREETING_SECONDS)
+            host = address[0].removeprefix("::ffff:")
+            caller = _Caller(connection, f"{host}:{address[1]}", time.monotonic() + GREETING_SECONDS)
             self._selector.register(connection, selectors.EVENT_READ, caller)
 
     @staticmethod

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
-from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
+from postcopy.cli import app
+from tests.hosts import DEVICE, Host, Pair, Process, postcopy_command, wait_until
 from tests.migrate import Migration, move, start_dump, start_restore
 from tests.programs import witness
 
@@ -109,6 +112,22 @@ def test_help(command: list[str]) -> None:
         result = subprocess.run([*postcopy_command(), *command, option], capture_output=True, timeout=SECONDS)
         assert result.returncode == 0
         assert b"Usage" in result.stdout
+
+
+@pytest.mark.parametrize("column", ["dump", "restore", "serve", "check"])
+def test_readme_names_every_option_of_a_command(column: str) -> None:
+    lines = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| option "))
+    columns = [name.strip() for name in lines[head].split("|")]
+    named: set[str] = set()
+    for line in lines[head + 2 : lines.index("", head)]:
+        cells = line.replace("\\|", "/").split("|")
+        if cells[columns.index(column)].strip():
+            named |= set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", "|".join(cells[1:2])))
+    command = typer.main.get_command(app).commands[column]  # type: ignore[attr-defined]
+    there = {name for parameter in command.params for name in parameter.opts}
+    # Named where it is explained what it belongs to.
+    assert there - {"--idle-delay"} == named
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
@@ -490,3 +509,48 @@ def test_commands_whose_standard_streams_are_closed(empty: Pair, program: Progra
     assert restore.wait(SECONDS) == 0, (tmp_path / "restore").read_text()
     assert dump.wait(SECONDS) == 0, (tmp_path / "dump").read_text()
     program.ticks_on("beta")
+
+
+@pytest.mark.parametrize("caller", ["10.77", "fd77"])
+def test_source_that_listens_at_every_address(empty: Pair, program: Program, caller: str) -> None:
+    for host, last in zip(empty, (1, 2), strict=True):
+        host.run(["ip", "addr", "replace", f"fd77::{last}/64", "dev", DEVICE, "nodad"], check=True)
+    address = ["--lazy-pages", "--port", str(PORT), "--address"]
+    source, ready = with_status(empty.a, ["dump", *address, "::", "-t", str(PID)])
+    assert select.select([ready], [], [], SECONDS)[0]
+    at = empty.a.address if caller == "10.77" else "fd77::1"
+    destination, runs = with_status(empty.b, ["restore", *address, at])
+    assert select.select([runs], [], [], SECONDS)[0]
+    for fd in (ready, runs):
+        assert os.read(fd, 2) == b"\0"
+        os.close(fd)
+    assert source.wait(SECONDS) == 0
+    program.ticks_on(empty.b.name)
+    empty.b.kill(PID, signal.SIGTERM)
+    assert destination.wait(SECONDS) == 0
+
+
+def test_end_of_the_program_while_dump_listens_is_noticed_at_once(empty: Pair, program: Program) -> None:
+    migration = start_dump(empty.a, empty.b, PID, port=PORT)
+    empty.a.kill(PID, signal.SIGKILL)
+    assert migration.dump.wait(SECONDS) == 3
+    said = dict(migration.logs())[f"dump on {empty.a.name}, stderr"]
+    assert f"process {PID} has ended, before a destination came for it" in said
+    no_traceback(migration)
+
+
+def test_commands_have_the_niceness_that_they_were_given(empty: Pair, program: Program) -> None:
+    address = ["--lazy-pages", "--address", empty.a.address, "--port", str(PORT)]
+    argv = ["nice", "-n", "7", *postcopy_command()]
+    source = empty.a.popen([*argv, "dump", *address, "-t", str(PID)])
+    # With nothing pushed, both stay until the program's end.
+    destination = empty.b.popen([*argv, "restore", *address, "--background", "off"])
+    wait_until(lambda: witness.records(program.log)[-1].host == empty.b.name, SECONDS, "the program has moved")
+
+    def niceness(host: Host, pid: int) -> int:
+        return int((host.proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[16])
+
+    assert (niceness(empty.a, source.pid), niceness(empty.b, destination.pid)) == (7, 7)
+    assert niceness(empty.b, PID) == 0
+    empty.b.kill(PID, signal.SIGTERM)
+    assert (source.wait(SECONDS), destination.wait(SECONDS)) == (0, 0)

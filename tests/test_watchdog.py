@@ -4,14 +4,19 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from typing import NoReturn
+
+import pytest
 
 from postcopy import roles
 from postcopy.action_scripts import ActionScripts
+from postcopy.kernel import procfs
+from postcopy.kernel.poll import readable
 from postcopy.restore_side.fault_handler import Background
 from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.leftovers import Leftovers
-from postcopy.restore_side.watchdog import Watchdog
+from postcopy.restore_side.watchdog import Watchdog, kill_tree
 from postcopy.transport import Channel, Channels
 
 
@@ -45,3 +50,35 @@ def test_tree_is_killed_when_the_watchdog_fails_itself() -> None:
             assert program.wait(20) == -signal.SIGKILL
         finally:
             program.kill()
+
+
+FORKS = """
+import os, time
+if not os.fork():
+    time.sleep(1000)
+print("forked", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_tree_is_killed_with_children_that_nobody_knows() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"forked\n"
+        (child,) = procfs.children(program.pid)
+        its_end = os.pidfd_open(child)
+        kill_tree(Handover([], [], [(program.pid, os.pidfd_open(program.pid))]), None)
+        assert program.wait(20) == -signal.SIGKILL
+        assert readable(its_end, 20)
+        os.close(its_end)
+
+
+def test_process_that_has_got_the_pid_of_a_child_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as program, subprocess.Popen(["sleep", "1000"]) as other:
+        # The first look still finds the child whose PID it has got.
+        looks = iter([[other.pid], []])
+        monkeypatch.setattr(procfs, "descendants", lambda _: next(looks))
+        kill_tree(Handover([], [], [(program.pid, os.pidfd_open(program.pid))]), None)
+        assert program.wait(20) == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()

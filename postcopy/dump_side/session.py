@@ -6,6 +6,7 @@ Here is decided what is done when; the states and messages stand in docs/protoco
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,16 +60,34 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     """
     allow_descriptors()
     manifest, _ = survey(options.pid, options.choices)
-    with contextlib.closing(Listener(options.address, options.port)) as listener:
+    with contextlib.closing(Listener(options.address, options.port)) as listener, _watched(options.pid) as program:
         _listens(options, manifest, listener, reporter)
         listening()
-        channels, peer = listener.accept(unfit)
+        channels, peer = listener.accept(unfit, lambda: _check_alive(options.pid, program), program)
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
         _hand_over(options, Giving(channels, reporter, options.timeout), reporter)
     finally:
         channels.close()
+
+
+@contextlib.contextmanager
+def _watched(pid: int) -> Iterator[int]:
+    """A pidfd. Raises DumpError."""
+    try:
+        program = os.pidfd_open(pid)
+    except OSError:
+        raise DumpError(f"process {pid} has ended meanwhile") from None
+    try:
+        yield program
+    finally:
+        os.close(program)
+
+
+def _check_alive(pid: int, program: int) -> None:
+    if readable(program):
+        raise DumpError(f"process {pid} has ended, before a destination came for it")
 
 
 def dump_to_directory(

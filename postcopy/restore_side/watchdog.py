@@ -293,14 +293,30 @@ def kill_tree(tree: Handover, namespace_init: int | None) -> None:
     """SIGKILL its processes and all their descendants; with a PID namespace of its own, everything in it."""
     # Once one has ended, its PID may be somebody else's.
     alive = [(pid, pidfd) for pid, pidfd in tree.processes if not readable(pidfd)]
-    known = {pid for pid, _ in alive}
-    born_since = {each for pid in known for each in procfs.descendants(pid)} - known
-    for _, pidfd in alive:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    if namespace_init is not None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(namespace_init, signal.SIGKILL)
-    for pid in born_since:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    doomed = [pidfd for _, pidfd in alive]
+    with contextlib.ExitStack() as opened:
+        for pidfd in _born_since({pid for pid, _ in alive}):
+            opened.callback(os.close, pidfd)
+            doomed.append(pidfd)
+        if namespace_init is not None:
+            doomed.append(namespace_init)
+        for pidfd in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _born_since(known: set[int]) -> list[int]:
+    """Pidfds of the descendants of processes, but for themselves."""
+
+    def descendants() -> set[int]:
+        return {each for pid in known for each in procfs.descendants(pid)} - known
+
+    found: dict[int, int] = {}
+    for pid in descendants():
+        with contextlib.suppress(OSError):
+            found[pid] = os.pidfd_open(pid)
+    # Between a look and the opening, a PID may have become somebody else's: what is opened and not there, is not meant.
+    still = descendants()
+    for pid in found.keys() - still:
+        os.close(found.pop(pid))
+    return list(found.values())
