@@ -90,6 +90,18 @@ def test_what_was_taken_out_is_put_in_again_when_dump_is_killed(monkeypatch: pyt
     os.close(slave)
 
 
+def test_lock_of_a_terminal_is_as_it_was() -> None:
+    master, slave = os.openpty()
+    os.set_blocking(slave, False)
+    os.write(master, b"half")
+    pty.set_number(master, pty.TIOCSPTLCK, 1)
+    content = ptys.peek(master, "a terminal")
+    assert content is not None and content.typed == b"half"
+    assert pty.number(master, pty.TIOCGPTLCK)
+    os.close(master)
+    os.close(slave)
+
+
 def test_news_of_packet_mode_that_is_unread_is_refused_and_stays() -> None:
     master, slave = os.openpty()
     fcntl.ioctl(master, pty.TIOCPKT, struct.pack("i", 1))

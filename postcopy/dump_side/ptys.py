@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgpack
 
 from postcopy import pty_queues, roles
+from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import Opened, Refused, Table, common
 from postcopy.kernel import procfs, pty
 from postcopy.open_kinds import Pty, PtyContent, PtyEnd
@@ -127,8 +128,7 @@ def _check_typing(name: str) -> None:
 
 def peek(master: int, name: str) -> PtyContent | None:
     """What is in a terminal that nobody uses now; it is left as it is. Raises Refused, OSError."""
-    slave = pty.open_slave(master)
-    os.set_blocking(slave, False)
+    slave = _opened(master)
     packets = bool(pty.number(master, pty.TIOCGPKT))
     try:
         settings = pty.settings(master)
@@ -143,6 +143,19 @@ def peek(master: int, name: str) -> PtyContent | None:
         return None
     finally:
         os.close(slave)
+
+
+def _opened(master: int) -> int:
+    """A description of its slave of our own."""
+    with uninterrupted():
+        locked = pty.number(master, pty.TIOCGPTLCK)
+        pty.set_number(master, pty.TIOCSPTLCK, 0)
+        try:
+            slave = pty.open_slave(master)
+        finally:
+            pty.set_number(master, pty.TIOCSPTLCK, locked)
+    os.set_blocking(slave, False)
+    return slave
 
 
 def _too_much(name: str, length: int) -> str:
@@ -160,17 +173,22 @@ def _look_into(master: int, slave: int, settings: bytes, packets: bool, name: st
 
     def look() -> None:
         pty.set_number(master, pty.TIOCPKT, 0)
-        content = pty_queues.take(master, slave, settings)
-        pty_queues.put(master, slave, settings, content)
-        pty.set_number(master, pty.TIOCPKT, int(packets))
-        with open(writing, "wb") as stream:
+        try:
+            content = pty_queues.take(master, slave, settings)
+            pty_queues.put(master, slave, settings, content)
+        finally:
+            pty.set_number(master, pty.TIOCPKT, int(packets))
+        with contextlib.suppress(BrokenPipeError), open(writing, "wb") as stream:
             stream.write(msgpack.packb(dataclasses.astuple(content)))
 
-    looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[master, slave, writing])
-    os.close(writing)
-    with open(reading, "rb") as stream:
-        found = stream.read()
-    if looker.wait() or not found:
+    # The tree must not run while it is at it.
+    with uninterrupted():
+        looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[master, slave, writing])
+        os.close(writing)
+        with open(reading, "rb") as stream:
+            found = stream.read()
+        failed = looker.wait()
+    if failed or not found:
         raise Refused(f"{name}: what is in it could not be read")
     content = PtyContent(*msgpack.unpackb(found))
     if len(content.typed) > _MOST_TYPED:
