@@ -1,5 +1,6 @@
 """Sockets, as part of `postcopy.state`, which see."""
 
+import socket
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -77,8 +78,10 @@ class UnixSocket:
     ``place``: where its file lies, with ``mode`` and ``file_owner``; empty where there is none. ``peer``: the inode of
     the socket it is connected to (0: none, -1: one that has been closed). ``backlog``: of listen(2), -1 where it does
     not listen. ``shutdown``: 1 (no more receiving) and 2 (no more sending). ``reset``: ECONNRESET is due.
-    ``maker``: the process that makes it and its peer for others, 0 where the first that has it does. ``outside``: the
-    name outside of the tree that a datagram socket is connected to, as connect(2) takes it.
+    ``maker``: the process that makes it before all others have their files, 0 where the first that has it makes it.
+    ``accepted``: it came from accept(2), with the name of the socket that had listened. ``pending``: the sockets (by
+    inode) whose connections it is yet to accept, in their order; these have no ``peer``. ``outside``: the name outside
+    of the tree that a datagram socket is connected to, as connect(2) takes it.
     """
 
     socket: Socket
@@ -94,6 +97,15 @@ class UnixSocket:
     queue: list[UnixMessage]
     maker: Unsigned = 0
     outside: bytes = b""
+    accepted: bool = False
+    pending: list[Unsigned] = field(default_factory=list)
+
+
+def is_mutual(one: UnixSocket, peer: UnixSocket | None) -> bool:
+    """Whether one connection made the two. Datagram sockets may be connected each by itself, with nobody to tell of."""
+    if peer is None or peer.peer != one.socket.inode:
+        return False
+    return one.socket.type != socket.SOCK_DGRAM or one.made_by is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from postcopy.socket_kinds import (
     TcpConnection,
     UnixName,
     UnixSocket,
+    is_mutual,
 )
 from postcopy.state import Tree
 
@@ -84,6 +85,10 @@ def _unix(state: UnixSocket) -> Iterator[str]:
         yield "outside: it is connected within the tree, or no datagram socket"
     if state.backlog >= 0 and (state.peer or state.queue):
         yield "backlog: it listens, and is connected or has messages"
+    if len(state.pending) > state.backlog + 1:
+        yield f"pending: {len(state.pending)} connections, and a backlog of {state.backlog}"
+    if state.accepted and (not state.name or not state.peer or state.socket.type == socket.SOCK_DGRAM):
+        yield "accepted: it has no name or is not connected"
 
 
 def _inet(state: InetSocket) -> Iterator[str]:
@@ -149,39 +154,66 @@ def tree(whole: Tree) -> Iterator[str]:
             yield f"descriptors: sockets {inode} and {one.peer} are connected, and of two types"
         elif one.peer > 0 and one.socket.type != socket.SOCK_DGRAM and unix[one.peer].peer != inode:
             yield f"descriptors: socket {inode} is connected to {one.peer}, and that is not to it"
+    pids = {0, *(member.pid for member in whole.members)}
     for inode, one in unix.items():
         for message in one.queue:
+            if message.credentials and message.credentials[0] not in pids:
+                yield f"descriptors: a message in socket {inode} is of process {message.credentials[0]}"
             for number in message.rights:
                 if number >= len(descriptions):
                     yield f"descriptors: on their way in socket {inode} is {number}, none of {len(descriptions)}"
+    yield from _pending(unix)
     yield from _makers(whole, unix)
 
 
+def _pending(unix: Mapping[int, UnixSocket]) -> Iterator[str]:
+    """Connections that wait to be accepted are each made by a socket that is connected to nothing else."""
+    seen: set[int] = set()
+    for inode, one in unix.items():
+        for each in one.pending:
+            waiting = unix.get(each)
+            if waiting is None or each in seen or waiting.peer or waiting.queue or waiting.backlog >= 0:
+                yield f"descriptors: socket {each} does not wait to be accepted by {inode} alone"
+            elif waiting.socket.type != one.socket.type:
+                yield f"descriptors: socket {each}, which waits to be accepted by {inode}, is of another type"
+            seen.add(each)
+
+
 def _makers(whole: Tree, unix: Mapping[int, UnixSocket]) -> Iterator[str]:
-    """Who makes a pair for others makes both ends, and is built before those who take them."""
-    order = {process.pid: place for place, process in enumerate(whole.processes)}
-    first: dict[int, int] = {}
+    """Of two ends either one process makes both, when it makes its table, or each has a maker that makes it before."""
+    with_tables = {process.pid for process in whole.processes if not process.table_of}
+    holders: dict[int, int] = {}
     for number, pid in in_flight.makers(whole).items():
         one = whole.descriptors.descriptions[number].unix
         if one is not None:
-            first[one.socket.inode] = order.get(pid, -1)
-    for place, process in enumerate(whole.processes):
+            holders[one.socket.inode] = pid
+    for process in whole.processes:
         for slot in process.slots:
             if slot.description < len(whole.descriptors.descriptions):
                 one = whole.descriptors.descriptions[slot.description].unix
                 if one is not None:
-                    first.setdefault(one.socket.inode, place)
+                    holders.setdefault(one.socket.inode, process.pid)
     for inode, one in unix.items():
+        if one.maker and one.maker not in with_tables:
+            yield f"descriptors: process {one.maker}, maker of socket {inode}, has no table"
+        if one.maker and one.backlog < 0 and not one.peer:
+            yield f"descriptors: socket {inode}, which process {one.maker} makes, neither listens nor is connected"
+        if one.maker and one.peer < 0 and not one.accepted:
+            yield f"descriptors: socket {inode}, which process {one.maker} makes, has lost its peer"
         peer = unix.get(one.peer)
         if peer is None or peer.peer != inode:
-            if one.maker:
-                yield f"descriptors: socket {inode}, which process {one.maker} makes for others, has no peer"
-        elif one.maker != peer.maker:
-            yield f"descriptors: sockets {inode} and {one.peer}, a pair, are made by two processes"
-        elif not one.maker and first.get(inode) != first.get(one.peer):
-            yield f"descriptors: sockets {inode} and {one.peer}, a pair, have nobody who makes both"
-        elif one.maker and not order.get(one.maker, len(order)) <= first.get(inode, 0):
-            yield f"descriptors: process {one.maker}, maker of socket {inode}, is not built before those that have it"
+            if one.maker and one.backlog < 0 and one.peer > 0:
+                yield f"descriptors: socket {inode}, which process {one.maker} makes, has no peer"
+            continue
+        both = f"descriptors: sockets {inode} and {one.peer}, a pair"
+        if one.accepted and peer.accepted:
+            yield f"{both}, have both been accepted"
+        elif bool(one.maker) != bool(peer.maker):
+            yield f"{both}, of which one has a maker"
+        elif one.maker != peer.maker and not (one.accepted or peer.accepted):
+            yield f"{both}, are made by two processes"
+        elif not one.maker and holders.get(inode) != holders.get(one.peer) and is_mutual(one, peer):
+            yield f"{both}, have nobody who makes both"
 
 
 CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {

@@ -19,7 +19,7 @@ from postcopy.dump_side import (
     signals,
     threads,
     timers,
-    unix_sockets,
+    unix_peers,
 )
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
@@ -78,7 +78,7 @@ def _collect(
     inet_sockets.check_loops(table, problems)
     descriptors.collect_in_flight(table, problems)
     epoll.complete(table, problems)
-    unix_sockets.check_peers(table, problems)
+    unix_peers.check(table, problems)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []

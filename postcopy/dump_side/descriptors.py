@@ -23,7 +23,7 @@ from postcopy.dump_side import (
     sockets,
     terminals,
     timerfd,
-    unix_sockets,
+    unix_peers,
 )
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
@@ -77,7 +77,7 @@ def collect_in_flight(table: Table, problems: list[str]) -> None:
     """Once all tables have been collected: add what is only on its way in Unix sockets (SCM_RIGHTS)."""
     # What is found may be a socket with others on their way.
     for inode in table.carrying:
-        number = unix_sockets.numbers(table)[inode]
+        number = unix_peers.numbers(table)[inode]
         unix = table.descriptors.descriptions[number].unix
         assert unix is not None
         table.pid = table.sockets[inode]
@@ -89,7 +89,7 @@ def collect_in_flight(table: Table, problems: list[str]) -> None:
                 problems.append(f"socket:[{inode}]: a descriptor is on its way in it (SCM_RIGHTS): {reason}")
                 rights = []
             queue.append(dataclasses.replace(message, rights=rights))
-        unix_sockets.change(table, number, queue=queue)
+        unix_peers.change(table, number, queue=queue)
 
 
 def _on_its_way(table: Table, fd: int) -> int:

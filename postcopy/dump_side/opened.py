@@ -210,6 +210,7 @@ class Table:
     received: list[int] = field(default_factory=list)
     unix_names: list[UnixName] = field(default_factory=list)
     _unix: dict[int, sock_diag.UnixDiag] = field(default_factory=dict)
+    _unix_waiting: dict[int, int] = field(default_factory=dict)
     _packet: dict[int, sock_diag.PacketDiag] = field(default_factory=dict)
     _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -223,7 +224,17 @@ class Table:
         """What the kernel says of a Unix socket; None where there is none in this network namespace."""
         if inode not in self._unix:
             self._unix = sock_diag.unix_sockets()
+            self._unix_waiting = {each: diag.inode for diag in self._unix.values() for each in diag.waiting}
         return self._unix.get(inode)
+
+    def forget_unix(self) -> None:
+        """Have the kernel asked again: a running program goes on."""
+        self._unix.clear()
+        self._unix_waiting.clear()
+
+    def unix_waiting_at(self, inode: int) -> int:
+        """The inode of the listening Unix socket that has not accepted the connection of this one yet; 0: none."""
+        return self._unix_waiting.get(inode, 0)
 
     def packet_diag(self, inode: int) -> sock_diag.PacketDiag | None:
         """What the kernel says of a packet socket; None where there is none in this network namespace."""

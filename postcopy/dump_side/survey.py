@@ -24,7 +24,7 @@ from postcopy.dump_side import (
     seccomp,
     smaps,
     timers,
-    unix_sockets,
+    unix_peers,
 )
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.opened import Table, Trusted, common
@@ -119,7 +119,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
             del found.problems[own:]
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
     epoll.complete(found.table, found.problems)
-    unix_sockets.check_peers(found.table, found.problems)
+    unix_peers.check(found.table, found.problems)
     alive = [pid for pid in descendants if faces[pid] in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.

@@ -12,8 +12,15 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")
-_UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_RQLEN = 1, 2, 4, 16
-_UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = 0, 1, 2, 4, 6
+_UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_ICONS, _UDIAG_SHOW_RQLEN = 1, 2, 4, 8, 16
+_UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_ICONS, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+)
 _PACKET_SHOW_MCLIST, _PACKET_SHOW_RING_CFG = 2, 4
 _PACKET_DIAG_MCLIST, _PACKET_DIAG_RX_RING, _PACKET_DIAG_TX_RING = 1, 2, 3
 _TCP_LISTEN = 10
@@ -27,7 +34,8 @@ class UnixDiag:
     """One Unix socket. ``name``: what follows the family in its address, as bind(2) was given it (a path with its NUL).
 
     ``vfs``: inode and device (st_dev) of the socket's file, where it has one. ``peer``: an inode, 0 or `DEAD`.
-    ``shutdown``: RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2). ``queued``: bytes to read, or connections to be accepted.
+    ``shutdown``: RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2). ``queued``: bytes to read, or connections to be accepted;
+    ``waiting``: who has made these, by inode, in their order (0: one that has been closed since).
     """
 
     inode: int
@@ -39,11 +47,12 @@ class UnixDiag:
     shutdown: int
     queued: int
     backlog: int
+    waiting: tuple[int, ...]
 
 
 def unix_sockets() -> dict[int, UnixDiag]:
     """Every Unix socket of the network namespace by its inode. Raises OSError."""
-    shown = _UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS | _UDIAG_SHOW_PEER | _UDIAG_SHOW_RQLEN
+    shown = _UDIAG_SHOW_NAME | _UDIAG_SHOW_VFS | _UDIAG_SHOW_PEER | _UDIAG_SHOW_ICONS | _UDIAG_SHOW_RQLEN
     request = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFF_FFFF, 0, shown, 0, 0)
     return {found.inode: found for found in map(_unix, _dump(request))}
 
@@ -106,6 +115,7 @@ def _unix(body: bytes) -> UnixDiag:
         shutdown=attributes.get(_UNIX_DIAG_SHUTDOWN, b"\0")[0],
         queued=queued,
         backlog=backlog,
+        waiting=tuple(each for (each,) in struct.iter_unpack("=I", attributes.get(_UNIX_DIAG_ICONS, b""))),
     )
 
 

@@ -9,7 +9,7 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -77,7 +77,8 @@ class Built:
 
 class Building:
     """A process on the way to being `Built`: first every process of a tree is begun, in its order, then the files of
-    each are opened, then what is on its way in their sockets is sent, then each is finished.
+    each are opened and connected, then each is finished. Before and after the files are opened, sockets connect to each
+    other.
 
     All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
@@ -102,16 +103,18 @@ class Building:
         with _errors_named(self.built.state):
             self._builder.open()
 
-    def send(self) -> None:
-        """Send the descriptors that are on their way in its sockets."""
+    def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
+        """Make calls that have to do with the files of others (`descriptors.act`)."""
         with _errors_named(self.built.state):
-            self._builder.send()
+            self._builder.act(do, has_table)
+
+    def connect(self) -> None:
+        """Connect what refers to the files of others."""
+        with _errors_named(self.built.state):
+            self._builder.connect()
 
     def finish(self) -> Iterator[None]:
-        """Connect what refers to others, arm private anonymous memory for missing pages, and all that comes last.
-
-        In steps, like `begin`.
-        """
+        """Arm private anonymous memory for missing pages, and all that comes last. In steps, like `begin`."""
         with _errors_named(self.built.state):
             yield from self._builder.finish()
 
@@ -155,22 +158,22 @@ class _Builder:
         memory.write_pages(self._state.memory, pages, self._newborn.memory)
         yield from self._run_leader()
 
-    def send(self) -> None:
-        """What is on its way to other processes, whose files are all there."""
+    def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
+        """What has to do with the files of other processes."""
         leader = self._executors[0]
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
-        descriptors.send(self._state, self._shared, self._most_descriptors, run, leader.batch)
+        descriptors.act(self._state, self._shared, self._most_descriptors, run, leader.batch, do, has_table)
 
-    def finish(self) -> Iterator[None]:
-        """What may refer to the other processes of the tree, and what must come last."""
-        pid, state, leader = self._newborn.pid, self._state, self._executors[0]
+    def connect(self) -> None:
+        """What may refer to the other processes of the tree."""
+        state, leader = self._state, self._executors[0]
         run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
         if not state.table_of:
             descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
-        if self._needs_places_until_the_end:
-            batch = leader.batch()
-            filesystem.rebuild(state.filesystem, batch)
-            self._checked(leader.run(batch))
+
+    def finish(self) -> Iterator[None]:
+        """What must come last."""
+        pid, state = self._newborn.pid, self._state
         self._await_children()
         self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
@@ -304,18 +307,10 @@ class _Builder:
             pid_namespace.mount_proc(batch)
         if not state.table_of:
             descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
-        if not state.places_of and not self._needs_places_until_the_end:
-            filesystem.rebuild(state.filesystem, batch)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
         self._checked(leader.run(batch))
         if not state.table_of:
             descriptors.fill(state, self._shared, self._newborn.pidfd)
-
-    @property
-    def _needs_places_until_the_end(self) -> bool:
-        """Whether paths are still to be looked up with its directories: for others, or for watches (inotify)."""
-        state = self._state
-        return state.pid in self._shared.owners_of_places or (not state.places_of and state.filesystem.root != "/")
 
     def _welcome(self, born: list[int]) -> None:
         """Take in the threads that the leader made: each arrives in a stop of its own."""
@@ -346,6 +341,9 @@ class _Builder:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             batch = executor.batch()
             if executor is self._executors[0]:
+                # Not earlier: what has been opened by its path until now lies in the directories of the host.
+                if not self._state.places_of:
+                    filesystem.rebuild(self._state.filesystem, batch)
                 memory.show_arguments(self._state.memory, batch)
                 limits.rebuild(self._state.limits, batch)
             threads.rebuild(thread, self._own(thread.tid), self._current, self._parent_stays, batch)

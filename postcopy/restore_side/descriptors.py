@@ -220,8 +220,8 @@ def needed(process: Process, shared: Shared) -> int:
     holders = {shared.descriptions[slot.description][0] for slot in process.slots}
     watched = sum(len(each.epoll.targets) for each in shared.made_by(process) if each.epoll is not None)
     foreign = min(watched, len(shared.descriptions)) if len(holders) > 1 else 0
-    made = sockets.numbers(shared.made_by(process))
-    foreign += sockets.rights(shared.made_by(process)) + len(shared.in_flight.get(process.pid, ()))
+    made = sockets.numbers([*shared.made_by(process), *shared.met_by(process)])
+    foreign += shared.needed_late[0] + len(shared.in_flight.get(process.pid, ()))
     return lent + 2 * len(shared.pipes) + len(shared.ghosts) + 2 * len(holders) + foreign + made + 8
 
 
@@ -250,7 +250,8 @@ def room(process: Process, shared: Shared) -> int:
             each += 1024 * len(description.epoll.targets)
         elif description.inotify is not None:
             paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
-    return each + contents + paths + sockets.room(shared.made_by(process))
+    made = sockets.room([*shared.made_by(process), *shared.met_by(process)])
+    return each + contents + paths + made + shared.needed_late[1]
 
 
 def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
@@ -261,6 +262,8 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
     """
     lent = _LENT_FROM + len(shared.inherited)
     plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent))
+    kept = shared.kept.get(process.pid, [])
+    plan.used.update(kept)
     for stream in range(_STREAMS):
         # Without a purpose: a stream that ``restore`` does not have is missed only by those who want it.
         plan.streams.append(plan.parking())
@@ -270,13 +273,14 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
     for number, resource in enumerate(shared.inherited, start=_LENT_FROM):
         plan.inherited[resource] = plan.parking()
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
-    batch.add(call("close_range", 0, min(plan.parked) - 1, 0), "clearing the descriptor table")
+    batch.add(call("close_range", 0, min(*plan.parked, *kept) - 1, 0), "clearing the descriptor table")
     mine = shared.made_by(process)
+    plan.sockets |= shared.sockets_met(process.pid)
     plan.sockets |= unix_sockets.rebuild(plan, [one.unix for one in mine if one.unix])
     plan.sockets |= inet_sockets.rebuild(plan, [one.inet for one in mine if one.inet])
     plan.sockets |= netlink_sockets.rebuild(plan, [one.netlink for one in mine if one.netlink])
     plan.sockets |= packet_sockets.rebuild(plan, [one.packet for one in mine if one.packet])
-    kept = shared.keep(process, plan.sockets)
+    kept = shared.kept.get(process.pid, [])
     plan.parked = [place for place in plan.parked if place not in kept]
     # Before the table: the numbers below it, which are opened for a moment, are free.
     for number in shared.in_flight.get(process.pid, ()):
@@ -325,20 +329,27 @@ def fill(process: Process, shared: Shared, pidfd: int) -> None:
             locked.add(end.pty)
 
 
-def send(
-    process: Process, shared: Shared, limit: int, run: Callable[[Batch], Answers], batch: Callable[[], Batch]
+def act(
+    process: Process,
+    shared: Shared,
+    limit: int,
+    run: Callable[[Batch], Answers],
+    batch: Callable[[], Batch],
+    do: Callable[[Plan], None],
+    has_table: bool,
 ) -> None:
-    """Fill the sockets of the process in which descriptors are on their way: the tables of all processes are there,
-    and each keeps still what it has made for others."""
-    late = shared.late.pop(process.pid, None)
-    if late is None:
-        return
-    plan = Plan(batch(), process.pid, shared, spaces(process.slots, limit))
-    plan.finished(process.slots)
-    kept = shared.kept[process.pid]
-    plan.used.update(kept)
-    closed = late.fill(plan)
-    shared.kept[process.pid] = [fd for fd in kept if fd not in closed]
+    """Make the calls that ``do`` adds to a plan, before the process has its table or (``has_table``) when it has."""
+    # Before there is a table, the process's userfaultfd is still open, behind what is lent.
+    lent = 0 if has_table else _LENT_FROM + len(shared.inherited) + 1
+    plan = Plan(batch(), process.pid, shared, spaces(process.slots, limit, lent))
+    plan.used.update(range(lent), shared.kept.get(process.pid, ()))
+    if has_table:
+        plan.finished(process.slots)
+    else:
+        plan.lender = _LENDER_AT
+    do(plan)
+    kept = shared.kept.get(process.pid, ())
+    plan.parked = [place for place in plan.parked if place not in kept]
     plan.end()
     run(plan.batch)
 

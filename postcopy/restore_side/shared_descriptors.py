@@ -1,11 +1,12 @@
 """What the descriptor tables of a tree share: who makes what, and where the others find it."""
 
+import functools
 from collections.abc import Mapping
 
 from postcopy import in_flight
 from postcopy.nesting import Nesting
 from postcopy.open_kinds import Ghost
-from postcopy.restore_side import unix_sockets
+from postcopy.restore_side import unix_meetings
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_memory import SharedObjects
@@ -31,7 +32,6 @@ class Shared:
         ``newborns``: these, once they are there; ``root``: their root directory."""
         self.root = root
         self.nesting = Nesting(tree.pid_namespaces)
-        self.owners_of_places = {process.places_of for process in tree.processes} - {0}
         self.newborns = {} if newborns is None else newborns
         self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
@@ -39,25 +39,34 @@ class Shared:
         self.descriptions: dict[int, tuple[int, int]] = {}
         self.pipes: dict[int, tuple[int, int]] = {}
         self.ghosts: dict[int, tuple[int, int]] = {}
-        # Sockets that one process makes for others, and where it keeps them until these have them.
-        self._for_others: dict[int, list[int]] = {}
+        # What a process has made before all tables, or for others only, and where it keeps that until these have it.
         self.kept: dict[int, list[int]] = {}
-        # What is only on its way in Unix sockets, by the process that makes it; and what fills these sockets.
+        # The sockets (by inode) that are completed when all tables are there; the far ends of those that have lost
+        # theirs, where they are.
+        self.late_sockets = unix_meetings.late_sockets(tree)
+        self.far: dict[int, tuple[int, int]] = {}
+        self._met: dict[int, list[int]] = {}
+        # What is only on its way in Unix sockets, by the process that makes it.
         self.in_flight: dict[int, list[int]] = {}
-        self.late: dict[int, unix_sockets.Builder] = {}
+        for number, description in enumerate(self.descriptors.descriptions):
+            if description.unix is not None and description.unix.maker:
+                self._met.setdefault(description.unix.maker, []).append(number)
+                self.descriptions[number] = description.unix.maker, -1
         for number, pid in in_flight.makers(tree).items():
-            self.in_flight.setdefault(pid, []).append(number)
+            if number not in self.descriptions:
+                self.in_flight.setdefault(pid, []).append(number)
         for process in tree.processes:
             for slot in process.slots:
-                where = process.pid, slot.fd
-                description = self.descriptors.descriptions[slot.description]
-                maker = description.unix.maker if description.unix is not None else 0
-                if maker not in (0, process.pid) and slot.description not in self.descriptions:
-                    self._for_others.setdefault(maker, []).append(slot.description)
-                    where = maker, -1
-                self._note(slot.description, where)
+                self._note(slot.description, (process.pid, slot.fd))
             for number in self.in_flight.get(process.pid, ()):
                 self._note(number, (process.pid, -1))
+
+    @functools.cached_property
+    def needed_late(self) -> tuple[int, int]:
+        """What completing sockets late takes (`unix_meetings.needed`)."""
+        found = ((one, one.unix) for one in self.descriptors.descriptions)
+        late = self.late_sockets
+        return unix_meetings.needed(one for one, unix in found if unix is not None and unix.socket.inode in late)
 
     def _note(self, number: int, where: tuple[int, int]) -> None:
         """A description is to be had there, unless it is to be had elsewhere already."""
@@ -73,28 +82,41 @@ class Shared:
         mine = [
             slot.description for slot in process.slots if self.descriptions[slot.description] == (process.pid, slot.fd)
         ]
-        others = *self._for_others.get(process.pid, ()), *self.in_flight.get(process.pid, ())
-        return [self.descriptors.descriptions[number] for number in (*mine, *others)]
+        return [self.descriptors.descriptions[number] for number in (*mine, *self.in_flight.get(process.pid, ()))]
 
-    def keep(self, process: Process, sockets: Mapping[int, int]) -> list[int]:
-        """Where the process keeps what it has made for others, out of ``sockets`` (by inode)."""
-        for number in self._for_others.get(process.pid, ()):
-            unix = self.descriptors.descriptions[number].unix
-            if unix is not None:
-                at = sockets[unix.socket.inode]
-                self.descriptions[number] = process.pid, at
-                self.kept.setdefault(process.pid, []).append(at)
-        return self.kept.get(process.pid, [])
+    def met_by(self, process: Process) -> list[Description]:
+        """The sockets that a process makes before it has a table."""
+        return [self.descriptors.descriptions[number] for number in self._met.get(process.pid, ())]
+
+    def sockets_met(self, pid: int) -> dict[int, int]:
+        """Where a process keeps those that it has made before it had a table, by inode."""
+        made = ((self.descriptors.descriptions[number].unix, number) for number in self._met.get(pid, ()))
+        return {one.socket.inode: self.descriptions[number][1] for one, number in made if one is not None}
+
+    def keep(self, pid: int, number: int, at: int) -> None:
+        """The process has made what it or others are to have, and keeps it until these have it."""
+        self.descriptions[number] = pid, at
+        self.kept.setdefault(pid, []).append(at)
+
+    def keep_far(self, pid: int, inode: int, at: int) -> None:
+        """The same of the far end of a connection whose other end is to have lost it."""
+        self.far[inode] = pid, at
+        self.kept.setdefault(pid, []).append(at)
+
+    def close_far(self, inode: int) -> int:
+        """The process closes a far end now; where it is."""
+        pid, at = self.far.pop(inode)
+        self.kept[pid].remove(at)
+        return at
 
     def keep_in_flight(self, process: Process, number: int, at: int) -> None:
         """The process has made what nobody has open, and keeps it until it is sent."""
         description = self.descriptors.descriptions[number]
-        self.descriptions[number] = process.pid, at
         if description.pipe is not None and self.pipes[description.pipe.pipe] == (process.pid, -1):
             self.pipes[description.pipe.pipe] = process.pid, at
         if description.ghost is not None and self.ghosts[description.ghost.ghost] == (process.pid, -1):
             self.ghosts[description.ghost.ghost] = process.pid, at
-        self.kept.setdefault(process.pid, []).append(at)
+        self.keep(process.pid, number, at)
 
     def taken(self, description: int, process: Process, fd: int) -> None:
         """From now on the process is the one that others take ``description`` from, if it was made for others."""

@@ -18,6 +18,7 @@ from postcopy.restore_side.offspring import bring_up
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
+from postcopy.restore_side.unix_meetings import Meetings
 from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, spaces_of
 from postcopy.state import LateSignal, Tree
@@ -107,10 +108,13 @@ def build_tree(
     # Those that share a table clear it: one after the other, once its owner has begun.
     for begin in (begin for process, begin in begun if process.table_of):
         _by_turns([begin])
+    meetings = Meetings(tree, shared, {building.built.state.pid: building.act for building in buildings})
+    meetings.meet()
     for building in buildings:
         building.open()
+    meetings.complete()
     for building in buildings:
-        building.send()
+        building.connect()
     _by_turns(building.finish() for building in buildings)
     return BuiltTree([building.built for building in buildings], memory)
 

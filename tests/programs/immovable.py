@@ -129,13 +129,36 @@ def unix_socket_held_by_another(directory: Path) -> None:
     leave_behind(here.fileno())
 
 
-def unix_not_accepted(directory: Path) -> None:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(b"\0immovable %d" % os.getpid())
+def waiting(name: str) -> socket.socket:
+    """What has connected to a socket that does not accept."""
+    listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0immovable {os.getpid()} {name}")
     listener.listen()
-    client = socket.socket(socket.AF_UNIX)
     client.connect(listener.getsockname())
-    kept.append((listener, client))
+    kept.append(listener)
+    return client
+
+
+def unix_not_accepted_and_sent(directory: Path) -> None:
+    client = waiting("sent")
+    client.send(b"?")
+    kept.append(client)
+
+
+def unix_not_accepted_and_closed(directory: Path) -> None:
+    waiting("closed").close()
+
+
+def unix_not_accepted_of_a_stranger(directory: Path) -> None:
+    client = waiting("stranger")
+    leave_behind(client.fileno())
+    client.close()
+
+
+def unix_not_accepted_as_another_user(directory: Path) -> None:
+    client = waiting("another user")
+    os.fchown(client.fileno(), 1, 1)
+    kept.append(client)
 
 
 def pipe_that_leaves(directory: Path) -> None:
@@ -324,7 +347,10 @@ KINDS: dict[Callable[[Path], None], str] = {
     raw_socket: "a raw IGMP socket, which may route multicast, cannot be moved yet",
     packet_socket: "a packet socket that shares its packets with others (PACKET_FANOUT) cannot be moved yet",
     unix_socket_held_by_another: "holds this socket too, which cannot be moved yet",
-    unix_not_accepted: "connections wait to be accepted (1), which cannot be moved yet",
+    unix_not_accepted_and_sent: "its connection has not been accepted, and it has sent something",
+    unix_not_accepted_and_closed: "a connection waits to be accepted whose other end has been closed",
+    unix_not_accepted_of_a_stranger: "a connection waits to be accepted that process ",
+    unix_not_accepted_as_another_user: "has not been accepted, and may have been made as another user",
     pipe_that_leaves: "holds an end of this pipe too; redirect the stream to a file",
     fifo_that_leaves: "/fifo: process ",
     deleted_fifo: "/fifo-deleted (deleted): the FIFO cannot be found under this name any more",

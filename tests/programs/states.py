@@ -35,6 +35,7 @@ from tests.programs.cases import (
     threads,
     timers,
     trees,
+    unix_in_trees,
     unix_sockets,
 )
 
@@ -178,7 +179,12 @@ ON_REQUEST: tuple[type[Case], ...] = (
 )
 
 #: What is tried with ``--tree``.
-TREE_CASES: tuple[type[Case], ...] = (*trees.CASES, *shared_in_trees.CASES, *open_in_trees.CASES)
+TREE_CASES: tuple[type[Case], ...] = (
+    *trees.CASES,
+    *shared_in_trees.CASES,
+    *open_in_trees.CASES,
+    *unix_in_trees.CASES,
+)
 
 #: What is tried with ``--user``: what a program without privileges can still set up.
 UNPRIVILEGED: tuple[type[Case], ...] = (
