@@ -3,7 +3,7 @@
 from postcopy.state import Description, Tree
 
 # Complete once they are made, whatever number they have.
-_KINDS = ("file", "pipe", "event_counter", "memory", "ghost", "unix")
+_KINDS = ("file", "pipe", "event_counter", "memory", "ghost", "unix", "process", "ended")
 
 
 def can_be_made(description: Description) -> bool:

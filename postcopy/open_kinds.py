@@ -90,6 +90,16 @@ class PidDescriptor:
 
 
 @dataclass(frozen=True, slots=True)
+class EndedProcess:
+    """A pidfd of a process that has ended and been waited for: ``status`` as wait(2) gave it. ``identity``: which one,
+    for several descriptors may stand for the same."""
+
+    identity: Unsigned
+    status: Unsigned
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes of a file at ``offset``; what lies between extents is a hole."""
 

@@ -1,5 +1,6 @@
 """What makes sense of open file descriptions: the lines of `postcopy.soundness` for `postcopy.open_kinds`."""
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from postcopy import in_flight
 from postcopy.kernel.pty import SETTINGS_SIZE, WINDOW_SIZE
 from postcopy.open_kinds import (
     Delivery,
+    EndedProcess,
     Epoll,
     EpollTarget,
     EventCounter,
@@ -33,6 +35,7 @@ _FILE_KINDS = frozenset({"regular", "directory", "temporary"})
 
 NUMBERS: Mapping[type, Mapping[str, range]] = {
     Delivery: {"kind": range(3), "owner": range(1 << 22), "signal": range(65), "flags": _UINT32},
+    EndedProcess: {"identity": _UINT64, "status": range(1 << 16), "flags": _UINT32},
     Epoll: {"flags": _UINT32},
     EpollTarget: {"events": _UINT32, "data": _UINT64},
     EventCounter: {"count": range((1 << 64) - 1), "flags": _UINT32},
@@ -124,4 +127,15 @@ def _stream(stream: StandardStream) -> Iterator[str]:
         yield f"settings: a length of {len(stream.settings)} is neither 0 nor {SETTINGS_SIZE}"
 
 
-CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {Ghost: _ghost, Pty: _pty, StandardStream: _stream}
+def _ended(state: EndedProcess) -> Iterator[str]:
+    ended_by = state.status & 0xFF
+    if ended_by > signal.SIGRTMAX or (ended_by and state.status >> 8):
+        yield f"status: {state.status:#x} is none of a process without a core dump"
+
+
+CHECKS: Mapping[type, Callable[[Any], Iterator[str]]] = {
+    EndedProcess: _ended,
+    Ghost: _ghost,
+    Pty: _pty,
+    StandardStream: _stream,
+}

@@ -21,6 +21,7 @@ from postcopy.kinship import Relative
 from postcopy.nesting import PidNamespace
 from postcopy.open_kinds import (
     Delivery,
+    EndedProcess,
     Epoll,
     EventCounter,
     External,
@@ -444,6 +445,7 @@ class Description:
     epoll: Epoll | None = None
     inotify: Inotify | None = None
     process: PidDescriptor | None = None
+    ended: EndedProcess | None = None
     external: External | None = None
     terminal: PtyEnd | None = None
     unix: UnixSocket | None = None

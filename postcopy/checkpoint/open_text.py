@@ -27,6 +27,8 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
         return "terminal", f"{side} of /dev/pts/{table.ptys[of.terminal.pty].index}"
     if of.process is not None:
         return "pidfd", f"process {of.process.pid}"
+    if of.ended is not None:
+        return "pidfd", f"a process that has ended with wait status {of.ended.status:#x}"
     return "", ""
 
 

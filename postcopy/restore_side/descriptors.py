@@ -13,6 +13,7 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.restore_side import (
     deliveries,
+    ended,
     epoll,
     eventfd,
     external,
@@ -193,6 +194,7 @@ _KINDS: dict[str, Opener] = {
     "epoll": epoll.rebuild,
     "inotify": inotify.rebuild,
     "process": pidfd.rebuild,
+    "ended": ended.rebuild,
     "memory": memfds.rebuild,
     "external": external.rebuild,
     "terminal": ptys.rebuild,

@@ -8,6 +8,7 @@ from postcopy.nesting import Nesting
 from postcopy.open_kinds import Ghost
 from postcopy.restore_side import unix_meetings
 from postcopy.restore_side.birth import Newborn
+from postcopy.restore_side.ended import EndedProcesses
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Tree
@@ -35,6 +36,7 @@ class Shared:
         self.newborns = {} if newborns is None else newborns
         self.memory = memory
         self.descriptors: Descriptors = tree.descriptors
+        self.ended = EndedProcesses(tree.descriptors.descriptions)
         self.inherited = inherited or {}
         self.descriptions: dict[int, tuple[int, int]] = {}
         self.pipes: dict[int, tuple[int, int]] = {}

@@ -1,5 +1,6 @@
 """Build a whole tree, stopped, out of its state: first its processes are born, then one after the other is built."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -110,8 +111,9 @@ def build_tree(
         _by_turns([begin])
     meetings = Meetings(tree, shared, {building.built.state.pid: building.act for building in buildings})
     meetings.meet()
-    for building in buildings:
-        building.open()
+    with contextlib.closing(shared.ended):
+        for building in buildings:
+            building.open()
     meetings.complete()
     for building in buildings:
         building.connect()

@@ -241,12 +241,6 @@ def pidfd_of_another(directory: Path) -> None:
     kept.append(os.pidfd_open(1))
 
 
-def pidfd_of_the_dead(directory: Path) -> None:
-    process = subprocess.Popen(["true"])
-    kept.append(os.pidfd_open(process.pid))
-    process.wait()
-
-
 def owner_outside(directory: Path) -> None:
     event = os.eventfd(0)
     fcntl.fcntl(event, fcntl.F_SETOWN, 1)
@@ -363,7 +357,6 @@ KINDS: dict[Callable[[Path], None], str] = {
     inotify_of_deleted: "inotify: what watch 1 watches",
     fanotify: "[fanotify]: descriptors of this kind cannot be moved yet",
     pidfd_of_another: "[pidfd]: it stands for process 1, which is not moved along",
-    pidfd_of_the_dead: "[pidfd]: it stands for a process that has ended",
     owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",

@@ -132,6 +132,7 @@ CASES: tuple[type[Case], ...] = (
     events.EpollOfClosedNumbers,
     events.InotifyWatches,
     events.PidDescriptors,
+    events.EndedPidDescriptors,
     files.DeletedFile,
     files.ReplacedFile,
     files.TemporaryFile,

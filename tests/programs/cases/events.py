@@ -7,9 +7,11 @@ import select
 import signal
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
-from tests.programs.cases import Case, first_problem, libc, required, syscall, unlike
+from tests.programs.cases import Case, Snapshot, first_problem, libc, required, syscall, unlike
 
 SYS_TIMERFD_CREATE, SYS_TIMERFD_SETTIME, SYS_TIMERFD_GETTIME = 283, 286, 287
 SYS_SIGNALFD4, SYS_INOTIFY_INIT1, SYS_PIDFD_OPEN, SYS_PIDFD_SEND_SIGNAL = 289, 294, 434, 424
@@ -325,3 +327,67 @@ class PidDescriptors(Case):
             unlike("flags and PIDs", self.shown, [(flags(fd), field(fd, "Pid")) for fd in self.fds]),
             unlike("ended", [], select.select(self.fds, [], [], 0)[0]),
         )
+
+
+PIDFD_GET_INFO, PIDFD_INFO_EXIT = 0xC048_FF0B, 8
+
+
+def exit_status(fd: int) -> int | None:
+    """What PIDFD_GET_INFO tells of the end; None where it tells nothing of it."""
+    info = bytearray(struct.pack("=Q64x", PIDFD_INFO_EXIT))
+    try:
+        fcntl.ioctl(fd, PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, status = struct.unpack_from("=Q52xi", info)
+    return int(status) if mask & PIDFD_INFO_EXIT else None
+
+
+class EndedPidDescriptors(Snapshot):
+    """pidfds of processes that have ended and been waited for; two of them of the same."""
+
+    def arrange(self) -> None:
+        """Children that exit, and one that is killed."""
+        self.fds: list[int] = []
+        for status in (7, 0, -signal.SIGTERM):
+            if not (pid := os.fork()):
+                end(status)
+            self.fds.append(os.pidfd_open(pid))
+            if status == 7:
+                self.fds.append(required(syscall(SYS_PIDFD_OPEN, pid, os.O_NONBLOCK), "pidfd_open"))
+                self.fds += [fd for fd in [syscall(SYS_PIDFD_OPEN, pid, os.O_EXCL)] if fd >= 0]
+            os.waitpid(pid, 0)
+
+    def take(self) -> dict[str, Any]:
+        """All that can be known of them."""
+        inodes = [os.fstat(fd).st_ino for fd in self.fds]
+        return {
+            "which are the same": [inodes.index(inode) for inode in inodes],
+            **{f"pidfd {number}": self.told(fd) for number, fd in enumerate(self.fds)},
+        }
+
+    @staticmethod
+    def told(fd: int) -> list[object]:
+        """What each call tells of one."""
+        poll = select.poll()
+        poll.register(fd, 0xFFFF)
+        found: list[object] = [flags(fd), field(fd, "Pid"), [event for _, event in poll.poll(0)], exit_status(fd)]
+        asks: tuple[Callable[[], object], ...] = (
+            lambda: signal.pidfd_send_signal(fd, 0),
+            lambda: os.waitid(os.P_PIDFD, fd, os.WEXITED),
+        )
+        for ask in asks:
+            try:
+                found.append(ask())
+            except OSError as error:
+                found.append(error.errno)
+        return found
+
+
+def end(status: int) -> NoReturn:
+    """Exit with it, or die of a signal."""
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        os.kill(os.getpid(), -status)
+    os._exit(status)

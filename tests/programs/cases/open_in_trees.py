@@ -11,6 +11,7 @@ import termios
 from typing import NoReturn
 
 from tests.programs.cases import Case, first_problem, unlike
+from tests.programs.cases.events import EndedPidDescriptors, exit_status
 from tests.programs.cases.trees import Child, Line
 
 F_GETOWN_EX = 16
@@ -144,6 +145,31 @@ class OwnersAndPidfds(Case):
         )
 
 
+class PidfdOfZombie(Case):
+    """A pidfd of a child that has ended, and that nobody has waited for."""
+
+    def setup(self) -> None:
+        """The child ends."""
+        self.pid = os.fork()
+        if not self.pid:
+            os._exit(7)
+        self.fd = os.pidfd_open(self.pid)
+        select.select([self.fd], [], [])
+
+    def verify(self) -> str | None:
+        """It is told to have ended; how, when it is waited for."""
+        ready = select.select([self.fd], [], [], 0)[0]
+        signal.pidfd_send_signal(self.fd, 0)
+        end = os.waitid(os.P_PIDFD, self.fd, os.WEXITED)
+        if end is None:
+            return "it cannot be waited for"
+        return first_problem(
+            unlike("ended", [self.fd], ready),
+            unlike("end", (self.pid, os.CLD_EXITED, 7), (end.si_pid, end.si_code, end.si_status)),
+            unlike("status", exit_status(self.fd) and 7 << 8, exit_status(self.fd)),
+        )
+
+
 class TerminalOfChild(Case):
     """A pseudoterminal: the master here, the slave the controlling terminal of a child with two groups."""
 
@@ -213,4 +239,4 @@ class TerminalOfChild(Case):
         return first_problem(unlike("Ctrl-C", "in front", told), unlike("end", signal.SIGHUP, os.WTERMSIG(status)))
 
 
-CASES: tuple[type[Case], ...] = (EpollAcross, GhostOfTwo, OwnersAndPidfds)
+CASES: tuple[type[Case], ...] = (EpollAcross, GhostOfTwo, OwnersAndPidfds, PidfdOfZombie, EndedPidDescriptors)
