@@ -7,7 +7,7 @@ from socket import SocketType
 from postcopy.dump_side import multicast, tcp_connections
 from postcopy.dump_side.choices import CLOSED, MOVED
 from postcopy.dump_side.opened import Refused, Table
-from postcopy.kernel import net_tables, socket_address, socket_options, tcp_repair
+from postcopy.kernel import net_tables, socket_address, socket_options, tcp_repair, udp
 from postcopy.kernel.tcp_repair import STATES
 from postcopy.socket_kinds import InetSocket, Socket
 
@@ -105,8 +105,10 @@ def _unmovable(table: Table, info: tcp_repair.Info) -> str:
 def _udp(table: Table, common: Socket, own: SocketType) -> InetSocket:
     options = {(each.level, each.name): each.value for each in common.options}
     title = f"socket:[{common.inode}]"
-    if any(options.get(socket_options.UDP_CORK, b"")):
-        raise Refused(f"{title}: a corked UDP socket (UDP_CORK) cannot be moved yet")
+    if udp.has_pending(own):
+        raise Refused(
+            f"{title}: a UDP packet is begun in it (UDP_CORK, MSG_MORE), which cannot be read: let it be sent"
+        )
     if any(options.get(socket_options.UDP_ENCAP, b"")):
         raise Refused(f"{title}: a UDP socket that unwraps packets (UDP_ENCAP) cannot be moved yet")
     return _datagram(common, own, _local(common, own), _connected_to(common, own))

@@ -65,7 +65,6 @@ TCP_MAXSEG: Option = (SOL_TCP, 2)
 TCP_WINDOW_CLAMP: Option = (SOL_TCP, 10)
 TCP_FASTOPEN_CONNECT: Option = (SOL_TCP, 30)
 TCP_ULP: Option = (SOL_TCP, _TCP_ULP)
-UDP_CORK: Option = (SOL_UDP, 1)
 UDP_ENCAP: Option = (SOL_UDP, 100)
 
 

@@ -105,6 +105,7 @@ def tcp_connection(directory: Path) -> None:
 def corked_udp(directory: Path) -> None:
     sock = socket.socket(type=socket.SOCK_DGRAM)
     sock.setsockopt(socket.IPPROTO_UDP, 1, 1)
+    sock.sendto(b"to be continued", ("127.0.0.1", 9))
     kept.append(sock)
 
 
@@ -336,7 +337,7 @@ KINDS: dict[Callable[[Path], None], str] = {
     born_into_a_pid_namespace: "is in another PID namespace than its parent, and not its init",
     mount_namespace: "it lives in another mnt namespace than the root of the tree",
     tcp_connection: "can be moved with --tcp-established, or closed with --tcp-close",
-    corked_udp: "a corked UDP socket (UDP_CORK) cannot be moved yet",
+    corked_udp: "a UDP packet is begun in it (UDP_CORK, MSG_MORE), which cannot be read",
     netlink_socket: "a netlink socket (protocol 12) cannot be moved yet",
     raw_socket: "a raw IGMP socket, which may route multicast, cannot be moved yet",
     packet_socket: "a packet socket that shares its packets with others (PACKET_FANOUT) cannot be moved yet",

@@ -159,6 +159,7 @@ CASES: tuple[type[Case], ...] = (
     inet_sockets.TcpClosing,
     inet_sockets.TcpEnded,
     inet_sockets.Udp,
+    inet_sockets.CorkedUdp,
     inet_sockets.Multicast,
     other_sockets.NetlinkSockets,
     other_sockets.RawSockets,

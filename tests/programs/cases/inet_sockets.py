@@ -375,6 +375,38 @@ class Udp(Case):
         )
 
 
+class CorkedUdp(Case):
+    """UDP sockets that keep back what they send, with nothing begun: bound by sending, and not bound."""
+
+    def setup(self) -> None:
+        """One has sent a packet in pieces."""
+        self.receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.receiver.bind((LOOPBACK, 0))
+        self.receiver.settimeout(10)
+        self.corked, self.unused = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        self.unused.setsockopt(UDP, 1, 1)
+        self.corked.setsockopt(UDP, 1, 1)
+        self.pieces = self.take()
+        self.corked.setsockopt(UDP, 1, 1)
+        self.before = all_told([self.corked, self.unused])
+
+    def take(self) -> bytes:
+        """Send two pieces, then let them go as one."""
+        self.corked.sendto(b"one, ", self.receiver.getsockname())
+        self.corked.send(b"two")
+        self.corked.setsockopt(UDP, 1, 0)
+        return self.receiver.recv(100)
+
+    def verify(self) -> str | None:
+        """Still corked; pieces become one packet."""
+        after = all_told([self.corked, self.unused])
+        return first_problem(
+            differences(self.before, after),
+            unlike("packets", [b"one, two"] * 2, [self.pieces, self.take()]),
+            unlike("corked", b"\1", self.unused.getsockopt(UDP, 1, 4)[:1]),
+        )
+
+
 class Multicast(Case):
     """Groups joined on an interface, one with a source of its own."""
 
