@@ -82,6 +82,30 @@ class Inotify:
 
 
 @dataclass(frozen=True, slots=True)
+class FanotifyMark:
+    """One mark of a fanotify group: on the inode, the mount or the filesystem (``kind``) that ``path`` leads to.
+
+    ``flags``: FAN_MARK_ bits as ``/proc`` shows them; ``ignored``: the events that are left out.
+    """
+
+    kind: str
+    path: str
+    flags: Unsigned
+    mask: Unsigned
+    ignored: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
+class Fanotify:
+    """fanotify(7): a group made ``made_with`` FAN_ bits, whose events bring files opened with ``event_flags``."""
+
+    made_with: Unsigned
+    event_flags: Unsigned
+    marks: list[FanotifyMark]
+    flags: Unsigned
+
+
+@dataclass(frozen=True, slots=True)
 class PidDescriptor:
     """pidfd_open(2): of a process (or thread, with PIDFD_THREAD in ``flags``) of the tree; ``pid`` as that sees it."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from postcopy import in_flight
+from postcopy.kernel.fanotify import MARK_KINDS
 from postcopy.kernel.pty import SETTINGS_SIZE, WINDOW_SIZE
 from postcopy.open_kinds import (
     Delivery,
@@ -14,6 +15,8 @@ from postcopy.open_kinds import (
     EventCounter,
     Extent,
     External,
+    Fanotify,
+    FanotifyMark,
     Ghost,
     GhostOpening,
     Inotify,
@@ -40,6 +43,8 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     EpollTarget: {"events": _UINT32, "data": _UINT64},
     EventCounter: {"count": range((1 << 64) - 1), "flags": _UINT32},
     Extent: {"offset": _INT64},
+    Fanotify: dict.fromkeys(("made_with", "event_flags", "flags"), _UINT32),
+    FanotifyMark: {"flags": _UINT32, "mask": _UINT64, "ignored": _UINT64},
     Ghost: {"mode": range(0o10000), "uid": _UINT32, "gid": _UINT32, "size": _INT64, "made_with": _UINT32},
     GhostOpening: {"flags": _UINT32, "position": _INT64},
     Inotify: {"flags": _UINT32},
@@ -62,11 +67,12 @@ LENGTHS: Mapping[type, Mapping[str, range]] = {
 }
 
 CHOICES: Mapping[type, Mapping[str, frozenset[str]]] = {
+    FanotifyMark: {"kind": frozenset(MARK_KINDS)},
     Ghost: {"kind": _FILE_KINDS},
     Lock: {"kind": frozenset({"posix", "ofd", "flock", "lease"})},
 }
 
-PATHS: Mapping[type, tuple[str, ...]] = {Watch: ("path",)}
+PATHS: Mapping[type, tuple[str, ...]] = {FanotifyMark: ("path",), Watch: ("path",)}
 
 
 def _ghost(ghost: Ghost) -> Iterator[str]:

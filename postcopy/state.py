@@ -25,6 +25,7 @@ from postcopy.open_kinds import (
     Epoll,
     EventCounter,
     External,
+    Fanotify,
     Ghost,
     GhostOpening,
     Inotify,
@@ -444,6 +445,7 @@ class Description:
     signals: SignalDescriptor | None = None
     epoll: Epoll | None = None
     inotify: Inotify | None = None
+    fanotify: Fanotify | None = None
     process: PidDescriptor | None = None
     ended: EndedProcess | None = None
     external: External | None = None

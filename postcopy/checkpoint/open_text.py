@@ -20,6 +20,9 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
         return "epoll", _epoll(of.epoll)
     if of.inotify is not None:
         return "inotify", ", ".join(f"{watch.number}: {watch.path}" for watch in of.inotify.watches) or "no watches"
+    if of.fanotify is not None:
+        marks = ", ".join(f"{mark.kind} of {mark.path}" for mark in of.fanotify.marks)
+        return "fanotify", marks or "no marks"
     if of.external is not None:
         return "external", f"{of.external.resource}, for which restore is given another (--inherit-fd)"
     if of.terminal is not None:

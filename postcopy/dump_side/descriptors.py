@@ -11,6 +11,7 @@ from postcopy.dump_side import (
     epoll,
     eventfd,
     external,
+    fanotify,
     files,
     ghosts,
     inotify,
@@ -45,6 +46,7 @@ _KINDS = (
     signalfd.collect,
     epoll.collect,
     inotify.collect,
+    fanotify.collect,
     pidfd.collect,
 )
 

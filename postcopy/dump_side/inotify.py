@@ -34,17 +34,21 @@ def _watch(table: Table, opened: Opened, match: re.Match[str]) -> Watch:
     if match["handle"] is None:
         raise Refused(f"{opened.link}: watch {number} is on a filesystem without file handles; its path is not known")
     handle = bytes.fromhex(match["handle"])[: int(match["size"], 16)]
-    path = _path(device, int(match["type"], 16), handle, inode)
-    if path is None:
+    found = path(device, int(match["type"], 16), handle, inode)
+    if found is None:
         raise Refused(f"{opened.link}: what watch {number} watches (inode {inode}) has no name any more")
-    table.needed.append(FileIdentity.named(path))
-    return Watch(number, path, mask)
+    table.needed.append(FileIdentity.named(found))
+    return Watch(number, found, mask)
 
 
-def _path(device: int, kind: int, handle: bytes, inode: int) -> str | None:
+def device_numbers(device: int) -> tuple[int, int]:
+    """Major and minor number out of the kernel's own."""
+    return device >> _MINOR_BITS, device & (1 << _MINOR_BITS) - 1
+
+
+def path(device: int, kind: int, handle: bytes, inode: int) -> str | None:
     """The name of a file by its handle; None where it has none."""
-    numbers = device >> _MINOR_BITS, device & (1 << _MINOR_BITS) - 1
-    for mountpoint in procfs.mountpoints(os.getpid(), numbers):
+    for mountpoint in procfs.mountpoints(os.getpid(), device_numbers(device)):
         with contextlib.suppress(OSError):
             mount = os.open(mountpoint, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -52,9 +56,9 @@ def _path(device: int, kind: int, handle: bytes, inode: int) -> str | None:
             finally:
                 os.close(mount)
             try:
-                path = os.readlink(f"/proc/self/fd/{found}")
-                if os.path.samestat(os.lstat(path), os.fstat(found)) and os.fstat(found).st_ino == inode:
-                    return path
+                name = os.readlink(f"/proc/self/fd/{found}")
+                if os.path.samestat(os.lstat(name), os.fstat(found)) and os.fstat(found).st_ino == inode:
+                    return name
             finally:
                 os.close(found)
     return None

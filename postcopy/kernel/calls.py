@@ -32,6 +32,8 @@ NUMBERS = {
     "epoll_pwait": 281,
     "epoll_pwait2": 441,
     "inotify_add_watch": 254,
+    "fanotify_init": 300,
+    "fanotify_mark": 301,
     "timerfd_create": 283,
     "timerfd_settime": 286,
     "signalfd4": 289,

@@ -224,8 +224,21 @@ def mountpoints(pid: int, device: tuple[int, int]) -> list[str]:
     for line in read(pid, "mountinfo").splitlines():
         fields = line.split(b" ")
         if fields[2] == b"%d:%d" % device:
-            found.append(_MOUNT_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), fields[4]).decode(errors="surrogateescape"))
+            found.append(_mounted_at(fields[4]))
     return found
+
+
+def mountpoint(pid: int, mount: int) -> str | None:
+    """Where the mount of this number is, as the process sees it; None where it does not."""
+    for line in read(pid, "mountinfo").splitlines():
+        fields = line.split(b" ")
+        if int(fields[0]) == mount:
+            return _mounted_at(fields[4])
+    return None
+
+
+def _mounted_at(path: bytes) -> str:
+    return _MOUNT_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), path).decode(errors="surrogateescape")
 
 
 _MOUNT_ESCAPE = re.compile(rb"\\([0-7]{3})")

@@ -17,6 +17,7 @@ from postcopy.restore_side import (
     epoll,
     eventfd,
     external,
+    fanotify,
     files,
     ghosts,
     inet_sockets,
@@ -193,6 +194,7 @@ _KINDS: dict[str, Opener] = {
     "signals": signalfd.rebuild,
     "epoll": epoll.rebuild,
     "inotify": inotify.rebuild,
+    "fanotify": fanotify.rebuild,
     "process": pidfd.rebuild,
     "ended": ended.rebuild,
     "memory": memfds.rebuild,
@@ -252,6 +254,8 @@ def room(process: Process, shared: Shared) -> int:
             each += 1024 * len(description.epoll.targets)
         elif description.inotify is not None:
             paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
+        elif description.fanotify is not None:
+            paths += sum(256 + 4 * len(mark.path) for mark in description.fanotify.marks)
     made = sockets.room([*shared.made_by(process), *shared.met_by(process)])
     return each + contents + paths + made + shared.needed_late[1]
 
@@ -390,5 +394,6 @@ def connect(
     locks.rebuild(last)
     # Last: nothing that we do here is to be an event.
     inotify.connect(last)
+    fanotify.connect(last)
     last.end()
     run(last.batch)

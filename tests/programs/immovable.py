@@ -234,8 +234,19 @@ def inotify_of_deleted(directory: Path) -> None:
     kept.append(fd)
 
 
-def fanotify(directory: Path) -> None:
-    kept.append(checked(libc.syscall(SYS_FANOTIFY_INIT, 0, 0)))
+def fanotify_with_events(directory: Path) -> None:
+    fd = checked(libc.syscall(SYS_FANOTIFY_INIT, 0, 0))
+    checked(libc.fanotify_mark(fd, 1, ctypes.c_uint64(0x08000020), -100, bytes(directory)))  # FAN_OPEN of children
+    (directory / "opened").touch()
+    kept.append(fd)
+
+
+def fanotify_that_decides(directory: Path) -> None:
+    fd = checked(libc.syscall(SYS_FANOTIFY_INIT, 4, 0))  # FAN_CLASS_CONTENT
+    path = directory / "decided"
+    path.touch()
+    checked(libc.fanotify_mark(fd, 1, ctypes.c_uint64(0x10000), -100, bytes(path)))  # FAN_OPEN_PERM
+    kept.append(fd)
 
 
 def pidfd_of_another(directory: Path) -> None:
@@ -356,7 +367,8 @@ KINDS: dict[Callable[[Path], None], str] = {
     epoll_of_what_left: "is not in the descriptor table any more",
     inotify_with_events: "bytes of events are unread, which cannot be moved; let it read them",
     inotify_of_deleted: "inotify: what watch 1 watches",
-    fanotify: "[fanotify]: descriptors of this kind cannot be moved yet",
+    fanotify_with_events: "[fanotify]: events are unread, which cannot be moved",
+    fanotify_that_decides: "[fanotify]: it decides what others may do (permission events)",
     pidfd_of_another: "[pidfd]: it stands for process 1, which is not moved along",
     owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import select
 import signal
 import struct
@@ -17,6 +18,10 @@ SYS_TIMERFD_CREATE, SYS_TIMERFD_SETTIME, SYS_TIMERFD_GETTIME = 283, 286, 287
 SYS_SIGNALFD4, SYS_INOTIFY_INIT1, SYS_PIDFD_OPEN, SYS_PIDFD_SEND_SIGNAL = 289, 294, 434, 424
 TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
 IN_CREATE, IN_DELETE, IN_ONESHOT = 0x100, 0x200, 0x80000000
+SYS_FANOTIFY_INIT, FAN_NONBLOCK, FAN_REPORT_DFID_NAME = 300, 2, 0xC00
+FAN_ACCESS, FAN_MODIFY, FAN_CLOSE_WRITE, FAN_OPEN_EXEC = 0x1, 0x2, 0x8, 0x1000
+FAN_ONDIR, FAN_EVENT_ON_CHILD = 0x40000000, 0x08000000
+FAN_MARK_ADD, FAN_MARK_MOUNT, FAN_MARK_IGNORED_MASK, FAN_MARK_SURV_MODIFY, FAN_MARK_FILESYSTEM = 1, 16, 32, 64, 256
 HOUR = 3600 * 10**9
 
 
@@ -307,6 +312,68 @@ class InotifyWatches(Case):
             unlike("events of nobody", b"", early),
             unlike("events", [(1, IN_CREATE), (3, IN_CREATE), (3, 0x8000)], numbers),
         )
+
+
+class FanotifyGroups(Case):
+    """fanotify: groups of both kinds of reports, marks on files, directories, a mount and a filesystem, what is left
+    out of them."""
+
+    def setup(self) -> None:
+        """Mark; read what comes."""
+        self.path = self.directory / "watched by fanotify"
+        self.path.mkdir()
+        file = self.path / "file"
+        file.touch()
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        self.plain = required(syscall(SYS_FANOTIFY_INIT, FAN_NONBLOCK, flags), "fanotify_init")
+        self.names = required(syscall(SYS_FANOTIFY_INIT, FAN_NONBLOCK | FAN_REPORT_DFID_NAME, 0), "fanotify_init")
+        self.mark(self.plain, FAN_MARK_ADD, FAN_CLOSE_WRITE | FAN_EVENT_ON_CHILD, self.path)
+        self.mark(self.plain, FAN_MARK_ADD, FAN_ACCESS, file)
+        self.mark(self.plain, FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_SURV_MODIFY, FAN_MODIFY, file)
+        self.mark(self.plain, FAN_MARK_ADD | FAN_MARK_MOUNT, FAN_OPEN_EXEC, Path("/dev"))
+        self.mark(self.plain, FAN_MARK_ADD | FAN_MARK_FILESYSTEM, FAN_OPEN_EXEC, Path("/dev/shm"))
+        self.mark(self.names, FAN_MARK_ADD, IN_CREATE | IN_DELETE | FAN_ONDIR, self.path)
+        self.before = self.shown()
+
+    @staticmethod
+    def mark(group: int, how: int, mask: int, path: Path) -> None:
+        """fanotify_mark(2)."""
+        if libc.fanotify_mark(group, how, ctypes.c_uint64(mask), -100, bytes(path)):
+            raise OSError(ctypes.get_errno(), f"fanotify_mark of {path}")
+
+    def shown(self) -> list[object]:
+        """What the kernel shows of both: marks on mounts and filesystems by what they are for alone."""
+        found: list[object] = []
+        for fd in (self.plain, self.names):
+            lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+            marks = [line for line in lines if line.startswith("fanotify")]
+            found += [flags(fd), sorted(re.sub(r"(sdev|mnt_id):\w+ ", r"\1 ", line) for line in marks)]
+        return found
+
+    def verify(self) -> str | None:
+        """The same is shown; a file is written and read, another made: that is told, and nothing else."""
+        after = self.shown()
+        (self.path / "file").write_bytes(b"x")
+        masks = [event_masks(self.plain)]
+        (self.path / "file").read_bytes()
+        (self.path / "new").mkdir()
+        masks += [event_masks(fd) for fd in (self.plain, self.names)]
+        return first_problem(
+            unlike("what is shown", self.before, after),
+            unlike("events", [[FAN_CLOSE_WRITE], [FAN_ACCESS], [IN_CREATE | FAN_ONDIR]], masks),
+        )
+
+
+def event_masks(group: int) -> list[int]:
+    """What a fanotify group has been told."""
+    content, found = os.read(group, 4096), []
+    while content:
+        length, mask, fd = struct.unpack_from("=I4xQi", content)
+        found.append(mask)
+        if fd >= 0:
+            os.close(fd)
+        content = content[length:]
+    return found
 
 
 class PidDescriptors(Case):
