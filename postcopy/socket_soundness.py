@@ -85,8 +85,6 @@ def _unix(state: UnixSocket) -> Iterator[str]:
         yield "outside: it is connected within the tree, or no datagram socket"
     if state.backlog >= 0 and (state.peer or state.queue):
         yield "backlog: it listens, and is connected or has messages"
-    if len(state.pending) > state.backlog + 1:
-        yield f"pending: {len(state.pending)} connections, and a backlog of {state.backlog}"
     if state.accepted and (not state.name or not state.peer or state.socket.type == socket.SOCK_DGRAM):
         yield "accepted: it has no name or is not connected"
 
@@ -170,6 +168,9 @@ def _pending(unix: Mapping[int, UnixSocket]) -> Iterator[str]:
     """Connections that wait to be accepted are each made by a socket that is connected to nothing else."""
     seen: set[int] = set()
     for inode, one in unix.items():
+        if len(one.pending) > one.backlog + 1:
+            count, backlog = len(one.pending), one.backlog
+            yield f"descriptors: {count} connections wait for socket {inode}, with a backlog of {backlog}"
         for each in one.pending:
             waiting = unix.get(each)
             if waiting is None or each in seen or waiting.peer or waiting.queue or waiting.backlog >= 0:

@@ -239,6 +239,25 @@ def zombie(pid: int, parent: int = 0, session: int = 0, status: int = 0) -> dict
     return {"pid": pid, "lineage": lineage, "name": b"z", "uid": 0, "status": status}
 
 
+def unix(**changes: Any) -> dict[str, Any]:
+    """The description of a Unix socket."""
+    common = {"protocol": 0, "inode": 5, "family": 1, "type": 1, "nonblocking": False, "owner": [0, 0]}
+    plain_one = {
+        "socket": common | {"options": [], "filter": b""},
+        "name": b"",
+        "place": "",
+        "mode": 0,
+        "file_owner": [0, 0],
+        "peer": 0,
+        "made_by": None,
+        "backlog": -1,
+        "shutdown": 0,
+        "reset": False,
+        "queue": [],
+    }
+    return {"unix": plain_one | changes}
+
+
 P = "processes[0]"
 SENSELESS: list[tuple[str, Any, str]] = [
     ("processes", [], "state.processes: a length of 0"),
@@ -323,6 +342,28 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (
         "descriptors.descriptions[0]",
         {"file": {"path": "/x", "flags": 0, "position": 0, "kind": "odd"}},
+        "kind: 'odd' is none of",
+    ),
+    ("descriptors.descriptions[0]", unix(backlog=1, pending=[7]), "socket 7 does not wait to be accepted by 5 alone"),
+    ("descriptors.descriptions[0]", unix(backlog=0, pending=[7, 8]), "2 connections wait for socket 5, with a"),
+    ("descriptors.descriptions[0]", unix(accepted=True), "accepted: it has no name or is not connected"),
+    ("descriptors.descriptions[0]", unix(maker=3, backlog=1), "process 3, maker of socket 5, has no table"),
+    (
+        "descriptors.descriptions[0]",
+        unix(queue=[{"content": b"", "sender": b"", "credentials": [77, 0, 0]}]),
+        "a message in socket 5 is of process 77",
+    ),
+    ("descriptors.descriptions[0]", {"ended": {"identity": 1, "status": 0x8B, "flags": 2}}, "status: 0x8b is none of"),
+    (
+        "descriptors.descriptions[0]",
+        {
+            "fanotify": {
+                "made_with": 0,
+                "event_flags": 0,
+                "flags": 2,
+                "marks": [{"kind": "odd", "path": "/", "flags": 0, "mask": 1, "ignored": 0}],
+            }
+        },
         "kind: 'odd' is none of",
     ),
     ("descriptors.pipes", [{"content": bytes(4097), "capacity": 4096}], "4097 bytes in a pipe of 4096"),
