@@ -66,11 +66,13 @@ class Epoll:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """One watch of an inotify instance, by its number."""
+    """One watch of an inotify instance, by its number. ``ghost``: of a file without a name, which this description has
+    open; ``path`` was its last name. -1: of the file at ``path``."""
 
     number: Unsigned
     path: str
     mask: Unsigned
+    ghost: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ NUMBERS: Mapping[type, Mapping[str, range]] = {
     SignalDescriptor: {"mask": _UINT64, "flags": _UINT32},
     TimerDescriptor: dict.fromkeys(("left", "at", "interval"), _INT64)
     | {"clock": range(16), "set_with": range(4), "ticks": _UINT64, "flags": _UINT32},
-    Watch: {"number": _INT32, "mask": _UINT32},
+    Watch: {"number": _INT32, "mask": _UINT32, "ghost": range(-1, 1 << 31)},
 }
 
 LENGTHS: Mapping[type, Mapping[str, range]] = {
@@ -105,6 +105,9 @@ def tree(whole: Tree) -> Iterator[str]:
             yield f"descriptors.descriptions[{number}].terminal.pty: {end.pty} is none of the {len(table.ptys)}"
         if opening is not None and opening.ghost >= len(table.ghosts):
             yield f"descriptions[{number}].ghost.ghost: {opening.ghost} is none of the {len(table.ghosts)} files"
+        for at, watch in enumerate(description.inotify.watches if description.inotify is not None else ()):
+            if watch.ghost >= 0 and (watch.ghost not in open_ones or table.descriptions[watch.ghost].ghost is None):
+                yield f"descriptions[{number}].inotify.watches[{at}].ghost: {watch.ghost} is none without a name"
         for at, target in enumerate(epoll.targets if epoll is not None else ()):
             if target.description not in open_ones:
                 yield f"descriptions[{number}].epoll.targets[{at}].description: {target.description} is not open"

@@ -11,6 +11,7 @@ from postcopy.dump_side import (
     epoll,
     filesystem,
     inet_sockets,
+    inotify,
     limits,
     lineage,
     memory,
@@ -78,6 +79,7 @@ def _collect(
     inet_sockets.check_loops(table, problems)
     descriptors.collect_in_flight(table, problems)
     epoll.complete(table, problems)
+    inotify.complete(table, problems)
     unix_peers.check(table, problems)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")

@@ -25,8 +25,46 @@ def collect(table: Table, opened: Opened) -> Description | None:
             raise Refused(
                 f"{opened.link}: {unread} bytes of events are unread, which cannot be moved; let it read them"
             )
-    watches = [_watch(table, opened, match) for line in opened.info if (match := _LINE.match(line))]
-    return Description(inotify=Inotify(sorted(watches, key=lambda watch: watch.number), opened.flags))
+    matches = [match for line in opened.info if (match := _LINE.match(line))]
+    watches = [_watch(table, opened, match) for match in matches]
+    state = Inotify(sorted(watches, key=lambda watch: watch.number), opened.flags)
+    nameless = {
+        watch.number: (os.makedev(*device_numbers(int(match[3], 16))), int(match[2], 16))
+        for watch, match in zip(watches, matches, strict=True)
+        if not watch.path
+    }
+    if nameless:
+        table.watched_ghosts.append((state, nameless))
+    return Description(inotify=state)
+
+
+def complete(table: Table, problems: list[str]) -> None:
+    """Once all tables have been collected: which open files are those without a name that are watched."""
+    found = table.descriptors
+    numbers = {id(each.inotify): number for number, each in enumerate(found.descriptions) if each.inotify is not None}
+    openings = {each.ghost.ghost: number for number, each in enumerate(found.descriptions) if each.ghost is not None}
+    for state, nameless in table.watched_ghosts:
+        # A running process may have closed it while it was being looked at.
+        number = numbers.get(id(state), -1)
+        if number >= 0:
+            watches = [_completed(table, watch, nameless, openings, problems) for watch in state.watches]
+            found.descriptions[number] = Description(inotify=Inotify(watches, state.flags))
+
+
+def _completed(
+    table: Table, watch: Watch, nameless: dict[int, tuple[int, int]], openings: dict[int, int], problems: list[str]
+) -> Watch:
+    if watch.path:
+        return watch
+    ghost = table.ghost_numbers.get(nameless[watch.number], -1)
+    if ghost not in openings:
+        inode = nameless[watch.number][1]
+        problems.append(
+            f"inotify: what watch {watch.number} watches (inode {inode}) has no name and is not open as a file"
+        )
+        return watch
+    file = table.descriptors.ghosts[ghost]
+    return Watch(watch.number, os.path.join(file.directory, file.name), watch.mask, openings[ghost])
 
 
 def _watch(table: Table, opened: Opened, match: re.Match[str]) -> Watch:
@@ -36,7 +74,7 @@ def _watch(table: Table, opened: Opened, match: re.Match[str]) -> Watch:
     handle = bytes.fromhex(match["handle"])[: int(match["size"], 16)]
     found = path(device, int(match["type"], 16), handle, inode)
     if found is None:
-        raise Refused(f"{opened.link}: what watch {number} watches (inode {inode}) has no name any more")
+        return Watch(number, "", mask)  # for `complete`
     table.needed.append(FileIdentity.named(found))
     return Watch(number, found, mask)
 

@@ -13,6 +13,7 @@ from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
 from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
+from postcopy.open_kinds import Inotify
 from postcopy.socket_kinds import SocketOption, UnixName
 from postcopy.state import Descriptors, FileIdentity, Slot
 
@@ -175,6 +176,7 @@ class Table:
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
     ``carrying``: sockets (by inode) in which descriptors are on their way; ``received``: duplicates of these, ours.
     ``named``: where an earlier look has found a process's descriptor; ``found``: where this one will.
+    ``watched_ghosts``: inotify instances with watches of what has no name: of each its device and inode.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
     ``level``: see `pid_namespaces.level`.
@@ -191,6 +193,7 @@ class Table:
     descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = field(default_factory=dict)
     ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    watched_ghosts: list[tuple[Inotify, dict[int, tuple[int, int]]]] = field(default_factory=list)
     masters: dict[int, tuple[int, int]] | None = None
     pty_numbers: dict[int, int] = field(default_factory=dict)
     has_lent_terminal: bool = False

@@ -17,6 +17,7 @@ from postcopy.dump_side import (
     epoll,
     filesystem,
     inet_sockets,
+    inotify,
     lineage,
     memory,
     namespaces,
@@ -119,6 +120,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
             del found.problems[own:]
         found.problems[own:] = [f"process {pid} ({name}): {problem}" for problem in found.problems[own:]]
     epoll.complete(found.table, found.problems)
+    inotify.complete(found.table, found.problems)
     unix_peers.check(found.table, found.problems)
     alive = [pid for pid in descendants if faces[pid] in found.tids]
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):

@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import termios
+import time
 from socket import SocketType
 
 from postcopy.dump_side import opened
@@ -21,6 +22,7 @@ from postcopy.socket_kinds import PeerCredentials, Socket, UnixMessage, UnixName
 _MESSAGE_SIZE = 1 << 24  # bytes; more than a message can have
 _SCM_PIDFD = 4
 _BOTH = 3  # RCV_SHUTDOWN and SEND_SHUTDOWN
+_BETWEEN_LOOKS = 0.03  # seconds
 _NOT_YET = "which cannot be moved yet"
 _CONTROL_SIZE = socket.CMSG_SPACE(253 * 4) + socket.CMSG_SPACE(12) + socket.CMSG_SPACE(256)
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -40,6 +42,9 @@ def collect(table: Table, common: Socket, own: SocketType) -> UnixSocket:
     connected = bool(diag.peer) and common.type != socket.SOCK_DGRAM and not pending
     if reason := _not_accepted(table, common, own, diag, pending):
         table.forget_unix()
+        if not table.frozen:
+            # It is looked at again soon; until then the program may have accepted it.
+            time.sleep(_BETWEEN_LOOKS)
         raise Refused(f"{title(diag)}: {reason}")
     # What accept(2) gives has the name of the listening socket, but the file is not its own.
     accepted = connected and diag.vfs in table.listening_files

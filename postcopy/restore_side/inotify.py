@@ -29,6 +29,8 @@ def connect(plan: "Plan") -> None:
         for watch in description.inotify.watches:
             purpose = f"watching {watch.path}"
             plan.batch.add(call("ioctl", instance, INOTIFY_IOC_SETNEXTWD, watch.number), purpose)
-            # The path is that of the file itself.
-            path, mask = plan.batch.text(watch.path), watch.mask | IN_DONT_FOLLOW
-            plan.batch.add(call("inotify_add_watch", instance, path, mask), purpose)
+            # The path is that of the file itself, or a link to what is open.
+            path, mask = watch.path, watch.mask | IN_DONT_FOLLOW
+            if watch.ghost >= 0:
+                path, mask = f"/proc/self/fd/{plan.place(watch.ghost, purpose)}", watch.mask
+            plan.batch.add(call("inotify_add_watch", instance, plan.batch.text(path), mask), purpose)

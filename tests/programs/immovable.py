@@ -227,8 +227,9 @@ def inotify_with_events(directory: Path) -> None:
 def inotify_of_deleted(directory: Path) -> None:
     fd = checked(libc.syscall(SYS_INOTIFY_INIT1, 0))
     path = directory / "watched"
-    path.touch()
-    kept.append(path.open())
+    path.write_bytes(bytes(4096))
+    with path.open("rb") as file:
+        libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     checked(libc.inotify_add_watch(fd, bytes(path), 2))
     path.unlink()
     kept.append(fd)

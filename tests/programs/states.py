@@ -131,6 +131,7 @@ CASES: tuple[type[Case], ...] = (
     events.EpollEdges,
     events.EpollOfClosedNumbers,
     events.InotifyWatches,
+    events.InotifyOfDeleted,
     events.FanotifyGroups,
     events.PidDescriptors,
     events.EndedPidDescriptors,

@@ -17,7 +17,7 @@ from tests.programs.cases import Case, Snapshot, first_problem, libc, required, 
 SYS_TIMERFD_CREATE, SYS_TIMERFD_SETTIME, SYS_TIMERFD_GETTIME = 283, 286, 287
 SYS_SIGNALFD4, SYS_INOTIFY_INIT1, SYS_PIDFD_OPEN, SYS_PIDFD_SEND_SIGNAL = 289, 294, 434, 424
 TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
-IN_CREATE, IN_DELETE, IN_ONESHOT = 0x100, 0x200, 0x80000000
+IN_MODIFY, IN_CREATE, IN_DELETE, IN_ONESHOT = 0x2, 0x100, 0x200, 0x80000000
 SYS_FANOTIFY_INIT, FAN_NONBLOCK, FAN_REPORT_DFID_NAME = 300, 2, 0xC00
 FAN_ACCESS, FAN_MODIFY, FAN_CLOSE_WRITE, FAN_OPEN_EXEC = 0x1, 0x2, 0x8, 0x1000
 FAN_ONDIR, FAN_EVENT_ON_CHILD = 0x40000000, 0x08000000
@@ -312,6 +312,28 @@ class InotifyWatches(Case):
             unlike("events of nobody", b"", early),
             unlike("events", [(1, IN_CREATE), (3, IN_CREATE), (3, 0x8000)], numbers),
         )
+
+
+class InotifyOfDeleted(Case):
+    """inotify: watches of an open file whose name was deleted, between two of others."""
+
+    def setup(self) -> None:
+        """Three files, of which the second is deleted."""
+        self.inotify = required(syscall(SYS_INOTIFY_INIT1, os.O_NONBLOCK), "inotify_init1")
+        self.files = []
+        for number in range(3):
+            path = self.directory / f"watched file {number}"
+            self.files.append(os.open(path, os.O_RDWR | os.O_CREAT))
+            libc.inotify_add_watch(self.inotify, bytes(path), IN_MODIFY)
+        (self.directory / "watched file 1").unlink()
+
+    def verify(self) -> str | None:
+        """What is written is told under the right number, and nothing else."""
+        for file in self.files:
+            os.write(file, b"x")
+        events = os.read(self.inotify, 4096)
+        told = [struct.unpack_from("<iI", events, place) for place in range(0, len(events), 16)]
+        return unlike("events", [(number, IN_MODIFY) for number in (1, 2, 3)], told)
 
 
 class FanotifyGroups(Case):
