@@ -100,6 +100,7 @@ CASES: tuple[type[Case], ...] = (
     memory.NamedMemory,
     memory.HugeReserve,
     memory.PrivateFile,
+    memory.ReadOnlyFile,
     memory.SharedFile,
     shared_memory.SharedAnonymous,
     shared_memory.SharedReserve,

@@ -292,6 +292,30 @@ class HugeReserve(Case):
         )
 
 
+class ReadOnlyFile(Case):
+    """A private mapping of a file that was never writable, of which a debugger has changed a page."""
+
+    PAGES = 4
+
+    def setup(self) -> None:
+        """Map for reading only; write by /proc/self/mem, which needs no permission (proc_pid_mem(5))."""
+        self.path = self.directory / "read_only"
+        self.path.write_bytes(b"".join(page_content(page) for page in range(self.PAGES)))
+        with open(self.path, "rb") as file:
+            self.address = map_pages(self.PAGES, prot=PROT_READ, flags=MAP_PRIVATE, fd=file.fileno())
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(self.address + 2 * PAGE)
+            memory.write(page_content(2000))
+
+    def verify(self) -> str | None:
+        """The mapping, and its content."""
+        found = mapping_at(self.address)
+        expected = {page: page_content(page if page != 2 else 2000) for page in range(self.PAGES)}
+        return first_problem(
+            unlike("permissions", "r--p", found and found.permissions), wrong_pages(self.address, expected)
+        )
+
+
 class PrivateFile(Case):
     """A private mapping of a file: some pages copied on write, the others still the file's."""
 
