@@ -407,6 +407,9 @@ def _references_to_memory(tree: Tree) -> Iterator[str]:
 def _manifest(manifest: Manifest) -> Iterator[str]:
     for tid in _repeated(manifest.tids):
         yield f"tids: {tid} occurs twice"
+    for shift, count in manifest.huge_pages:
+        if shift not in _HUGE_SHIFT or count << shift > _MOST_MEMORY:
+            yield f"huge_pages: {count} pages of 2 to the power of {shift} bytes are not what any host has"
 
 
 def _process(process: Process) -> Iterator[str]:

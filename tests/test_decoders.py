@@ -397,6 +397,8 @@ def test_senseless_state_is_refused_with_its_field_and_value(
         ("tids", [], "manifest.tids: a length of 0"),
         ("xsave_size", 1 << 40, "manifest.xsave_size"),
         ("memory_bytes", (1 << 64) - 1, "manifest.memory_bytes"),
+        ("huge_pages", [(1 << 60, 1)], "manifest.huge_pages"),
+        ("huge_pages", [(21, 1 << 60)], "manifest.huge_pages"),
         ("init", True, "manifest.init: True is not what the state says of the root"),
     ],
 )

@@ -40,6 +40,14 @@ TIMEOUT = "2"
 # -- before commit -----------------------------------------------------------------------------------------------------
 
 
+def is_stopped_for_good(scene: Scene, victim: Watched) -> None:  # noqa: F811
+    """Lost after commit: the program stays stopped at the source, has run nowhere else, and all of ours is gone."""
+    victim.stays_stopped()
+    victim.ran_once()
+    scene.end(victim)
+    scene.nothing_is_left()
+
+
 def on(to: str, name: str, change: Change, channel: str = "control") -> Change:
     """Do this to one kind of frame, and pass on the rest."""
 
@@ -276,10 +284,7 @@ def test_program_ends_before_it_sees_what_is_wrong_after_commit(scene: Scene, na
         destination = restore(victim, tamper)
         destination.ends_with_error(LOST)
         source.ends_with_error(LOST)
-    victim.stays_stopped()
-    victim.ran_once()
-    scene.end(victim)
-    scene.nothing_is_left()
+    is_stopped_for_good(scene, victim)
 
 
 def test_pages_that_nobody_asked_for_do_no_harm(scene: Scene) -> None:  # noqa: F811
@@ -320,10 +325,7 @@ def test_program_is_not_resumed_by_an_order_that_is_wrong(scene: Scene, go: byte
         destination = restore(victim, tamper)
         destination.ends(PROTOCOL)
         source.ends_with_error(LOST)
-    victim.stays_stopped()
-    victim.ran_once()
-    scene.end(victim)
-    scene.nothing_is_left()
+    is_stopped_for_good(scene, victim)
 
 
 def test_half_a_message_after_commit_is_given_up(scene: Scene) -> None:  # noqa: F811

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from postcopy.dump_side import lineage
+from postcopy.dump_side import filesystem, lineage
 from postcopy.dump_side.survey import survey
+from postcopy.kernel import procfs
 from postcopy.restore_side import manifest as manifests
 from postcopy.state import FileIdentity, Manifest
 from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
@@ -301,3 +302,10 @@ def test_pid_above_the_limit(manifest: Manifest) -> None:
     other = dataclasses.replace(manifest, pid=most, tids=[most])
     (problem,) = manifests.problems(other, new_pid_namespace=False)
     assert problem == f"PID {most} is above this host's pid_max of {most}: raise kernel.pid_max"
+
+
+def test_process_that_ends_while_its_directories_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = procfs.status
+    monkeypatch.setattr(procfs, "status", lambda pid: {k: v for k, v in status(pid).items() if k != "Umask"})
+    with pytest.raises(ProcessLookupError):
+        filesystem.collect(os.getpid(), [])

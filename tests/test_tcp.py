@@ -95,6 +95,15 @@ def event(migration: Migration, name: str) -> bool:
     return any(each["event"] == name for each in migration.dump_events)
 
 
+def move_service(trio: Trio) -> Migration:
+    """Move the server, and its address with it."""
+    trio.add_service(trio.b)
+    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
+    trio.remove_service(trio.a)
+    migration.wait_drained()
+    return migration
+
+
 def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> None:
     service = serve(trio, tmp_path, count=5)
     trio.add_service(trio.b)
@@ -118,10 +127,7 @@ def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> Non
 def test_many_connections(trio: Trio, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     count = request.config.getoption("--connections")
     service = serve(trio, tmp_path, count=count // 2, ahead=1000)
-    trio.add_service(trio.b)
-    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
-    trio.remove_service(trio.a)
-    migration.wait_drained()
+    migration = move_service(trio)
     service.goes_on(5000)
     report = service.report()
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
@@ -131,10 +137,7 @@ def test_many_connections(trio: Trio, tmp_path: Path, request: pytest.FixtureReq
 
 def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path: Path) -> None:
     service = serve(trio, tmp_path, hold=True)
-    trio.add_service(trio.b)
-    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
-    trio.remove_service(trio.a)
-    migration.wait_drained()
+    move_service(trio)
     (tmp_path / "hold").unlink()
     service.goes_on()
     report = service.report()
@@ -147,10 +150,7 @@ def test_connections_that_their_peers_have_closed_half(trio: Trio, tmp_path: Pat
     wait_until(lambda: (tmp_path / "finished").exists(), SECONDS, "the client writes no more")
     closed = ["ss", "-Htn", "state", "close-wait"]
     wait_until(lambda: len(trio.a.run(closed).stdout.splitlines()) == 6, SECONDS, "the server's kernel knows")
-    trio.add_service(trio.b)
-    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
-    trio.remove_service(trio.a)
-    migration.wait_drained()
+    move_service(trio)
     assert len(trio.b.run(closed).stdout.splitlines()) == 6
     (tmp_path / "hold").unlink()
     report = service.report()
@@ -240,10 +240,7 @@ def test_end_that_was_sent_and_got_lost_is_sent_again(trio: Trio, tmp_path: Path
     (tmp_path / "go").touch()
     closing = ["ss", "-Htn", "state", "fin-wait-1"]
     wait_until(lambda: len(trio.a.run(closing).stdout.splitlines()) == 1, SECONDS, "the server has closed its end")
-    trio.add_service(trio.b)
-    migration = move(trio.a, trio.b, PID, dump_options=ESTABLISHED)
-    trio.remove_service(trio.a)
-    migration.wait_drained()
+    move_service(trio)
     assert len(trio.b.run(closing).stdout.splitlines()) == 1
     trio.c.run(["nft", "delete", "table", "inet", "lossy"], check=True)
     wait_until(lambda: (tmp_path / "answer").exists() and (tmp_path / "answer").read_bytes(), SECONDS, "an answer")

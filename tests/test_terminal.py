@@ -96,13 +96,18 @@ def move_job(pid: int, dumper: Shell, destination: Shell, options: str = "-j") -
     dumper.read_until("dump=0")
 
 
+def move_cat(source: Shell, dumper: Shell, destination: Shell) -> None:
+    """Move a job that reads and writes."""
+    source.type("cat")
+    pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
+    source.type("before")
+    source.read_until("before\r\nbefore\r\n")
+    move_job(pid, dumper, destination)
+
+
 def test_job_of_a_shell_reads_on_from_the_terminal_of_restore() -> None:
     with shell() as source, shell() as dumper, shell() as destination:
-        source.type("cat")
-        pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
-        source.type("before")
-        source.read_until("before\r\nbefore\r\n")
-        move_job(pid, dumper, destination)
+        move_cat(source, dumper, destination)
         destination.type("after")
         destination.read_until("after\r\nafter\r\n")
         destination.press("\x04")
@@ -112,11 +117,7 @@ def test_job_of_a_shell_reads_on_from_the_terminal_of_restore() -> None:
 
 def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
     with shell() as source, shell() as dumper, shell() as destination:
-        source.type("cat")
-        pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
-        source.type("before")
-        source.read_until("before\r\nbefore\r\n")
-        move_job(pid, dumper, destination)
+        move_cat(source, dumper, destination)
         destination.press("\x1a")
         destination.read_until("Stopped")
         assert wait_until(lambda: destination.foreground == destination.pid, 10, "the shell has its terminal")

@@ -1,13 +1,18 @@
 """Root, working directory and umask."""
 
+import errno
 import os
 
 from postcopy.kernel import procfs
+from postcopy.kernel.libc import refused
 from postcopy.state import Filesystem
 
 
 def collect(pid: int, problems: list[str]) -> Filesystem:
-    """As ``/proc`` shows them; what cannot be found again is added to ``problems``."""
+    """As ``/proc`` shows them; what cannot be found again is added to ``problems``.
+
+    Raises OSError, also where the process is just ending.
+    """
     root, cwd = procfs.link(pid, "root"), procfs.link(pid, "cwd")
     for name, path in (("root", root), ("cwd", cwd)):
         try:
@@ -17,4 +22,8 @@ def collect(pid: int, problems: list[str]) -> Filesystem:
             continue
         if (named.st_dev, named.st_ino) != (held.st_dev, held.st_ino) and path != "/":
             problems.append(f"its {name} directory {path} is another directory now")
-    return Filesystem(root, cwd, int(procfs.status(pid)["Umask"], 8))
+    umask = procfs.status(pid).get("Umask")
+    if umask is None:
+        # It has given up its directories, as the next look at them would show.
+        raise refused(f"looking at the directories of process {pid}", errno.ESRCH)
+    return Filesystem(root, cwd, int(umask, 8))
