@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Host, Pair
+from tests.hosts import Host, Pair, postcopy_command
 from tests.migrate import Migration, MigrationFailed, move, start_dump, start_restore
 
 PID = 7700
@@ -170,18 +170,41 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["as-it-was", "within-another-root"])
-def test_program_in_a_chroot_moves(hosts: Pair, tmp_path: Path, inside: bool) -> None:
-    chroot = tmp_path / "chroot"
-    (chroot / "sub").mkdir(parents=True)
-    hosts.a.popen([sys.executable, "-c", IN_A_CHROOT, str(chroot)], pid=PID)
+@pytest.fixture
+def chroot(hosts: Pair, tmp_path: Path) -> Path:
+    """The root directory of a program that is ready."""
+    found = tmp_path / "chroot"
+    (found / "sub").mkdir(parents=True)
+    hosts.a.popen([sys.executable, "-c", IN_A_CHROOT, str(found)], pid=PID)
     table = hosts.a.proc / str(PID) / "fd"
     hosts.a.wait_until(lambda: len(os.listdir(table)) >= 8, what="all is open")
-    options = []
-    if inside:
-        root = tmp_path / "root"
-        root.mkdir()
-        hosts.b.run(["mount", "--rbind", "/", str(root)], check=True)
-        options = ["--root", str(root)]
-    migration = move(hosts.a, hosts.b, PID, restore_options=options)
-    goes_on(hosts, migration)
+    return found
+
+
+@pytest.fixture
+def same(hosts: Pair, tmp_path: Path) -> Path:
+    """Another root with the same in it."""
+    found = tmp_path / "root"
+    found.mkdir()
+    hosts.b.run(["mount", "--rbind", "/", str(found)], check=True)
+    return found
+
+
+def test_program_in_a_chroot_moves(hosts: Pair, chroot: Path) -> None:
+    goes_on(hosts, move(hosts.a, hosts.b, PID))
+
+
+def test_program_in_a_chroot_moves_into_another_root(hosts: Pair, chroot: Path, same: Path) -> None:
+    goes_on(hosts, move(hosts.a, hosts.b, PID, restore_options=["--root", str(same)]))
+
+
+def test_checkpoint_is_restored_in_another_root(hosts: Pair, tmp_path: Path, chroot: Path, same: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    hosts.a.run([*postcopy_command(), "dump", "-t", str(PID), "-D", str(checkpoint)], check=True)
+    pidfile = tmp_path / "pid"
+    command = [*postcopy_command(), "restore", "-D", str(checkpoint), "--root", str(same), "--pidfile", str(pidfile)]
+    restored = hosts.b.popen(command)
+    hosts.b.wait_until(pidfile.exists, what="the program runs")
+    assert os.readlink(hosts.b.proc / str(PID) / "root") == f"{same}{chroot}"
+    hosts.b.kill(PID, signal.SIGTERM)
+    assert restored.wait(20) == 0
