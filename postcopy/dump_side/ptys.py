@@ -86,6 +86,8 @@ def _look(table: Table, index: int) -> Pty:
         if session and session not in table.pids:
             raise Refused(f"{name}: it is the controlling terminal of session {session}, which is not moved along")
         slaves = [(each, own) for each in table.pids for number, end, own in _ends(each) if number == index and not end]
+        for end in ((pid, fd), *slaves[:1]):
+            _check_modes(*end)
         hung_up = not slaves and _is_hung_up(master)
         content = None
         if not table.frozen:
@@ -103,6 +105,16 @@ def _look(table: Table, index: int) -> Pty:
             hung_up=hung_up,
             content=content,
         )
+
+
+def _check_modes(pid: int, fd: int) -> None:
+    """What an end has besides. Raises Refused, OSError."""
+    opened = Opened.look(pid, fd)
+    with opened.duplicate() as end:
+        if discipline := pty.number(end, pty.TIOCGETD):
+            raise Refused(f"{opened.link}: it has another line discipline ({discipline}), which cannot be moved yet")
+        if pty.number(end, pty.TIOCGEXCL):
+            raise Refused(f"{opened.link}: it is exclusive (TIOCEXCL), which cannot be moved yet")
 
 
 def _group(table: Table, group: int) -> int:

@@ -11,8 +11,10 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +277,18 @@ def terminal(directory: Path) -> None:
     kept.append(slave)
 
 
+def exclusive_terminal(directory: Path) -> None:
+    ends = os.openpty()
+    fcntl.ioctl(ends[1], termios.TIOCEXCL)
+    kept.append(ends)
+
+
+def terminal_with_a_discipline(directory: Path) -> None:
+    ends = os.openpty()
+    fcntl.ioctl(ends[0], termios.TIOCSETD, struct.pack("i", 27))  # N_NULL
+    kept.append(ends)
+
+
 def shared_with_a_stranger(directory: Path) -> None:
     kept.append(mmap.mmap(-1, 4096))
     leave_behind()
@@ -374,6 +388,8 @@ KINDS: dict[Callable[[Path], None], str] = {
     owner_outside: "its signals go to 1 (F_SETOWN), which is not moved along",
     io_uring: "anon_inode:[io_uring]: descriptors of this kind cannot be moved yet",
     own_userfaultfd: "anon_inode:[userfaultfd]: descriptors of this kind cannot be moved yet",
+    exclusive_terminal: "it is exclusive (TIOCEXCL), which cannot be moved yet",
+    terminal_with_a_discipline: "it has another line discipline (27), which cannot be moved yet",
     terminal: "a terminal that is not one of the standard streams cannot be moved yet",
     shared_with_a_stranger: "is shared with process",
     hugetlb: "private mappings of huge pages (hugetlb) of a memfd cannot be moved",
