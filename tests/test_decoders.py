@@ -223,6 +223,13 @@ def span(*pairs: tuple[int, int]) -> bytes:
     return PageRanges.from_pairs(pairs).pack()
 
 
+def terminal(**content: Any) -> dict[str, Any]:
+    """A pseudoterminal with something in it."""
+    whole = {"output": b"", "lines": [], "typed": b"", "literal_next": False, "stopped": 0, **content}
+    modes = {"locked": False, "packets": False, "session": 0, "foreground": 0}
+    return {"index": 0, "settings": bytes(44), "window": bytes(8), **modes, "content": whole}
+
+
 def twice(items: list[Any]) -> list[Any]:
     """With the first item once more."""
     return [items[0], *items]
@@ -368,6 +375,9 @@ SENSELESS: list[tuple[str, Any, str]] = [
     ),
     ("descriptors.pipes", [{"content": bytes(4097), "capacity": 4096}], "4097 bytes in a pipe of 4096"),
     ("descriptors.pipes", [{"content": b"", "capacity": 1 << 40}], "capacity"),
+    ("descriptors.ptys", [terminal(lines=[b"line\n"] * 900)], "content: more than the 4095 bytes that can be typed"),
+    ("descriptors.ptys", [terminal(output=bytes(1 << 20))], "output: a length of 1048576"),
+    ("descriptors.ptys", [terminal(stopped=3)], "stopped: 3"),
     ("late_signals", [{"pid": 1, "tid": 1, "siginfo": bytes(128)}], "late_signals[0].siginfo: there is no signal 0"),
     ("late_signals", [{"pid": 1, "tid": 1, "siginfo": with_signal(9)[:64]}], "late_signals[0].siginfo: a length of 64"),
     ("files", [{"path": "x", "size": 0, "build_id": b"", "changing": False}], "files[0].path: 'x'"),
