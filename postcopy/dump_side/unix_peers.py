@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Peers:
         self._found = {one.socket.inode: one for one in found if one is not None}
         self._listeners = {(one.socket.type, one.name): one for one in self._found.values() if one.backlog >= 0}
         self._datagrams = {one.name: one for one in self._found.values() if one.socket.type == socket.SOCK_DGRAM}
+        self._users_of_names = Counter((one.socket.type, one.name) for one in self._found.values())
         self._makers: dict[int, int] = {}
         self._accepted: set[int] = set()
 
@@ -127,8 +129,8 @@ class _Peers:
         """One whose other end has been closed: its name is its own, or that of a socket that listens."""
         if not one.name or one.place or one.socket.type == socket.SOCK_DGRAM:
             return
-        users = sum(each.name == one.name and each.socket.type == one.socket.type for each in self._found.values())
-        if (one.socket.type, one.name) in self._listeners or (one.name.startswith(b"\0") and users > 1):
+        key = one.socket.type, one.name
+        if key in self._listeners or (one.name.startswith(b"\0") and self._users_of_names[key] > 1):
             self._accepted.add(one.socket.inode)
             if self._listens_elsewhere(one):
                 self._makers[one.socket.inode] = self._holder(one)

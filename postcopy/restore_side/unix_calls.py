@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from postcopy.errors import RestoreError
 from postcopy.kernel.calls import call
 from postcopy.kernel.prctl import PR_SET_SECUREBITS
+from postcopy.kernel.sock_diag import DEAD
 from postcopy.restore_side.own import own_credentials
 from postcopy.restore_side.sockets import Workshop
 from postcopy.restore_side.unix_names import has_path, root_of
@@ -167,7 +168,7 @@ class UnixCalls:
 
     def finish(self, one: UnixSocket, fd: int) -> None:
         """What comes last, when all that is queued is there."""
-        if one.shutdown and one.peer != -1:
+        if one.shutdown and one.peer != DEAD:
             self.shop.add(call("shutdown", fd, one.shutdown - 1), "shutting a Unix socket down")
         self.shop.finish(fd, one.socket)
 

@@ -87,6 +87,7 @@ class Meetings:
             if (unix := tree.descriptors.descriptions[number].unix)
         }
         self._late = [one for inode, one in self._every.items() if inode in shared.late_sockets]
+        self._datagrams = {one.name: one for one in self._every.values() if one.socket.type == socket.SOCK_DGRAM}
         self._widened: set[int] = set()
 
     def _act(self, pid: int, do: Callable[[UnixCalls, "Plan"], None], has_table: bool) -> None:
@@ -199,12 +200,12 @@ class Meetings:
         senders = {far: one.peer} if mutual is not None else {}
 
         def sender_at(name: bytes) -> int:
-            for each in self._every.values():
-                if each.socket.type == socket.SOCK_DGRAM and each.name == name:
-                    at = self._place(plan, each)
-                    senders[at] = each.socket.inode
-                    return at
-            return -1
+            each = self._datagrams.get(name)
+            if each is None:
+                return -1
+            at = self._place(plan, each)
+            senders[at] = each.socket.inode
+            return at
 
         seen = lambda pid: self._shared.nesting.seen(pid, self._root)  # noqa: E731
         for fd in calls.fill(one, far, far_name, sender_at, seen):

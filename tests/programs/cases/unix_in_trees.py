@@ -1,9 +1,11 @@
 """Unix sockets that processes of a tree have connected by name, or whose connections nobody has accepted yet."""
 
+import contextlib
 import os
 import select
 import socket
 import struct
+from collections.abc import Iterator
 
 from tests.programs.cases import Case, first_problem, unlike
 from tests.programs.cases.trees import Child, Line, maker_of
@@ -76,6 +78,23 @@ class UnixNotAccepted(Case):
         )
 
 
+def told_maker(end: socket.socket) -> list[int]:
+    """SO_PEERCRED: process, user and group."""
+    return list(struct.unpack("=iII", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+@contextlib.contextmanager
+def user(number: int) -> Iterator[None]:
+    """Be another user for a while."""
+    os.setegid(number)
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
 class UnixByName(Case):
     """Connections by name between processes: to one that still listens and to one that does no more; the accepted end
     with a worker, the connecting one with a grandchild; messages with the credentials of another process."""
@@ -87,14 +106,16 @@ class UnixByName(Case):
         for name in (self.path, abstract):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(name)
-            listener.listen()
+            with user(44):
+                listener.listen()
             self.listeners.append(listener)
 
         def client(line: Line) -> None:
             ends = []
             for name in (self.path, abstract):
                 ends.append(socket.socket(socket.AF_UNIX))
-                ends[-1].connect(name)
+                with user(0 if name == self.path else 55):
+                    ends[-1].connect(name)
                 ends[-1].send(b"from the client")
             grandchild = Child(heir, *(end.fileno() for end in ends))
             ends[0].close()
@@ -112,7 +133,7 @@ class UnixByName(Case):
             ]
             line.say("there")
             line.wait()
-            line.say([[maker_of(end), end.recv(100).decode(), str(end.getpeername())] for end in ends])
+            line.say([[told_maker(end), end.recv(100).decode(), str(end.getpeername())] for end in ends])
             for end in ends:
                 end.send(b", and later")
             line.wait()
@@ -133,7 +154,7 @@ class UnixByName(Case):
             line.say("there")
             line.wait()
             found = [end.recv(100).decode() for end in (*self.served, self.left)]
-            line.say([found, [maker_of(end) for end in self.served], self.left.recv(100).decode()])
+            line.say([found, [told_maker(end) for end in self.served], self.left.recv(100).decode()])
             line.wait()
             line.say([end.recv(100).decode() for end in self.served])
             line.wait()
@@ -157,8 +178,12 @@ class UnixByName(Case):
         with socket.socket(socket.AF_UNIX) as new:
             new.connect(self.listeners[1].getsockname())
         return first_problem(
-            unlike("the worker", [["from the client"] * 2 + ["last words"], [client] * 2, ""], of_worker),
-            unlike("the heir", [[own, "to the client", name] for name in self.names], of_heir),
+            unlike(
+                "the worker",
+                [["from the client"] * 2 + ["last words"], [[client, 0, 0], [client, 55, 55]], ""],
+                of_worker,
+            ),
+            unlike("the heir", [[[own, 44, 44], "to the client", name] for name in self.names], of_heir),
             unlike("what came later", [", and later"] * 2, self.worker.hear()),
         )
 

@@ -4,6 +4,7 @@ import array
 import contextlib
 import os
 import select
+import signal
 import socket
 import struct
 from typing import Any
@@ -175,6 +176,15 @@ class UnixRights(Case):
         self.stream[0].send(b"behind")
         os.close(read_end)
 
+        if not (child := os.fork()):
+            os._exit(7)
+        pidfds = [os.pidfd_open(os.getpid()), os.pidfd_open(child)]
+        os.waitpid(child, 0)
+        self.processes = socket.socketpair()
+        socket.send_fds(self.processes[0], [b"!"], pidfds)
+        for pidfd in pidfds:
+            os.close(pidfd)
+
         self.packets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.here, there = socket.socketpair()
         self.here.send(b"in the socket")
@@ -233,6 +243,14 @@ class UnixRights(Case):
         problem = problem or unlike(
             "packets", [b"first", b"second", b"in the socket", b"back", b"nested", 5, b""], found
         )
+
+        _, (living, ended), _, _ = socket.recv_fds(self.processes[1], 100, 10)
+        signal.pidfd_send_signal(living, 0)
+        try:
+            signal.pidfd_send_signal(ended, 0)
+            problem = problem or "the process that has ended is there"
+        except ProcessLookupError:
+            pass
 
         found = [self.left.recv(100)]
         content, (file, memory, ghost), _, _ = socket.recv_fds(self.left, 100, 10)
