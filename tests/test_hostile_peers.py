@@ -263,6 +263,9 @@ AFTER: dict[str, tuple[str, bytes]] = {
         "demand",
         PAGE_HEADER.pack(wire.PAGES, 99, 0x10000, 1, PAGE_SIZE) + bytes(PAGE_SIZE),
     ),
+    "pages-that-are-also-those-of-an-unknown-space": ("bulk", wire.also(99, 0x10000, 1) + ANSWER),
+    "other-pages-than-were-announced": ("demand", wire.also(0, 0x20000, 1) + ANSWER),
+    "an-announcement-of-no-memory": ("demand", wire.also(0, (1 << 64) - PAGE_SIZE, 1)),
     "a-request": ("demand", wire.request(0, 0x10000, 1)),
     "a-message-on-the-control-channel": ("control", control.pack(Kind.PREPARED, control.Prepared(True))),
 }

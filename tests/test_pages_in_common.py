@@ -14,7 +14,8 @@ from postcopy.kernel import procfs
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.reporting import Silent
 from postcopy.spaces import spaces_of
-from tests.hosts import wait_until
+from tests.hosts import Host, Pair, wait_until
+from tests.migrate import move
 
 PAGES = 2000
 FAMILY = f"""
@@ -74,3 +75,55 @@ def test_pages_in_common_are_sent_once_and_stay_in_common(family: int) -> None:
             for each in space.lazy:
                 capture.sources[space.number].read_into(each.start, memoryview(bytearray(each.end - each.start)))
         assert taken(pids) < before + PAGES * PAGE_SIZE // 10
+
+
+MEGABYTES = 64
+HEIRS = f"""
+import mmap, os, signal, sys, time
+pages = {MEGABYTES} * 256
+shared = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(pages):
+    shared[page * 4096 : page * 4096 + 8] = page.to_bytes(8, "little")
+children = []
+for number in range(3):
+    ready, told = os.pipe()
+    if not (child := os.fork()):
+        # This one alone has the page that is its own.
+        shared[number * 4096 + 8] = 1 + number
+        os.write(told, b".")
+        while not os.path.exists(sys.argv[1] + ".go"):
+            time.sleep(0.05)
+        for page in range(pages):
+            found = shared[page * 4096 : page * 4096 + 9]
+            if found != page.to_bytes(8, "little") + bytes([1 + number if page == number else 0]):
+                print(os.getpid(), page, found.hex(), file=sys.stderr, flush=True)
+                os._exit(1)
+        os._exit(0)
+    os.read(ready, 1)
+    children.append(child)
+open(sys.argv[1] + ".ready", "w").close()
+statuses = [os.waitpid(child, 0)[1] for child in children]
+mine = all([shared[page * 4096 : page * 4096 + 9] == page.to_bytes(9, "little") for page in range(pages)])
+sys.exit(0 if mine and not any(statuses) else 1)
+"""
+
+
+def received(host: Host) -> int:
+    """Bytes that a host has had from its network."""
+    lines = str(host.run(["cat", "/proc/net/dev"]).stdout).splitlines()[2:]
+    return sum(int(line.split()[1]) for line in lines if not line.strip().startswith("lo:"))
+
+
+@pytest.mark.parametrize("background", ["eager", "off"])
+def test_lazy_pages_in_common_travel_once(hosts: Pair, tmp_path: Path, background: str) -> None:
+    program = hosts.a.popen([sys.executable, "-c", HEIRS, str(tmp_path / "heirs")], pid=4900)
+    ready = tmp_path / "heirs.ready"
+    wait_until(lambda: ready.exists() or program.poll() is not None, 30, "the children are there")
+    before = received(hosts.b)
+    migration = move(hosts.a, hosts.b, 4900, restore_options=("--background", background))
+    if background == "eager":
+        migration.wait_drained()
+    (tmp_path / "heirs.go").touch()
+    assert migration.restore is not None
+    assert migration.restore.wait(60) == 0
+    assert received(hosts.b) - before < MEGABYTES * 1.4 * (1 << 20)

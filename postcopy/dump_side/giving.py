@@ -78,7 +78,7 @@ class Giving:
         demand, bulk, board = self._channels.demand.socket, self._channels.bulk.socket, self._board
 
         def demand_body() -> None:
-            serve_demand(demand, sources, board)
+            serve_demand(demand, sources, board, plan)
 
         def bulk_body() -> None:
             stream_bulk(bulk, plan, sources, board)
@@ -147,7 +147,7 @@ class Giving:
                         raise ConnectionLost(f"{server.name} ended before the destination had every page")
                     poll.unregister(server.pidfd)
             watch()
-            sent = self._board.demand_bytes + self._board.bulk_bytes
+            sent = self._board.demand_bytes + self._board.bulk_bytes + self._board.spared_bytes
             self._reporter.event(
                 "progress",
                 pages_left=max(self._lazy_pages - sent // PAGE_SIZE, 0),

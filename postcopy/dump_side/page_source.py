@@ -28,12 +28,12 @@ class FrozenProcess:
         """
         self.pid = pid
         self._memory = memory or ProcessMemory(pid)
-        self._pagemap = pagemap
+        self.pagemap = pagemap
 
     def read_into(self, address: int, buffer: memoryview) -> None:
         """See `PageSource`."""
         try:
-            if self._pagemap and not self._pagemap.are_exclusive(address, len(buffer) // PAGE_SIZE):
+            if self.pagemap and not self.pagemap.are_exclusive(address, len(buffer) // PAGE_SIZE):
                 # process_vm_readv(2) would give the process copies of its own of pages shared since a fork (mm/gup.c,
                 # gup_must_unshare): all of that memory twice, here on the source.
                 self._memory.read_into(address, buffer)

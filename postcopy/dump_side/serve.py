@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from struct import Struct
 
+from postcopy.dump_side.common_pages import CommonPages, Spared
 from postcopy.dump_side.page_source import PageSource
 from postcopy.errors import ConnectionLost, PostcopyError, ProtocolError
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
@@ -24,6 +25,9 @@ _BULK_SEND_BUFFER = 1 << 20
 
 # The destination says FINISH on one connection, and closes the other.
 _LAST_WORD_SECONDS = 1.0
+
+# A demand waits while so many processes, and no more, are asked whether they have its pages too.
+_MOST_ASKED = 16
 
 # tc-pfifo_fast(8): packets of the interactive band overtake those of the bulk band.
 _PRIORITY_BULK = 2
@@ -44,6 +48,7 @@ class Board:
     _REQUESTS_AT = 128
     _DEMAND_BYTES_AT = 136
     _BULK_BYTES_AT = 192
+    _SPARED_BYTES_AT = 200
 
     def __init__(self) -> None:
         """A board with the background halted."""
@@ -95,9 +100,10 @@ class Board:
         """For the demand server."""
         self._NUMBER.pack_into(self._memory, self._DEMAND_BYTES_AT, self.demand_bytes + count)
 
-    def add_bulk_bytes(self, count: int) -> None:
-        """For the streamer."""
+    def add_bulk_bytes(self, count: int, spared: int) -> None:
+        """For the streamer; ``spared``: see `spared_bytes`."""
         self._NUMBER.pack_into(self._memory, self._BULK_BYTES_AT, self.bulk_bytes + count)
+        self._NUMBER.pack_into(self._memory, self._SPARED_BYTES_AT, self.spared_bytes + spared)
 
     @property
     def demand_requests(self) -> int:
@@ -117,9 +123,22 @@ class Board:
         number: int = self._NUMBER.unpack_from(self._memory, self._BULK_BYTES_AT)[0]
         return number
 
+    @property
+    def spared_bytes(self) -> int:
+        """Bytes of pages that need not be sent, since they went with those of another process."""
+        number: int = self._NUMBER.unpack_from(self._memory, self._SPARED_BYTES_AT)[0]
+        return number
 
-def serve_demand(sock: socket.socket, sources: Mapping[int, PageSource], board: Board) -> None:
+
+def serve_demand(
+    sock: socket.socket,
+    sources: Mapping[int, PageSource],
+    board: Board,
+    plan: Mapping[int, PageRanges] | None = None,
+) -> None:
     """Answer requests until the destination says FINISH; the body of a process of its own.
+
+    ``plan``: the pages that processes may have in common.
 
     Raises ConnectionLost, ProtocolError, DumpError; the destination has then been told, if it can still be reached.
     """
@@ -127,7 +146,7 @@ def serve_demand(sock: socket.socket, sources: Mapping[int, PageSource], board: 
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _PRIORITY_INTERACTIVE)
     try:
-        _answer_requests(sock, sources, board)
+        _answer_requests(sock, Spared(plan or {}), sources, board)
     except OSError as error:
         raise ConnectionLost(f"demand channel: {error.strerror}") from error
     except PostcopyError as error:
@@ -136,12 +155,13 @@ def serve_demand(sock: socket.socket, sources: Mapping[int, PageSource], board: 
         raise
 
 
-def _answer_requests(sock: socket.socket, sources: Mapping[int, PageSource], board: Board) -> None:
+def _answer_requests(sock: socket.socket, spared: Spared, sources: Mapping[int, PageSource], board: Board) -> None:
     answer = memoryview(bytearray(wire.HEADER_SIZE + wire.MOST_DEMAND_PAGES * PAGE_SIZE))
     # A slice of a memoryview takes an allocation; the sizes repeat, so they are made once.
     payloads = [answer[wire.HEADER_SIZE : wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
     frames = [answer[: wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
     received = b""
+    common = CommonPages(sources)
     while True:
         more = sock.recv(1 << 14)
         if not more:
@@ -156,6 +176,15 @@ def _answer_requests(sock: socket.socket, sources: Mapping[int, PageSource], boa
                 source = sources.get(space)
                 if source is None:
                     raise ProtocolError(f"there is no address space {space}")
+                if 1 < len(common) <= _MOST_ASKED:
+                    (count, others), *more_runs = common.runs(space, address, pages)
+                    if spared.has(space, address, pages):
+                        # Asked for when they were on their way with those of another space. Something must answer.
+                        pages = 1
+                    elif others and not more_runs:
+                        sock.sendall(b"".join(wire.also(other, address, count) for other in others))
+                        for each in (space, *others):
+                            spared.add(each, address, count)
                 source.read_into(address, payloads[pages])
                 wire.pages_header_into(answer, 0, space, address, pages)
                 sock.sendall(frames[pages])
@@ -194,6 +223,7 @@ def stream_bulk(
 
 def _stream_chunks(sock: socket.socket, chunks: "_Chunks", sources: Mapping[int, PageSource], board: Board) -> None:
     frames = memoryview(bytearray(CHUNK_PAGES * (wire.HEADER_SIZE + PAGE_SIZE)))
+    common, spared = CommonPages(sources), Spared(chunks.plan)
     demands_seen = 0
     while True:
         while not board.background and not board.finished:
@@ -211,22 +241,32 @@ def _stream_chunks(sock: socket.socket, chunks: "_Chunks", sources: Mapping[int,
         space, ranges, first = chunk
         source = sources[space]
         at = 0
-        sent_pages = 0
-        for each in ranges.stretches(first, CHUNK_PAGES):
-            pages = each.pages
-            wire.pages_header_into(frames, at, space, each.start, pages)
-            at += wire.HEADER_SIZE
-            source.read_into(each.start, frames[at : at + (pages << PAGE_SHIFT)])
-            at += pages << PAGE_SHIFT
-            sent_pages += pages
+        sent_pages = spared_pages = 0
+        for part in ranges.stretches(first, CHUNK_PAGES):
+            for each in spared.rest(space, part, first):
+                start = each.start
+                for pages, others in common.runs(space, start, each.pages):
+                    if others:
+                        also = b"".join(wire.also(other, start, pages) for other in others)
+                        sock.sendall(b"".join((frames[:at], also)))
+                        at = 0
+                        spared_pages += sum(spared.add(other, start, pages) for other in others)
+                    wire.pages_header_into(frames, at, space, start, pages)
+                    at += wire.HEADER_SIZE
+                    source.read_into(start, frames[at : at + (pages << PAGE_SHIFT)])
+                    at += pages << PAGE_SHIFT
+                    start += pages << PAGE_SHIFT
+                    sent_pages += pages
+            first += part.pages
         sock.sendall(frames[:at])
-        board.add_bulk_bytes(sent_pages << PAGE_SHIFT)
+        board.add_bulk_bytes(sent_pages << PAGE_SHIFT, spared_pages << PAGE_SHIFT)
 
 
 class _Chunks:
     """Which chunks have been sent: one byte for each. A chunk is `CHUNK_PAGES` ordinals of one address space."""
 
     def __init__(self, plan: Mapping[int, PageRanges]) -> None:
+        self.plan = plan
         self._plan = {space: ranges for space, ranges in plan.items() if ranges.total_pages}
         self._sent = {space: bytearray(-(-ranges.total_pages // CHUNK_PAGES)) for space, ranges in self._plan.items()}
         self._space = next(iter(self._plan), 0)

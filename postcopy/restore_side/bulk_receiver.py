@@ -46,7 +46,7 @@ def _receive_frames(sock: socket.socket, ring: Ring) -> None:
             at += wire.HEADER_SIZE
             _receive_exactly(sock, slot[at : at + header.length])
             at += header.length
-            if header.kind != wire.PAGES:
+            if header.kind not in (wire.PAGES, wire.ALSO):
                 ring.publish(at)
                 return
             if SLOT_SIZE - at < wire.HEADER_SIZE:

@@ -49,6 +49,8 @@ _PROBE_NS = 1_000_000_000
 _HOT_RETRIES = 20
 _STREAMS = 16
 _FIRST_REQUESTS = 8
+# Spaces that have one page in common: a tree has not as many processes.
+_MOST_ALSO = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,9 @@ class FaultHandler:
         self._slots_filled = 0
         self._slot_at = 0
         self._frame: wire.Header | None = None
+        # What the next pages of each channel are for, besides the space that they name.
+        self._also_bulk: list[wire.Header] = []
+        self._also_demand: list[wire.Header] = []
         self._frame_pages_done = 0
         self._bulk_stalled = False
         self._bulk_ended = False
@@ -429,6 +434,8 @@ class FaultHandler:
             payload = at + wire.HEADER_SIZE
             if header.kind == wire.PAGES:
                 self._answer(header, payload)
+            elif header.kind == wire.ALSO:
+                _add(self._also_demand, header)
             elif header.kind == wire.FAILED:
                 raise Lost(wire.reason_of(self._answers[payload:after]))
             else:
@@ -439,16 +446,18 @@ class FaultHandler:
         self._answers_have = end - at
 
     def _answer(self, header: wire.Header, payload: int) -> None:
-        _, space, address, pages, length = header
-        if self._asked_rest == (space, address):
-            self._asked_rest = None
-        if not self._filling.fill(space, address, pages, self._answers_at + payload, Cause.DEMAND):
-            content = self._answers[payload : payload + length]
-            self._put_off.append(_Answer(space, address, pages, content))
-            self._retries = 0
-        asked = self._waiting.pop((space, address), 0)
-        if asked:
-            self._latency.add(monotonic_ns() - asked)
+        _, _, address, pages, length = header
+        for space in _spaces(header, self._also_demand):
+            if self._asked_rest == (space, address):
+                self._asked_rest = None
+            if not self._filling.fill(space, address, pages, self._answers_at + payload, Cause.DEMAND):
+                content = self._answers[payload : payload + length]
+                self._put_off.append(_Answer(space, address, pages, content))
+                self._retries = 0
+            asked = self._waiting.pop((space, address), 0)
+            if asked:
+                self._latency.add(monotonic_ns() - asked)
+        self._also_demand.clear()
 
     def _fill_piece(self) -> None:
         """Fill the next piece of the bulk stream."""
@@ -464,19 +473,23 @@ class FaultHandler:
         if header.kind == wire.END:
             self._bulk_ended = True
             self._filling.probe()
+        elif header.kind == wire.ALSO:
+            _add(self._also_bulk, header)
         else:
             done = self._frame_pages_done
             pages = min(PIECE_PAGES, header.pages - done)
             address = header.address + (done << PAGE_SHIFT)
             data = self._ring.address(slot) + self._slot_at + (done << PAGE_SHIFT)
-            filled = self._filling.fill(header.space, address, pages, data, Cause.BULK)
+            spaces = _spaces(header, self._also_bulk)
+            refused = [each for each in spaces if not self._filling.fill(each, address, pages, data, Cause.BULK)]
             # What an address space does not take that is stuck will be asked for at the end.
-            self._bulk_stalled = not filled and not self._filling.others_wait()
+            self._bulk_stalled = bool(refused) and not self._filling.others_wait()
             if self._bulk_stalled:
                 return
             self._frame_pages_done += pages
             if self._frame_pages_done < header.pages:
                 return
+            self._also_bulk.clear()
         self._frame = None
         self._slot_at += header.length
         if self._slot_at == used:
@@ -590,6 +603,20 @@ class FaultHandler:
         except OSError as error:
             # Pages matter more than reports: who no longer listens must not stop the filling.
             log.warning("%s cannot be reported: %s", message["event"], error)
+
+
+def _add(waiting: list[wire.Header], header: wire.Header) -> None:
+    """Keep an ALSO frame for the pages that it announces."""
+    if len(waiting) >= _MOST_ALSO:
+        raise ProtocolError(f"pages that are announced for more than {_MOST_ALSO} spaces")
+    waiting.append(header)
+
+
+def _spaces(header: wire.Header, announced: Sequence[wire.Header]) -> list[int]:
+    """Whose the pages of a PAGES frame are."""
+    if any(each.address != header.address or each.pages != header.pages for each in announced):
+        raise ProtocolError(f"other pages than those at {header.address:#x} were announced")
+    return [header.space, *(each.space for each in announced)]
 
 
 def _give_up(*_: object) -> NoReturn:

@@ -9,6 +9,7 @@ REQUEST (demand)      destination to source   send ``pages`` pages from ``addres
 BACKGROUND (demand)   destination to source   ``pages`` is 1 to start the bulk stream, 0 to halt it
 FINISH (demand)       destination to source   every page has arrived
 PAGES (both)          source to destination   the payload is ``pages`` pages from ``address`` of ``space`` on
+ALSO (both)           source to destination   the next PAGES frame, of the same pages, is for ``space`` too
 END (bulk)            source to destination   everything has been sent once
 FAILED (both)         source to destination   the payload is the reason, UTF-8
 ====================  ======================  =======================================================
@@ -38,10 +39,11 @@ class Kind(IntEnum):
     PAGES = 4
     END = 5
     FAILED = 6
+    ALSO = 7
 
 
 # Plain numbers: comparing members of an IntEnum costs more than the rest of the parsing.
-REQUEST, BACKGROUND, FINISH, PAGES, END, FAILED = (int(kind) for kind in Kind)
+REQUEST, BACKGROUND, FINISH, PAGES, END, FAILED, ALSO = (int(kind) for kind in Kind)
 
 
 class Header(NamedTuple):
@@ -76,6 +78,11 @@ def finish() -> bytes:
 def pages_header_into(buffer: bytearray | memoryview, offset: int, space: int, address: int, pages: int) -> None:
     """Write the header of a PAGES frame to where its payload will follow."""
     pack_header_into(buffer, offset, PAGES, space, address, pages, pages << PAGE_SHIFT)
+
+
+def also(space: int, address: int, pages: int) -> bytes:
+    """The frame that says that the pages which follow are those of ``space`` as well."""
+    return _HEADER.pack(ALSO, space, address, pages, 0)
 
 
 def end() -> bytes:
@@ -122,9 +129,11 @@ def parse_answer(buffer: bytes | bytearray | memoryview, offset: int = 0) -> Hea
     elif kind == FAILED:
         if length > MOST_REASON_BYTES:
             raise ProtocolError(f"a reason of {length} bytes")
-    elif kind == END:
+    elif kind in (END, ALSO):
         if length:
-            raise ProtocolError(f"END with {length} bytes of payload")
+            raise ProtocolError(f"a frame of kind {kind} with {length} bytes of payload")
+        if kind == ALSO:
+            _check_pages(address, pages, MOST_BULK_PAGES)
     else:
         raise ProtocolError(f"unknown frame of kind {kind} from the source")
     return header
