@@ -65,6 +65,8 @@ _MOST_MEMORY = 1 << 46  # bytes; what x86-64 with 4-level page tables can addres
 _VMA_NAME, _VMA_FLAGS = range(5 * _PATH_MAX), range(64)
 _XSTATE_SIZES = range(576, 16385)  # the legacy area and the header; what PTRACE_GETREGSET is asked for
 
+# Signals that leave a core dump, if nothing else is asked for (signal(7)).
+_DUMPING = frozenset({3, 4, 5, 6, 7, 8, 11, 24, 25, 31})
 _HUGE_SHIFT = range(64)  # the logarithm of a page size, in 6 bits of the flags of mmap(2)
 
 # What a number may be.
@@ -576,7 +578,8 @@ def _name(of: Thread | Zombie) -> Iterator[str]:
 
 def _zombie(zombie: Zombie) -> Iterator[str]:
     yield from _name(zombie)
-    if zombie.status & 0xFF > 64 or (zombie.status & 0x7F and zombie.status >> 8):
+    number, dumped = zombie.status & 0x7F, zombie.status & 0x80
+    if number > 64 or (number and zombie.status >> 8) or (dumped and number not in _DUMPING):
         yield f"status: {zombie.status:#x} is not how a process ends"
 
 

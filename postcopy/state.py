@@ -564,7 +564,7 @@ class Manifest:
 
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
     ``shell_job``: ``restore`` must lend its terminal; ``init``: the root is the init of a PID namespace of its own.
-    ``huge_pages``: how many hugetlb pages it takes, by their size (the logarithm).
+    ``huge_pages``: how many hugetlb pages it takes, by their size (the logarithm). ``core_dumps``: a zombie left one.
     """
 
     tids: list[Pid]
@@ -581,6 +581,7 @@ class Manifest:
     unix_names: list[UnixName] = field(default_factory=list)
     init: bool = False
     huge_pages: list[tuple[Unsigned, Unsigned]] = field(default_factory=list)
+    core_dumps: bool = False
 
 
 T = TypeVar("T")

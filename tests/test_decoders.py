@@ -274,6 +274,7 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.stopped_by", 65, "stopped_by: 65"),
     (f"{P}.lineage.parent", 7, "there are 0 processes without a parent"),
     (f"{P}.lineage.exit_signal", 65, "exit_signal"),
+    ("zombies", [zombie(99, status=0x80 | 9)], "zombies[0].status: 0x89 is not how a process ends"),
     ("zombies", [zombie(99, parent=98)], "process 99 is not a descendant of the root"),
     ("zombies", [zombie(99, session=98), zombie(99, session=98)], "tid 99 occurs twice"),
     (f"{P}.threads", [], "threads: a length of 0"),

@@ -189,13 +189,20 @@ class Kin:
     def zombie(self, pid: int, problems: list[str]) -> Zombie:
         """How one of them has ended. Raises OSError."""
         status = int(procfs.stat(pid)[52])
-        if status & _CORE_DUMPED and status & 0x7F:
-            problems.append(f"zombie {pid} has left a core dump when it ended, which its parent is yet to be told")
         if status & 0x7F not in (0, signal.SIGKILL) and self._nesting.is_init(self._common[pid]):
             problems.append(f"zombie {pid}, an init, has ended by a signal that cannot be sent to one")
         name = os.fsencode(procfs.stat(pid)[2])
         uid = int(self._statuses[pid]["Uid"].split()[0])
         return Zombie(self._common[pid], self.lineage(pid), name, uid, status)
+
+
+def left_core_dump(pid: int) -> bool:
+    """Whether a process is a zombie that has left a core dump."""
+    try:
+        fields = procfs.stat(pid)
+    except OSError:
+        return False
+    return fields[3] == "Z" and bool(int(fields[52]) & 0x7F and int(fields[52]) & _CORE_DUMPED)
 
 
 class Stops:

@@ -149,6 +149,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         unix_names=found.table.unix_names,
         init=level != len(procfs.status(root)["NSpid"].split()) - 1,
         huge_pages=sorted((found.huge_pages + shared.huge_pages).items()),
+        core_dumps=any(lineage.left_core_dump(pid) for pid in descendants),
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
     return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known, found.table.found)

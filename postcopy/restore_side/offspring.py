@@ -19,7 +19,7 @@ from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
 from postcopy.kinship import Making, Unrelated, joining, plan
 from postcopy.nesting import Nesting
-from postcopy.restore_side import pid_namespace, ptys
+from postcopy.restore_side import core_dumps, pid_namespace, ptys
 from postcopy.restore_side.birth import Newborn
 from postcopy.state import Process, Tree, Zombie
 
@@ -27,7 +27,7 @@ _PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _FIXED_ROOM, _PER_BIRTH = 4096, 256
 _SIG_DFL, _SIG_IGN = bytes(32), struct.pack("<Q24x", 1)
-_KILLED_BY = 0x7F
+_KILLED_BY, _DUMPED = 0x7F, 0x80
 
 
 def bring_up(tree: Tree, root: Newborn, newborns: dict[int, Newborn]) -> None:
@@ -171,14 +171,27 @@ class _Nursery:
             self._run(parent, batch)
 
     def _become(self, zombie: Zombie) -> None:
-        """Let a process end as the zombie ended that it is to be."""
+        if not zombie.status & _DUMPED:
+            self._end(zombie)
+            return
+        if problem := next(core_dumps.problems(wanted=True), None):
+            raise RestoreError(problem)
+        try:
+            with core_dumps.place(self._newborns[zombie.pid].pid, zombie.uid) as directory:
+                self._end(zombie, directory)
+        except OSError as error:
+            raise RestoreError(f"making zombie {zombie.pid}, which has left a core dump: {error}") from None
+
+    def _end(self, zombie: Zombie, directory: str = "") -> None:
+        """Let a process end as the zombie ended that it is to be; ``directory``: it is to leave a core dump there."""
         tid, number = self._newborns[zombie.pid].pid, zombie.status & _KILLED_BY
         executor = self._executor(zombie.pid)
         batch = executor.batch()
         batch.add(call("prctl", PR_SET_NAME, batch.text(zombie.name)), "setting its name")
         batch.add(call("setresuid", zombie.uid, zombie.uid, zombie.uid), "setting its user id")
-        # No core dump of this.
-        batch.add(call("prctl", PR_SET_DUMPABLE, 0), "setting the dumpable attribute")
+        if directory:
+            batch.add(call("chdir", batch.text(directory)), f"entering {directory}")
+        batch.add(call("prctl", PR_SET_DUMPABLE, int(bool(directory))), "setting the dumpable attribute")
         self._run(zombie.pid, batch)
         if not number:
             batch = executor.batch()
@@ -193,16 +206,19 @@ class _Nursery:
                 if stop.signal != number or stop.event:
                     raise RestoreError(f"process {zombie.pid}, which is to die of signal {number}, met {stop}")
                 ptrace.cont(tid, number)
-        self._await_end(zombie.pid)
+        status = self._await_end(zombie.pid)
+        if status & 0xFF != zombie.status & 0xFF:
+            raise RestoreError(f"process {zombie.pid} has ended with status {status:#x}, not {zombie.status:#x}")
         del self._newborns[zombie.pid]
 
-    def _await_end(self, pid: int) -> None:
+    def _await_end(self, pid: int) -> int:
         newborn = self._newborns[pid]
-        while ptrace.wait(newborn.pid).ended is None:
+        while (ended := ptrace.wait(newborn.pid).ended) is None:
             ptrace.cont(newborn.pid)
         relative = self._makings[pid].relative
         self._to_forget[relative.parent].add(relative.exit_signal)
         newborn.close()
+        return ended
 
     def _stop_job(self, process: Process) -> None:
         """Put a process into the job-control stop that it was in; what is made of it later does not end that.

@@ -4,10 +4,12 @@ import contextlib
 import json
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ CLONE_FS, CLONE_FILES = 0x200, 0x400
 LOW = 1000
 CLONE_NEWNS, CLONE_NEWPID, MS_REC, MS_PRIVATE = 0x20000, 0x20000000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 2, 36
+SIGSEGV_AND_CORE = 11 | 0x80
 ANSWER_SECONDS = 20
 WAIT_SECONDS = 10
 
@@ -283,17 +286,21 @@ class Zombies(Case):
     def setup(self) -> None:
         """Make them and wait until they are zombies."""
         self.made: list[tuple[int, int]] = []
-        for status in (7 << 8, 0, int(signal.SIGKILL), int(signal.SIGTERM)):
-            pid = os.fork()
-            if not pid:
-                os.setpgid(0, 0)
-                if status in signal.valid_signals():
-                    os.kill(os.getpid(), status)
-                os._exit(status >> 8)
-            self.made.append((pid, status))
+        with open("/proc/sys/kernel/core_pattern") as stream, tempfile.TemporaryDirectory() as directory:
+            leaves_core = stream.read()[0] not in "|/@\n"
+            for status in (7 << 8, 0, int(signal.SIGKILL), int(signal.SIGTERM), SIGSEGV_AND_CORE)[: 4 + leaves_core]:
+                pid = os.fork()
+                if not pid:
+                    os.setpgid(0, 0)
+                    os.chdir(directory)
+                    if status == SIGSEGV_AND_CORE:
+                        resource.setrlimit(resource.RLIMIT_CORE, (8192, 8192))
+                    if status & 0x7F:
+                        os.kill(os.getpid(), status & 0x7F)
+                    os._exit(status >> 8)
+                self.made.append((pid, status))
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self.leader = self.made[0][0]
-        for pid, _ in self.made:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         self.member = Child(answering)
         self.member.hear()
         self.member_of_group = Child(self._join)
