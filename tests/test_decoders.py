@@ -274,7 +274,6 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.stopped_by", 65, "stopped_by: 65"),
     (f"{P}.lineage.parent", 7, "there are 0 processes without a parent"),
     (f"{P}.lineage.exit_signal", 65, "exit_signal"),
-    ("zombies", [zombie(99, status=0x80 | 9)], "zombies[0].status: 0x89 is not how a process ends"),
     ("zombies", [zombie(99, parent=98)], "process 99 is not a descendant of the root"),
     ("zombies", [zombie(99, session=98), zombie(99, session=98)], "tid 99 occurs twice"),
     (f"{P}.threads", [], "threads: a length of 0"),
@@ -384,6 +383,14 @@ SENSELESS: list[tuple[str, Any, str]] = [
     ("files", [{"path": "x", "size": 0, "build_id": b"", "changing": False}], "files[0].path: 'x'"),
     ("files", [{"path": "/x", "size": 1 << 63, "build_id": b"", "changing": False}], "files[0].size"),
 ]
+
+
+def test_zombies_that_have_ended_as_none_can_are_refused(taken: Taken) -> None:
+    for status in (0x80 | 9, 0x80, 65, 11 | 1 << 8):
+        ended = [zombie(99, parent=taken.tree.processes[0].pid, status=status)]
+        changed_tree = decode(Tree, packed(with_value(plain(encode(taken.tree)), "zombies", ended)))
+        with pytest.raises(ProtocolError, match=f"zombies.0..status: {status:#x} is not how a process ends"):
+            check(changed_tree, taken.manifest)
 
 
 @pytest.mark.parametrize(

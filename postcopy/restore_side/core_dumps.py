@@ -22,7 +22,7 @@ def problems(wanted: bool) -> Iterator[str]:
         return
     pattern = _PATTERN.read_text().strip()
     if not pattern or pattern[0] in "|@" or "/" in pattern:
-        yield f"a zombie has left a core dump: to make it again, {_PATTERN} must be a plain file name here, not {pattern}"
+        yield f"a zombie has left a core dump: to make it again, {_PATTERN} must be a plain file name, not {pattern}"
 
 
 @contextlib.contextmanager
