@@ -246,6 +246,14 @@ def zombie(pid: int, parent: int = 0, session: int = 0, status: int = 0) -> dict
     return {"pid": pid, "lineage": lineage, "name": b"z", "uid": 0, "status": status}
 
 
+def memory(kind: str, size: int, huge_shift: int = 0, segment: int = 0) -> dict[str, Any]:
+    """Shared memory without pages; ``segment``: the size of the System V segment that it is."""
+    system_v = {"identifier": 1, "key": 0, "size": segment, "removed": False} if segment else None
+    common = {"space": 1 << 20, "inode": 1, "name": "m", "mode": 0o600, "owner": [0, 0], "seals": 0, "reserved": True}
+    own = {"kind": kind, "size": size, "huge_shift": huge_shift, "system_v": system_v}
+    return common | own | {"sent": bytes(8), "lazy": bytes(8)}
+
+
 def unix(**changes: Any) -> dict[str, Any]:
     """The description of a Unix socket."""
     common = {"protocol": 0, "inode": 5, "family": 1, "type": 1, "nonblocking": False, "owner": [0, 0]}
@@ -266,6 +274,7 @@ def unix(**changes: Any) -> dict[str, Any]:
 
 
 P = "processes[0]"
+HUGE = 2 << 20
 SENSELESS: list[tuple[str, Any, str]] = [
     ("processes", [], "state.processes: a length of 0"),
     ("processes", twice, "tid"),
@@ -274,6 +283,23 @@ SENSELESS: list[tuple[str, Any, str]] = [
     (f"{P}.stopped_by", 65, "stopped_by: 65"),
     (f"{P}.lineage.parent", 7, "there are 0 processes without a parent"),
     (f"{P}.lineage.exit_signal", 65, "exit_signal"),
+    (
+        "shared_memory",
+        [memory("memfd", 4096, 21)],
+        "shared_memory[0].huge_shift: memory that is not made of whole pages",
+    ),
+    ("shared_memory", [memory("deleted", HUGE, 21)], "shared_memory[0].huge_shift: 21 for memory that is deleted"),
+    ("shared_memory", [memory("memfd", HUGE, 12)], "shared_memory[0].huge_shift: 12 for memory that is"),
+    (
+        "shared_memory",
+        [memory("system_v", HUGE, 21, HUGE + 1)],
+        "shared_memory[0].system_v.size: 2097153 bytes in memory",
+    ),
+    (
+        "shared_memory",
+        [memory("system_v", 8192, 0, 4096)],
+        "shared_memory[0].system_v.size: 4096 bytes in memory of 8192",
+    ),
     ("zombies", [zombie(99, parent=98)], "process 99 is not a descendant of the root"),
     ("zombies", [zombie(99, session=98), zombie(99, session=98)], "tid 99 occurs twice"),
     (f"{P}.threads", [], "threads: a length of 0"),
