@@ -60,6 +60,7 @@ from postcopy.wire.control import Kind
 log = logging.getLogger("postcopy")
 
 _NEWS_SIZE = 65536
+_LAST_WORD_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,10 @@ class _Takeover:
     def _check_daemon(self) -> None:
         assert self._watchdog is not None
         if readable(self._watchdog.pidfd):
+            # Where it ended because the source has failed, that is about to be told, with the reason.
+            with contextlib.suppress(ConnectionLost):
+                if readable(self._channels.control, _LAST_WORD_SECONDS):
+                    self._channels.control.receive({})
             raise RestoreError("the daemon that would fetch the program's memory has died")
 
     def _start_watchdog(self) -> None:
