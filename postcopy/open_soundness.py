@@ -136,9 +136,24 @@ def _stream(stream: StandardStream) -> Iterator[str]:
         yield f"settings: a length of {len(stream.settings)} is neither 0 nor {SETTINGS_SIZE}"
 
 
+#: Signals that never end a process.
+NOT_ENDING = frozenset(
+    {
+        signal.SIGCHLD,
+        signal.SIGCONT,
+        signal.SIGSTOP,
+        signal.SIGTSTP,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+        signal.SIGURG,
+        signal.SIGWINCH,
+    }
+)
+
+
 def _ended(state: EndedProcess) -> Iterator[str]:
     ended_by = state.status & 0xFF
-    if ended_by > signal.SIGRTMAX or (ended_by and state.status >> 8):
+    if ended_by > signal.SIGRTMAX or ended_by in NOT_ENDING or (ended_by and state.status >> 8):
         yield f"status: {state.status:#x} is none of a process without a core dump"
 
 

@@ -1,5 +1,6 @@
 """The content of the pages that travel with a state: each once, however many processes have it in common."""
 
+import errno
 import mmap
 import os
 from array import array
@@ -25,7 +26,7 @@ class Readable(Protocol):
 class SentPages:
     """``places``: for each page, in the order of `spaces_of`, which page of ``content`` it is.
 
-    ``fd``: a file in memory that is ``content``, for others to read; -1 where there is none.
+    ``fd``: a file in memory that is ``content``, for others to read; -1 where there can be none.
     """
 
     places: "array[int]"
@@ -41,8 +42,11 @@ class SentPages:
         try:
             os.ftruncate(fd, size)
             return cls(places, memoryview(mmap.mmap(fd, size)), fd)
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                # RLIMIT_FSIZE is about files in memory, too.
+                return cls(places, memoryview(mmap.mmap(-1, size)))
             raise
 
     @classmethod
@@ -53,9 +57,13 @@ class SentPages:
         runs = list(runs)
         pages = cls.room(places, sum(count for _, _, count in runs) * PAGE_SIZE)
         at = 0
-        for space, address, count in runs:
-            sources[space].read_into(address, pages.content[at : at + count * PAGE_SIZE])
-            at += count * PAGE_SIZE
+        try:
+            for space, address, count in runs:
+                sources[space].read_into(address, pages.content[at : at + count * PAGE_SIZE])
+                at += count * PAGE_SIZE
+        except BaseException:
+            pages.close()
+            raise
         return pages
 
     @classmethod
@@ -98,6 +106,9 @@ class SentPages:
     def runs(self, first: int, count: int) -> Iterator[range]:
         """Where in ``content`` the ``count`` pages from number ``first`` on lie (bytes), in as few pieces as can be."""
         places = self.places[first : first + count]
+        if places and places == array(_NUMBERS, range(places[0], places[0] + count)):
+            yield range(places[0] * PAGE_SIZE, (places[0] + count) * PAGE_SIZE)
+            return
         at = 0
         while at < len(places):
             start, run = places[at], 1

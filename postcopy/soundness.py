@@ -579,7 +579,8 @@ def _name(of: Thread | Zombie) -> Iterator[str]:
 def _zombie(zombie: Zombie) -> Iterator[str]:
     yield from _name(zombie)
     number, dumped = zombie.status & 0x7F, zombie.status & 0x80
-    if number > 64 or (number and zombie.status >> 8) or (dumped and number not in _DUMPING):
+    wrong = number > 64 or number in open_soundness.NOT_ENDING or (dumped and number not in _DUMPING)
+    if wrong or (number and zombie.status >> 8):
         yield f"status: {zombie.status:#x} is not how a process ends"
 
 

@@ -412,7 +412,7 @@ SENSELESS: list[tuple[str, Any, str]] = [
 
 
 def test_zombies_that_have_ended_as_none_can_are_refused(taken: Taken) -> None:
-    for status in (0x80 | 9, 0x80, 65, 11 | 1 << 8):
+    for status in (0x80 | 9, 0x80, 65, 11 | 1 << 8, 19):
         ended = [zombie(99, parent=taken.tree.processes[0].pid, status=status)]
         changed_tree = decode(Tree, packed(with_value(plain(encode(taken.tree)), "zombies", ended)))
         with pytest.raises(ProtocolError, match=f"zombies.0..status: {status:#x} is not how a process ends"):

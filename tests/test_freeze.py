@@ -378,3 +378,15 @@ def test_call_that_a_stop_breaks_off_is_begun_again() -> None:
 def test_size_of_the_register_state_is_what_ptrace_gives() -> None:
     with cpu.stopped_child() as child:
         assert cpu.xsave_size() == len(ptrace.get_xstate(child))
+
+
+def test_size_of_the_register_state_where_memory_must_not_be_executable() -> None:
+    source = """
+import ctypes
+from postcopy.kernel import cpu
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+assert ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0) == 0
+print(cpu.xsave_size())
+"""
+    found = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, check=True)
+    assert int(found.stdout) == cpu.xsave_size()

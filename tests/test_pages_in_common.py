@@ -1,19 +1,26 @@
 """Pages that processes share copy-on-write since a fork: read without a copy, sent once."""
 
 import os
+import resource
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from postcopy.dump_side.capture import Capture
+from postcopy.dump_side.giving import Giving
 from postcopy.dump_side.survey import survey
+from postcopy.errors import ConnectionLost
 from postcopy.kernel import procfs
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.reporting import Silent
+from postcopy.sent_pages import SentPages
 from postcopy.spaces import spaces_of
+from postcopy.state import Descriptors, Tree
+from postcopy.transport import Channels
 from tests.hosts import Host, Pair, wait_until
 from tests.migrate import move
 
@@ -127,3 +134,27 @@ def test_lazy_pages_in_common_travel_once(hosts: Pair, tmp_path: Path, backgroun
     assert migration.restore is not None
     assert migration.restore.wait(60) == 0
     assert received(hosts.b) - before < MEGABYTES * 1.4 * (1 << 20)
+
+
+def test_pages_are_taken_where_files_must_be_small() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_SIZE, limit[1]))
+    try:
+        pages = SentPages.room(array("I", range(4)), 4 * PAGE_SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(pages.content) == 4 * PAGE_SIZE
+    # Nobody else can read them then: they are written instead.
+    assert pages.fd == -1
+
+
+def test_pages_that_cannot_be_sent_leave_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = Channels.pair("one", "the other")
+    giving = Giving(here, Silent())
+    monkeypatch.setattr(giving.control, "send", lambda *_: None)
+    there.close()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConnectionLost):
+        giving.send_state(Tree([], [], Descriptors([], []), []), lambda: SentPages.room(array("I", [0]), PAGE_SIZE))
+    assert os.listdir("/proc/self/fd") == before
+    here.close()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.hosts import Pair
 from tests.migrate import move
+from tests.programs.cases.memory import ScatteredFile
 from tests.programs.states import CASES, UNSUPPORTED
 
 PID = 4100
@@ -94,6 +95,10 @@ def test_program_without_privileges_keeps_its_state_and_gains_none(hosts: Pair, 
     problems = [f"{case}: {problem}" for case, problem in report.items() if problem]
     assert not problems, "\n".join(problems)
     assert "unprivileged" in report
+
+
+def test_more_runs_of_pages_than_a_process_reads_itself(hosts: Pair, tmp_path: Path) -> None:
+    assert run_program(hosts, tmp_path, 1, "--only", ScatteredFile.name()) == {ScatteredFile.name(): None}
 
 
 def test_program_reports_after_its_moves(outcome: Outcome) -> None:

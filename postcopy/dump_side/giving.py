@@ -68,10 +68,9 @@ class Giving:
     def send_state(self, tree: Tree, read_pages: Callable[[], SentPages]) -> None:
         """The state, and the pages that travel with it, which are read while the destination looks at the state."""
         self.control.send(Kind.STATE, tree)
-        pages = read_pages()
-        self.control.send_pages(pages)
-        self._boot_bytes = len(pages.content)
-        pages.close()
+        with contextlib.closing(read_pages()) as pages:
+            self.control.send_pages(pages)
+            self._boot_bytes = len(pages.content)
 
     def start_servers(self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource]) -> None:
         """Fork the demand server and the bulk streamer of the pages of ``plan``, by address space."""

@@ -18,6 +18,7 @@ from postcopy.kernel import clone3, pidfd, procfs, ptrace, tiny_elf, userfaultfd
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import (
     CODE_SIZE,
+    RECORD_SIZE,
     Answers,
     Batch,
     Executor,
@@ -47,7 +48,8 @@ from postcopy.state import Process
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
-_ESTIMATE = 1024 * 1024  # bytes for the leader's calls, beside what grows with the state
+# Bytes for the leader's calls, beside what grows with the state.
+_ESTIMATE = 1024 * 1024 + memory.MOST_READS * RECORD_SIZE
 _PER_VMA, _PER_THREAD = 768, 512
 _UFFD_FEATURES = (
     userfaultfd.UFFD_FEATURE_EVENT_FORK

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from postcopy.kernel.page import PAGE_SIZE
+from postcopy.restore_side.root import HERE, Root
 
 _PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
-def problems(wanted: bool) -> Iterator[str]:
-    """Why such zombies cannot be made here."""
+def problems(wanted: bool, root: Root) -> Iterator[str]:
+    """Why such zombies cannot be made here; ``root``: in which they would live."""
     if not wanted:
         return
+    if root != HERE:
+        yield "a zombie has left a core dump, which cannot be made again with --root"
     pattern = _PATTERN.read_text().strip()
     if not pattern or pattern[0] in "|@" or "/" in pattern:
         yield f"a zombie has left a core dump: to make it again, {_PATTERN} must be a plain file name, not {pattern}"

@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -122,8 +122,8 @@ class FaultHandler:
         self._slot_at = 0
         self._frame: wire.Header | None = None
         # What the next pages of each channel are for, besides the space that they name.
-        self._also_bulk: list[wire.Header] = []
-        self._also_demand: list[wire.Header] = []
+        self._also_bulk: dict[int, wire.Header] = {}
+        self._also_demand: dict[int, wire.Header] = {}
         self._frame_pages_done = 0
         self._bulk_stalled = False
         self._bulk_ended = False
@@ -447,11 +447,12 @@ class FaultHandler:
 
     def _answer(self, header: wire.Header, payload: int) -> None:
         _, _, address, pages, length = header
+        content = b""
         for space in _spaces(header, self._also_demand):
             if self._asked_rest == (space, address):
                 self._asked_rest = None
             if not self._filling.fill(space, address, pages, self._answers_at + payload, Cause.DEMAND):
-                content = self._answers[payload : payload + length]
+                content = content or self._answers[payload : payload + length]
                 self._put_off.append(_Answer(space, address, pages, content))
                 self._retries = 0
             asked = self._waiting.pop((space, address), 0)
@@ -605,18 +606,18 @@ class FaultHandler:
             log.warning("%s cannot be reported: %s", message["event"], error)
 
 
-def _add(waiting: list[wire.Header], header: wire.Header) -> None:
+def _add(waiting: dict[int, wire.Header], header: wire.Header) -> None:
     """Keep an ALSO frame for the pages that it announces."""
-    if len(waiting) >= _MOST_ALSO:
-        raise ProtocolError(f"pages that are announced for more than {_MOST_ALSO} spaces")
-    waiting.append(header)
+    if len(waiting) >= _MOST_ALSO or header.space in waiting:
+        raise ProtocolError(f"pages that are announced twice for a space, or for more than {_MOST_ALSO}")
+    waiting[header.space] = header
 
 
-def _spaces(header: wire.Header, announced: Sequence[wire.Header]) -> list[int]:
+def _spaces(header: wire.Header, announced: Mapping[int, wire.Header]) -> list[int]:
     """Whose the pages of a PAGES frame are."""
-    if any(each.address != header.address or each.pages != header.pages for each in announced):
+    if any(each.address != header.address or each.pages != header.pages for each in announced.values()):
         raise ProtocolError(f"other pages than those at {header.address:#x} were announced")
-    return [header.space, *(each.space for each in announced)]
+    return [header.space, *announced]
 
 
 def _give_up(*_: object) -> NoReturn:

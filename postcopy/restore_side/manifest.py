@@ -45,7 +45,7 @@ def problems(
         *_vdso(manifest),
         *_cpu(manifest),
         *_huge_pages(manifest.huge_pages),
-        *core_dumps.problems(manifest.core_dumps),
+        *core_dumps.problems(manifest.core_dumps, root),
         *inside,
     ]
 

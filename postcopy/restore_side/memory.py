@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,6 +30,9 @@ _MREMAP_MAYMOVE_FIXED = 3
 _MLOCK_ONFAULT = 1
 _MADV_GUARD_INSTALL = 102
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+# pread(2) gives less than 2 GiB at once.
+_MOST_AT_ONCE = 1 << 30
+MOST_READS = 4096
 _LOWEST, _HIGHEST = 0x10000, 0x7FFF_FFFF_F000
 
 
@@ -85,15 +89,18 @@ def rebuild(
     content = exe + 1 + len(numbers)
     if pages.fd >= 0:
         batch.add(call("openat", lender, batch.text(str(pages.fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
-    sent = _Sent(PageRanges.unpack(memory.sent), pages, content)
+    reads: dict[int, list[Call]] = defaultdict(list)
+    for vma, at, run, by_itself in _sent(memory, pages):
+        if by_itself:
+            reads[vma.start].append(call("pread64", content, at, len(run), run.start))
     system_v.rebuild(memory, shared.states, batch)
     for vma in memory.vmas:
         if vma.backing == "object" and shared.states[vma.file].system_v is not None:
             _advise(batch, vma)
         elif vma.backing == "object":
-            _map(batch, vma, numbers[_object(vma)], sent)
+            _map(batch, vma, numbers[_object(vma)], reads.get(vma.start, ()))
         elif vma.backing in ("anonymous", "stack", "huge", "file"):
-            _map(batch, vma, vma.file, sent)
+            _map(batch, vma, vma.file, reads.get(vma.start, ()))
     _set_mm(memory, batch, exe)
     batch.add(call("close_range", 0, descriptors(memory) - 1, 0), "closing the mapped files")
     for guard in PageRanges.unpack(memory.guards):
@@ -120,25 +127,24 @@ def _borrow(batch: Batch, shared: SharedObjects, number: int, writable: bool, le
     batch.add(call("openat", lender, batch.text(path), flags), f"opening {state.kind} memory {state.name}")
 
 
-class _Sent(NamedTuple):
-    """The pages that travelled with the state, one range after the other, in the file ``fd`` of the new process."""
-
-    ranges: PageRanges
-    pages: SentPages
-    fd: int
-
-    def runs(self, vma: Vma) -> Iterator[tuple[int, range]]:
-        """Those of a mapping: at which address, and where they lie in the file."""
-        for part, ordinal in self.ranges.overlapping(vma.start, vma.end):
+def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[Vma, int, range, bool]]:
+    """The pages that travelled with the state: the mapping, the address, where they lie in ``pages`` (bytes), and
+    whether the process reads them itself; it makes no more than `MOST_READS` calls for that.
+    """
+    ranges = PageRanges.unpack(memory.sent)
+    if ranges.total_pages != pages.total:
+        raise RestoreError(f"{pages.total} pages came with the state, which names {ranges.total_pages}")
+    count = 0
+    for vma in memory.vmas:
+        by_itself = pages.fd >= 0 and _is_writable_first(vma)
+        for part, ordinal in ranges.overlapping(vma.start, vma.end):
             at = part.start
-            for run in self.pages.runs(ordinal, part.pages):
-                yield at, run
-                at += len(run)
-
-    def read(self, batch: Batch, vma: Vma) -> None:
-        """Add the calls that read them."""
-        for at, run in self.runs(vma):
-            batch.add(call("pread64", self.fd, at, len(run), run.start), f"reading pages to {at:#x}")
+            for whole in pages.runs(ordinal, part.pages):
+                for start in range(whole.start, whole.stop, _MOST_AT_ONCE):
+                    run = range(start, min(start + _MOST_AT_ONCE, whole.stop))
+                    count += by_itself
+                    yield vma, at, run, by_itself and count <= MOST_READS
+                    at += len(run)
 
 
 def check_pages(batch: Batch, answers: Answers) -> None:
@@ -149,14 +155,10 @@ def check_pages(batch: Batch, answers: Answers) -> None:
 
 
 def write_pages(memory: Memory, pages: SentPages, target: ProcessMemory) -> None:
-    """Write the pages of mappings that the process itself cannot write; ``pages`` are all that travelled with it."""
-    sent = _Sent(PageRanges.unpack(memory.sent), pages, -1)
-    if sent.ranges.total_pages != pages.total:
-        raise RestoreError(f"{pages.total} pages came with the state, which names {sent.ranges.total_pages}")
-    for vma in memory.vmas:
-        if not _is_writable_first(vma):
-            for at, run in sent.runs(vma):
-                target.write(at, pages.content[run.start : run.stop])
+    """Write the pages that the process does not read itself; ``pages`` are all that travelled with it."""
+    for _, at, run, by_itself in _sent(memory, pages):
+        if not by_itself:
+            target.write(at, pages.content[run.start : run.stop])
 
 
 def _is_writable_first(vma: Vma) -> bool:
@@ -213,7 +215,7 @@ def _move_kernel_mappings(memory: Memory, batch: Batch, present: list[procfs.Map
         batch.add(call("munmap", line.start, line.end - line.start), f"removing {name}")
 
 
-def _map(batch: Batch, vma: Vma, fd: int, sent: _Sent) -> None:
+def _map(batch: Batch, vma: Vma, fd: int, reads: Iterable[Call]) -> None:
     size = vma.end - vma.start
     flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
     flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
@@ -222,8 +224,8 @@ def _map(batch: Batch, vma: Vma, fd: int, sent: _Sent) -> None:
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
     prot = vma.prot | _PROT_WRITE if _is_writable_first(vma) else vma.prot
     batch.add(call("mmap", vma.start, size, prot, flags, fd, vma.offset), _On("mapping", vma))
-    if prot & _PROT_WRITE:
-        sent.read(batch, vma)
+    for made in reads:
+        batch.add(made, _On("reading pages of", vma))
     if prot != vma.prot:
         batch.add(call("mprotect", vma.start, size, vma.prot), _On("protecting", vma))
     _advise(batch, vma)

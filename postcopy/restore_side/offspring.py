@@ -21,6 +21,7 @@ from postcopy.kinship import Making, Unrelated, joining, plan
 from postcopy.nesting import Nesting
 from postcopy.restore_side import core_dumps, pid_namespace, ptys
 from postcopy.restore_side.birth import Newborn
+from postcopy.restore_side.root import HERE
 from postcopy.state import Process, Tree, Zombie
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
@@ -174,7 +175,7 @@ class _Nursery:
         if not zombie.status & _DUMPED:
             self._end(zombie)
             return
-        if problem := next(core_dumps.problems(wanted=True), None):
+        if problem := next(core_dumps.problems(wanted=True, root=HERE), None):
             raise RestoreError(problem)
         try:
             with core_dumps.place(self._newborns[zombie.pid].pid, zombie.uid) as directory:

@@ -177,6 +177,9 @@ class _Takeover:
             self._options.shell_job,
             self._options.root,
         ):
+            if self._checkpoint is not None:
+                # Unread, it would make a reset of our end, and the reasons be lost.
+                self._receive_offer()
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)

@@ -177,6 +177,7 @@ CASES: tuple[type[Case], ...] = (
 
 #: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
 ON_REQUEST: tuple[type[Case], ...] = (
+    memory.ScatteredFile,
     files.NamedFifos,
     files.FileLocks,
     open_in_trees.TerminalOfChild,

@@ -292,6 +292,25 @@ class HugeReserve(Case):
         )
 
 
+class ScatteredFile(Case):
+    """A private mapping of a file of which every second page is copied: more runs than a process reads itself."""
+
+    PAGES = 44000
+
+    def setup(self) -> None:
+        """Map a file that is one hole, and write."""
+        self.path = self.directory / "scattered"
+        with open(self.path, "w+b") as file:
+            file.truncate(self.PAGES * PAGE)
+            self.address = map_pages(self.PAGES, flags=MAP_PRIVATE, fd=file.fileno())
+        for page in range(0, self.PAGES, 2):
+            ctypes.memmove(self.address + page * PAGE, page_content(page), PAGE)
+
+    def verify(self) -> str | None:
+        """The content."""
+        return wrong_pages(self.address, {page: page_content(page) for page in range(0, self.PAGES, 2)})
+
+
 class ReadOnlyFile(Case):
     """A private mapping of a file that was never writable, of which a debugger has changed a page."""
 
