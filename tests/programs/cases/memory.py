@@ -295,7 +295,7 @@ class HugeReserve(Case):
 class ScatteredFile(Case):
     """A private mapping of a file of which every second page is copied: more runs than a process reads itself."""
 
-    PAGES = 44000
+    PAGES = 64000
 
     def setup(self) -> None:
         """Map a file that is one hole, and write."""
