@@ -301,6 +301,15 @@ changes = st.lists(
         st.tuples(st.just("grow"), thread, spot, few),
         st.tuples(st.just("move"), thread, spot, spot, few, st.booleans()),
         st.tuples(st.just("settle")),
+    ),
+    max_size=40,
+)
+# Of a child's layout not every order of these and of the others can be told; see `AddressSpace.born`.
+changes_and_forks = st.lists(
+    st.one_of(
+        st.tuples(st.just("deliver"), thread),
+        st.tuples(st.just("move"), thread, spot, spot, few, st.just(False)),
+        st.tuples(st.just("settle")),
         st.tuples(st.just("fork"), thread),
     ),
     max_size=40,
@@ -312,6 +321,18 @@ changes = st.lists(
 def test_events_of_several_threads_may_come_in_another_order_than_the_changes(
     lazy: set[int], registered: set[int], done: list[tuple[str, int, int, int, int, bool]]
 ) -> None:
+    _apply(lazy, registered, done)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.sets(spot, min_size=1), st.sets(spot), changes_and_forks)
+def test_events_may_come_in_another_order_than_forks_and_moves(
+    lazy: set[int], registered: set[int], done: list[tuple[str, int, int, int, int, bool]]
+) -> None:
+    _apply(lazy, registered, done)
+
+
+def _apply(lazy: set[int], registered: set[int], done: list[tuple[str, int, int, int, int, bool]]) -> None:
     kernel = Kernel(lazy, registered | lazy)
     lazy_ranges, all_ranges = (
         PageRanges.from_pairs((each * PAGE_SIZE, (each + 1) * PAGE_SIZE) for each in places)
@@ -451,3 +472,22 @@ def test_a_mapping_that_has_grown_and_moves_does_not_take_what_came_where_it_had
     for each, place in (stays, 4), (goes, 36):
         found = [(run.address // PAGE_SIZE, run.pages) for run in each.missing_runs(0, 32)]
         assert found == [(32, 4), (place, 2)]
+
+
+def test_a_child_keeps_what_was_moved_there_and_back_after_its_fork() -> None:
+    child = AddressSpace(1, pages_of((0, 1))).fork()
+    there, back = (0, PAGE_SIZE, PAGE_SIZE), (PAGE_SIZE, 0, PAGE_SIZE)
+    child.born([there, back, (PAGE_SIZE, 2 * PAGE_SIZE, 0), (0, PAGE_SIZE, 0)], lambda address: address == 0)
+    child.settle()
+    assert [(run.address, run.pages) for run in child.missing_runs(0, 1)] == [(0, 1)]
+
+
+def test_a_child_does_not_get_back_what_was_moved_and_unmapped_before_its_fork() -> None:
+    parent = AddressSpace(1, pages_of((0, 1)))
+    # MREMAP_DONTUNMAP: what was left stays mapped, and is empty.
+    parent.remap(0, PAGE_SIZE, PAGE_SIZE)
+    parent.unmap(PAGE_SIZE, 2 * PAGE_SIZE)
+    child = parent.fork()
+    child.born([], lambda address: address == 0)
+    child.settle(child.doubtful)
+    assert child.absent_pages == 0

@@ -157,7 +157,7 @@ class AddressSpace:
         known = self._registered
         for old, new, length in reversed(self._moves):
             # Told before the fork, but done after it.
-            if known.has(new) and not registered(new) and not known.has(old):
+            if known.has(new) and not registered(new) and not known.has(old) and not self._doubtful.has(new):
                 for address, ordinal, pages in self._take(new, new + length):
                     self._insert(address - new + old, ordinal, pages)
                 known.add(old, old + length)
@@ -165,7 +165,7 @@ class AddressSpace:
             if length:
                 # What has grown into the place that is left has come from one side.
                 left = not registered(first) or not registered(first + length - PAGE_SIZE)
-                if registered(second) and (left or not known.has(second)):
+                if registered(second) and (not known.has(second) or (left and known.has(first))):
                     self.remap(first, second, length)
             elif (first, second) in self._vacated:
                 self.unmap(first, second)
