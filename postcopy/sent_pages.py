@@ -4,7 +4,7 @@ import errno
 import mmap
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,11 +51,17 @@ class SentPages:
 
     @classmethod
     def read(
-        cls, places: "array[int]", runs: Iterable[tuple[int, int, int]], sources: Mapping[int, Readable]
+        cls,
+        runs: Sequence[tuple[int, int, int]],
+        sources: Mapping[int, Readable],
+        places: "array[int] | None" = None,
     ) -> "SentPages":
-        """The content is read from ``runs``: of which of the ``sources``, at which address, how many pages."""
-        runs = list(runs)
-        pages = cls.room(places, sum(count for _, _, count in runs) * PAGE_SIZE)
+        """The content is read from ``runs``: of which of the ``sources``, at which address, how many pages.
+
+        Without ``places`` every page has a content of its own, in this order.
+        """
+        total = sum(count for _, _, count in runs)
+        pages = cls.room(array(_NUMBERS, range(total)) if places is None else places, total * PAGE_SIZE)
         at = 0
         try:
             for space, address, count in runs:

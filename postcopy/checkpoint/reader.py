@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,8 +87,7 @@ class Checkpoint:
     def sent_content(self) -> SentPages:
         """The content of the pages that go with the state: `spaces_of` in order, ranges in order. Verified."""
         runs = [(space.number, each.start, each.pages) for space in self._spaces for each in space.sent]
-        places = array("I", range(sum(pages for _, _, pages in runs)))
-        return SentPages.read(places, runs, self._pages)
+        return SentPages.read(runs, self._pages)
 
     def source(self, space: int) -> PageFile:
         """Where the pages of an address space come from (see `PageSource`); what it raises is a CheckpointError."""

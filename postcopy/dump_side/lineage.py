@@ -18,7 +18,6 @@ from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
 from postcopy.state import Lineage, Zombie
 
-_CORE_DUMPED = 0x80
 _P_PID = 1
 _LOOK_FOR_STOP = os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL
 _PF_EXITING = 0x00000004  # include/linux/sched.h
@@ -202,7 +201,8 @@ def left_core_dump(pid: int) -> bool:
         fields = procfs.stat(pid)
     except OSError:
         return False
-    return fields[3] == "Z" and bool(int(fields[52]) & 0x7F and int(fields[52]) & _CORE_DUMPED)
+    status = int(fields[52])
+    return fields[3] == "Z" and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
 
 
 class Stops:

@@ -1,11 +1,11 @@
 """pidfd_open(2): a process, or a thread, by descriptor; also one that has ended."""
 
+import os
+
 from postcopy.dump_side.opened import Opened, Refused, Table, common, seen
 from postcopy.kernel import pidfd
 from postcopy.open_kinds import EndedProcess, PidDescriptor
 from postcopy.state import Description
-
-_CORE_DUMPED = 0x80
 
 
 def collect(table: Table, opened: Opened) -> Description | None:
@@ -28,6 +28,6 @@ def _ended(opened: Opened) -> Description:
     """Of a process that is gone, the kernel keeps how it has ended, and nothing else can be known of it."""
     with opened.duplicate() as own:
         status = pidfd.exit_status(own) or 0
-    if status & _CORE_DUMPED:
+    if os.WCOREDUMP(status):
         raise Refused(f"{opened.link}: it stands for a process that has left a core dump, which cannot be moved yet")
     return Description(ended=EndedProcess(opened.stat.st_ino, status, opened.flags))

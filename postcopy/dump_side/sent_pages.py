@@ -59,4 +59,4 @@ def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames: _F
                     runs[-1] = (space.number, runs[-1][1], runs[-1][2] + 1)
                 else:
                     runs.append((space.number, address, 1))
-    return SentPages.read(places, runs, sources)
+    return SentPages.read(runs, sources, places)

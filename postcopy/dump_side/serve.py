@@ -176,12 +176,12 @@ def _answer_requests(sock: socket.socket, spared: Spared, sources: Mapping[int, 
                 source = sources.get(space)
                 if source is None:
                     raise ProtocolError(f"there is no address space {space}")
-                if 1 < len(common) <= _MOST_ASKED:
+                if spared.has(space, address, pages):
+                    # Asked for when they were on their way with those of another space. Something must answer.
+                    pages = 1
+                elif 1 < len(common) <= _MOST_ASKED:
                     (count, others), *more_runs = common.runs(space, address, pages)
-                    if spared.has(space, address, pages):
-                        # Asked for when they were on their way with those of another space. Something must answer.
-                        pages = 1
-                    elif others and not more_runs:
+                    if others and not more_runs:
                         sock.sendall(b"".join(wire.also(other, address, count) for other in others))
                         for each in (space, *others):
                             spared.add(each, address, count)

@@ -156,22 +156,20 @@ class _Builder:
         """Up to where a descriptor table is ready for the program's descriptors."""
         self._allow_descriptors()
         self._install()
-        yield from self._run_memory(pages)
-        memory.write_pages(self._state.memory, pages, self._newborn.memory)
+        rest = yield from self._run_memory(pages)
+        memory.write_pages(rest, pages, self._newborn.memory)
         yield from self._run_leader()
 
     def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
         """What has to do with the files of other processes."""
         leader = self._executors[0]
-        run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
-        descriptors.act(self._state, self._shared, self._most_descriptors, run, leader.batch, do, has_table)
+        descriptors.act(self._state, self._shared, self._most_descriptors, self._call, leader.batch, do, has_table)
 
     def connect(self) -> None:
         """What may refer to the other processes of the tree."""
         state, leader = self._state, self._executors[0]
-        run = lambda batch: self._checked(leader.run(batch))  # noqa: E731
         if not state.table_of:
-            descriptors.connect(state, self._shared, self._most_descriptors, run, leader.batch)
+            descriptors.connect(state, self._shared, self._most_descriptors, self._call, leader.batch)
 
     def finish(self) -> Iterator[None]:
         """What must come last."""
@@ -258,7 +256,8 @@ class _Builder:
 
     # -- the batches --------------------------------------------------------------------------------------------------
 
-    def _run_memory(self, pages: SentPages) -> Iterator[None]:
+    def _run_memory(self, pages: SentPages) -> Generator[None, None, list[tuple[int, range]]]:
+        """Make the layout; gives the pages that are still to be written."""
         leader = self._executors[0]
         batch = leader.batch()
         present = list(procfs.for_each_vma(self._newborn.pid))
@@ -275,12 +274,13 @@ class _Builder:
             batch.add(call("dup3", fd, high + number, 0o2000000))
         batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
         attributes.log_in(self._state.attributes, batch)
-        memory.rebuild(self._state.memory, pages, self._shared.memory, batch, present, keep, keep.stop, lender)
+        rest = memory.rebuild(self._state.memory, pages, self._shared.memory, batch, present, keep, keep.stop, lender)
         for number in range(len(lent)):
             batch.add(call("dup3", high + number, number, 0))
         batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
         answers = yield from self._run(batch)
         memory.check_pages(batch, answers)
+        return rest
 
     def _run_leader(self) -> Iterator[None]:
         state, leader = self._state, self._executors[0]
@@ -310,7 +310,7 @@ class _Builder:
         if not state.table_of:
             descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
-        self._checked(leader.run(batch))
+        self._call(batch)
         if not state.table_of:
             descriptors.fill(state, self._shared, self._newborn.pidfd)
 
@@ -332,11 +332,11 @@ class _Builder:
             leader = self._executors[0]
             batch = leader.batch()
             opened = batch.add(call("pidfd_open", self._nesting.seen(init, self._state.pid), 0), "finding the init")
-            fd = self._checked(leader.run(batch)).value(opened)
+            fd = self._call(batch).value(opened)
             batch = leader.batch()
             batch.add(call("setns", fd, clone3.CLONE_NEWPID), "entering the PID namespace of its children")
             batch.add(call("close", fd), "closing what is open for a while")
-            self._checked(leader.run(batch))
+            self._call(batch)
 
     def _run_threads(self) -> Iterator[None]:
         batches = []
@@ -358,7 +358,7 @@ class _Builder:
         # The change of any thread's ids resets what the whole process shares.
         asking = self._executors[0].batch()
         clocks = timers.Clocks(self._state.timers, asking)
-        now = clocks.now(self._checked(self._executors[0].run(asking))) if asking.calls else {}
+        now = clocks.now(self._call(asking)) if asking.calls else {}
         last = self._executors[0].batch()
         attributes.rebuild_last(self._state.attributes, last)
         timers.rebuild(self._state.timers, self._nesting, now, last)
@@ -373,7 +373,7 @@ class _Builder:
         if common:
             batch = self._executors[0].batch()
             seccomp.rebuild_common(state[0].seccomp.filters[:common], batch)
-            answers = self._checked(self._executors[0].run(batch))
+            answers = self._call(batch)
             if refusing := next(filter(None, answers.results), 0):
                 raise RestoreError(f"adding a seccomp filter: thread {refusing} cannot be synchronized")
         for executor, thread in zip(self._executors, state, strict=True):
@@ -402,6 +402,10 @@ class _Builder:
         leader.start(batch)
         yield
         return self._checked(leader.finish())
+
+    def _call(self, batch: Batch) -> Answers:
+        """Have the leader make the calls now."""
+        return self._checked(self._executors[0].run(batch))
 
     def _checked(self, answers: Answers) -> Answers:
         for made, purpose, number in answers.refusals():

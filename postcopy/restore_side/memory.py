@@ -67,9 +67,9 @@ def rebuild(
     keep: range,
     staging: int,
     lender: int,
-) -> None:
+) -> list[tuple[int, range]]:
     """Add the calls that make the layout out of that of a new process, and that read ``pages``, which came with the
-    state, into all that can be written; see `write_pages` for the rest.
+    state, into what can be written. Gives the rest, for `write_pages`.
 
     ``present``: what the new process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the
     vdso and its data on their way; ``lender``: its descriptor of the directory of ours.
@@ -90,9 +90,12 @@ def rebuild(
     if pages.fd >= 0:
         batch.add(call("openat", lender, batch.text(str(pages.fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
     reads: dict[int, list[Call]] = defaultdict(list)
+    rest: list[tuple[int, range]] = []
     for vma, at, run, by_itself in _sent(memory, pages):
         if by_itself:
             reads[vma.start].append(call("pread64", content, at, len(run), run.start))
+        else:
+            rest.append((at, run))
     system_v.rebuild(memory, shared.states, batch)
     for vma in memory.vmas:
         if vma.backing == "object" and shared.states[vma.file].system_v is not None:
@@ -106,6 +109,7 @@ def rebuild(
     for guard in PageRanges.unpack(memory.guards):
         where = f"installing guard pages at {guard.start:#x}"
         batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
+    return rest
 
 
 def _object(vma: Vma) -> tuple[int, bool]:
@@ -154,11 +158,10 @@ def check_pages(batch: Batch, answers: Answers) -> None:
             raise RestoreError(f"reading pages to {made.arguments[1]:#x}: {result} bytes of {made.arguments[2]}")
 
 
-def write_pages(memory: Memory, pages: SentPages, target: ProcessMemory) -> None:
-    """Write the pages that the process does not read itself; ``pages`` are all that travelled with it."""
-    for _, at, run, by_itself in _sent(memory, pages):
-        if not by_itself:
-            target.write(at, pages.content[run.start : run.stop])
+def write_pages(rest: Iterable[tuple[int, range]], pages: SentPages, target: ProcessMemory) -> None:
+    """Write what `rebuild` has left of ``pages``."""
+    for at, run in rest:
+        target.write(at, pages.content[run.start : run.stop])
 
 
 def _is_writable_first(vma: Vma) -> bool:
