@@ -8,7 +8,7 @@ and, where that is not enough, a function in `_CHECKS`. `check` walks the whole 
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from postcopy.state import (
     Credentials,
     Description,
     Descriptors,
+    Draft,
     FileIdentity,
     Filesystem,
     LateSignal,
@@ -190,10 +191,14 @@ _INDEXED_BACKINGS = frozenset({"file", "object"})
 _PLAIN_BACKINGS = frozenset({"anonymous"}) | _INDEXED_BACKINGS
 
 
-def check(tree: Tree, manifest: Manifest) -> None:
-    """Raises ProtocolError with the field, its value and what is wrong with it."""
+def check(tree: Tree, manifest: Manifest, known: Iterable[object] = ()) -> None:
+    """Raises ProtocolError with the field, its value and what is wrong with it.
+
+    ``known``: lists in the tree whose items have been checked already.
+    """
+    passed = frozenset(map(id, known))
     for name, value in (("manifest", manifest), ("state", tree)):
-        if problem := _walk(value):
+        if problem := _walk(value, passed):
             raise ProtocolError(f"{name}.{problem}")
     if manifest.pid not in [process.pid for process in tree.processes]:
         raise ProtocolError(f"manifest.pid: {manifest.pid} is none of the state's processes")
@@ -212,7 +217,7 @@ def check_message(name: str, message: Any) -> None:
 
 def prepare() -> None:
     """Find the rules of every type now, which takes milliseconds."""
-    remaining: list[Any] = [Manifest, Tree]
+    remaining: list[Any] = [Manifest, Tree, Draft]
     for kind in remaining:
         hints = _hints(kind)
         remaining += [
@@ -220,8 +225,11 @@ def prepare() -> None:
         ]
 
 
-def _walk(value: Any) -> str:
-    """The first problem of a dataclass and of all that are in it, with its path; empty where there is none."""
+def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
+    """The first problem of a dataclass and of all that are in it, with its path; empty where there is none.
+
+    ``passed``: lists, by their id, whose items are sound.
+    """
     kind: type = type(value)
     rules = _rules(kind)
     for rule in rules.own:
@@ -230,10 +238,12 @@ def _walk(value: Any) -> str:
     for name in rules.inner:
         inner = getattr(value, name)
         if isinstance(inner, list):
+            if id(inner) in passed:
+                continue
             for number, each in enumerate(inner):
-                if problem := _walk(each):
+                if problem := _walk(each, passed):
                     return f"{name}[{number}].{problem}"
-        elif inner is not None and (problem := _walk(inner)):
+        elif inner is not None and (problem := _walk(inner, passed)):
             return f"{name}.{problem}"
     return ""
 
@@ -404,6 +414,14 @@ def _references_to_memory(tree: Tree) -> Iterator[str]:
         if description.memory is not None and not description.memory.memory < count:
             where = f"descriptors.descriptions[{number}].memory.memory"
             yield f"{where}: {description.memory.memory} is none of the {count} shared memories"
+
+
+def _draft(draft: Draft) -> Iterator[str]:
+    for pid in _repeated(sketch.pid for sketch in draft.processes):
+        yield f"processes: pid {pid} occurs twice"
+    for place, sketch in enumerate(draft.processes):
+        if any(vma.backing == "object" for vma in sketch.memory.vmas):
+            yield f"processes[{place}].memory.vmas: a draft has no memory with an identity"
 
 
 def _manifest(manifest: Manifest) -> Iterator[str]:
@@ -615,6 +633,7 @@ def _pipe(pipe: Pipe) -> Iterator[str]:
 _CHECKS: Mapping[type, Callable[[Any], Iterable[str]]] = {
     Description: _description,
     Descriptors: _descriptors,
+    Draft: _draft,
     LateSignal: _late_signal,
     Limits: _limits,
     Manifest: _manifest,

@@ -559,6 +559,31 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
+class Sketch:
+    """What can be seen of a process while it runs: born of whom, laid out how. ``memory`` is without pages.
+
+    ``threads``: how many; ``table_of``, ``places_of``: as of `Process`.
+    """
+
+    pid: Pid
+    threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
+    memory: Memory
+    lineage: Lineage
+    table_of: Unsigned = 0
+    places_of: Unsigned = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tree as it is seen to run, for the destination to begin with: most of it is the same once it is frozen.
+
+    ``processes`` as of `Tree`; none where nothing is to be begun.
+    """
+
+    processes: list[Sketch] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What the survey found before anything is frozen: what the destination must have.
 

@@ -127,12 +127,15 @@ TO_RESTORE: dict[str, tuple[Change, str]] = {
     "pid-of-another": (on("restore", "MANIFEST", edited(["manifest", "pid"], 1)), ""),
     "clocks-of-the-far-future": (on("restore", "MANIFEST", edited(["clocks", "boottime"], (1 << 63) - 1)), ""),
     "state-of-another-kind": (on("restore", "STATE", another_kind(Kind.PAGES)), "sent PAGES where STATE"),
-    "state-of-noise": (on("restore", "STATE", body(b"\x93\xc0" * 50)), "not a Tree"),
+    "state-of-noise": (on("restore", "STATE", body(b"\x93\xc0" * 50)), "not a State"),
     "state-withheld": (on("restore", "STATE", silent), "took longer than 2 s"),
     "half-a-state": (then_silence(on("restore", "STATE", half)), "took longer than 2 s"),
-    "state-of-another-process": (on("restore", "STATE", edited(["processes", 0, "pid"], 77)), "is not the pid 77"),
+    "state-of-another-process": (
+        on("restore", "STATE", edited(["tree", "processes", 0, "pid"], 77)),
+        "is not the pid 77",
+    ),
     "lazy-pages-outside": (
-        on("restore", "STATE", edited(["processes", 0, "memory", "lazy"], span((0, PAGE_SIZE)))),
+        on("restore", "STATE", edited(["tree", "processes", 0, "memory", "lazy"], span((0, PAGE_SIZE)))),
         "lazy: ",
     ),
     "fewer-pages": (on("restore", "PAGES", lambda frame: frame.with_body(frame.body[PAGE_SIZE:])), "bytes of pages"),

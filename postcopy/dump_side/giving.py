@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from postcopy import roles
 from postcopy.deadline import deadline
+from postcopy.drafts import shorten
 from postcopy.dump_side.page_source import PageSource
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
@@ -17,7 +18,7 @@ from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
 from postcopy.sent_pages import SentPages
-from postcopy.state import Clocks, Manifest, Tree
+from postcopy.state import Clocks, Draft, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
@@ -52,6 +53,7 @@ class Giving:
         self._lazy_pages = 0
         self._boot_bytes = 0
         self._resumed_at = 0
+        self._draft = Draft()
         self.control = channels.control
 
     def agree(self, manifest: Manifest, clocks: Clocks, checkpoint: bytes = b"") -> bool:
@@ -65,9 +67,17 @@ class Giving:
         self._reporter.event("prepared")
         return body.has_state
 
+    def send_draft(self, draft: Draft) -> None:
+        """What the tree is seen to be, and will most likely be: the destination begins with that, while it runs."""
+        self._draft = draft
+        with self.in_time("waiting for the destination to begin with the tree"):
+            self.control.send(Kind.DRAFT, draft)
+            self.control.expect(Kind.DRAFTED, control.Nothing)
+        self._reporter.event("drafted", processes=len(draft.processes))
+
     def send_state(self, tree: Tree, read_pages: Callable[[], SentPages]) -> None:
         """The state, and the pages that travel with it, which are read while the destination looks at the state."""
-        self.control.send(Kind.STATE, tree)
+        self.control.send(Kind.STATE, shorten(tree, self._draft))
         with contextlib.closing(read_pages()) as pages:
             self.control.send_pages(pages)
             self._boot_bytes = len(pages.content)

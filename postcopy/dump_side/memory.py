@@ -6,7 +6,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MappingProxyType
 
@@ -198,6 +198,12 @@ def _other_name(deleted: str, mapped: os.stat_result) -> _OtherName | _Problem:
         if other := names.in_same_directory(deleted, mapped):
             return _OtherName(other)
     return _Problem("this name of the file was deleted, and no other is in the same directory")
+
+
+def without_objects(found: Memory) -> Memory:
+    """The same without what is memory of another identity, which a layout numbers anew at each look."""
+    objects = any(vma.backing == "object" for vma in found.vmas)
+    return replace(found, vmas=[vma for vma in found.vmas if vma.backing != "object"]) if objects else found
 
 
 def identities(found: Layout, known: Mapping[str, FileIdentity] = MappingProxyType({})) -> list[FileIdentity]:

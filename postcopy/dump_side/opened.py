@@ -15,7 +15,7 @@ from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
 from postcopy.open_kinds import Inotify
 from postcopy.socket_kinds import SocketOption, UnixName
-from postcopy.state import Descriptors, FileIdentity, Slot
+from postcopy.state import Descriptors, Draft, FileIdentity, Slot
 
 #: Keeps a TCP socket of a process silent, by its local and its remote address.
 Silence = Callable[[int, bytes, bytes], None]
@@ -154,13 +154,15 @@ def _still_there(named: Named, lines: Sequence[str]) -> os.stat_result | None:
 @dataclass(frozen=True)
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
-    memory. ``ranks``, ``named``: see `Table`. ``known``: the mappings of each process as they were."""
+    memory. ``ranks``, ``named``: see `Table`. ``known``: the mappings of each process as they were; ``draft``: what
+    has been seen of the tree."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
     known: Mapping[int, Known] = field(default_factory=dict)
     named: Mapping[tuple[int, int], Named] = field(default_factory=dict)
+    draft: Draft = field(default_factory=Draft)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter, Silent
 from postcopy.roles import Role
 from postcopy.spaces import filled_first
+from postcopy.state import Draft
 from postcopy.transport import Channels, Listener
 from postcopy.wire import control
 
@@ -122,6 +123,8 @@ def give(
         has_state = giving.agree(checkpoint.manifest, checkpoint.tree.clocks, checkpoint.id)
         first = filled_first(checkpoint.tree)
         pushed = {space: pages for space, pages in plan.items() if space not in first}
+        if not has_state:
+            giving.send_draft(Draft())
         with giving.in_time("waiting for the destination to build the tree"):
             if not has_state:
                 giving.send_state(checkpoint.tree, checkpoint.sent_content)

@@ -27,7 +27,7 @@ from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.spaces import pushed
-from postcopy.state import LateSignal, Manifest
+from postcopy.state import Draft, LateSignal, Manifest
 from postcopy.transport import Listener
 from postcopy.wire import control
 
@@ -204,6 +204,7 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
             manifest, trusted = survey(options.pid, options.choices)
             reporter.event("surveyed", files=len(manifest.files))
             giving.agree(manifest, clocks.now(options.pid))
+            giving.send_draft(trusted.draft)
             with Capture(options.pid, trusted, reporter, options.choices) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
@@ -238,6 +239,8 @@ def _offer(
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
         has_state = giving.agree(manifest, capture.tree.clocks, checkpoint)
+        if not has_state:
+            giving.send_draft(Draft())
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
                 giving.send_state(capture.tree, capture.sent_pages)

@@ -23,6 +23,7 @@ from postcopy.dump_side import (
     namespaces,
     pid_namespaces,
     seccomp,
+    sketches,
     smaps,
     timers,
     unix_peers,
@@ -34,7 +35,7 @@ from postcopy.errors import DumpError, ProblemsError
 from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.state import FileIdentity, Manifest
+from postcopy.state import Draft, FileIdentity, Manifest
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
 _LOOKS, _BETWEEN_LOOKS = 4, 0.02
@@ -123,6 +124,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
     inotify.complete(found.table, found.problems)
     unix_peers.check(found.table, found.problems)
     alive = [pid for pid in descendants if faces[pid] in found.tids]
+    draft = Draft()
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
         sharing = lineage.Sharing({pid: faces[pid] for pid in (root, *alive)})
@@ -130,6 +132,8 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         kin = lineage.Kin(faces, zombies=set(descendants) - set(alive))
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
         found.problems += [*kin.problems_of(root), *kin.problems(sharing)]
+        if len(alive) == len(descendants) and not found.table.pty_numbers:
+            draft = sketches.draw((root, *alive), kin, sharing, found.known, found.vdso)
     inet_sockets.check_loops(found.table, found.problems)
     found.problems += shared.problems(set(faces.values()))
     if found.problems:
@@ -152,7 +156,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         core_dumps=any(lineage.left_core_dump(pid) for pid in descendants),
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
-    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known, found.table.found)
+    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known, found.table.found, draft)
 
 
 @dataclass

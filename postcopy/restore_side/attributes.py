@@ -35,15 +35,16 @@ def register(state: Attributes, batch: Batch) -> None:
         batch.add(call("prctl", PR_SET_MEMORY_MERGE, 1, 0, 0, 0), "letting pages of the same content be merged")
 
 
-def log_in(state: Attributes, batch: Batch) -> None:
-    """Add the calls that set the login user where it is not ours: only the task itself can. Descriptor 0 is free."""
+def log_in(state: Attributes, batch: Batch, fd: int) -> None:
+    """Add the calls that set the login user where it is not ours: only the task itself can. ``fd``: the lowest number
+    that is free."""
     with contextlib.suppress(FileNotFoundError):
         if int(procfs.read(os.getpid(), "loginuid")) != state.login_uid:
             purpose = f"setting the login user to {state.login_uid}"
             text = str(state.login_uid).encode()
             batch.add(call("openat", -100, batch.text("/proc/self/loginuid"), os.O_WRONLY), purpose)
-            batch.add(call("write", 0, batch.place(text), len(text)), purpose)
-            batch.add(call("close", 0), purpose)
+            batch.add(call("write", fd, batch.place(text), len(text)), purpose)
+            batch.add(call("close", fd), purpose)
 
 
 def disable_huge_pages(batch: Batch) -> None:

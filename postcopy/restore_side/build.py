@@ -7,14 +7,13 @@ threads; userfaultfd is armed as soon as the memory is laid out; what takes priv
 import contextlib
 import errno
 import os
-import resource
 import struct
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from postcopy.errors import RestoreError
-from postcopy.kernel import clone3, pidfd, procfs, ptrace, tiny_elf, userfaultfd, vdso
+from postcopy.kernel import clone3, pidfd, ptrace, userfaultfd, vdso
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import (
     CODE_SIZE,
@@ -41,12 +40,12 @@ from postcopy.restore_side import (
     threads,
     timers,
 )
+from postcopy.restore_side.groundwork import LENDER_AT, Groundwork, check, raise_limit
 from postcopy.restore_side.own import own_credentials
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.sent_pages import SentPages
 from postcopy.state import Process
 
-_PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 # Bytes for the leader's calls, beside what grows with the state.
 _ESTIMATE = 1024 * 1024 + memory.MOST_READS * RECORD_SIZE
@@ -85,9 +84,12 @@ class Building:
     All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
 
-    def __init__(self, state: Process, newborn: birth.Newborn, shared: Shared, parent_stays: bool) -> None:
-        """``shared``: the same for all processes of a tree."""
+    def __init__(
+        self, state: Process, newborn: birth.Newborn, groundwork: Groundwork, shared: Shared, parent_stays: bool
+    ) -> None:
+        """``groundwork``: of the new process; ``shared``: the same for all processes of a tree."""
         self.built = Built(newborn, state, -1, [newborn.pid])
+        self._groundwork = groundwork
         self._shared = shared
         self._parent_stays = parent_stays
 
@@ -97,7 +99,7 @@ class Building:
         In steps: after each the process is busy on its own for a while.
         """
         with _errors_named(self.built.state):
-            self._builder = _Builder(self.built, self._shared, self._parent_stays)
+            self._builder = _Builder(self.built, self._groundwork, self._shared, self._parent_stays)
             yield from self._builder.begin(pages)
 
     def open(self) -> None:
@@ -133,27 +135,29 @@ def _errors_named(state: Process) -> Iterator[None]:
 
 
 class _Builder:
-    def __init__(self, built: Built, shared: Shared, parent_stays: bool) -> None:
+    def __init__(self, built: Built, groundwork: Groundwork, shared: Shared, parent_stays: bool) -> None:
         self._built = built
+        self._groundwork = groundwork
         self._shared = shared
         self._nesting = shared.nesting
         self._state = built.state
         self._newborn = built.newborn
         self._parent_stays = parent_stays
         self._executors: list[Executor] = []
-        self._base = 0
         self._asleep: set[int] = set()
         self._current = own_credentials()
         rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
         rooms[0] += _estimate(self._state, shared)
         self._rooms = [page_up(room) for room in rooms]
-        self._size = sum(self._rooms)
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
     def begin(self, pages: SentPages) -> Iterator[None]:
         """Up to where a descriptor table is ready for the program's descriptors."""
+        size = sum(self._rooms)
+        if not self._groundwork.fits(self._state.memory, size):
+            yield from self._groundwork.lay_out(self._state.memory, bool(self._state.table_of), size)
         self._allow_descriptors()
         self._install()
         rest = yield from self._run_memory(pages)
@@ -191,36 +195,26 @@ class _Builder:
             threads.end(pid, self._vdso_syscall(), state.leader_ended)
 
     def _allow_descriptors(self) -> None:
-        """Raise the limit to what building the table takes; the program's own is set in the end."""
-        pid = self._newborn.pid
-        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        """Raise the limit to what building the table takes."""
         inherited = self._shared.inherited
         lent = 2 * len(inherited) + max(inherited.values(), default=0)
         wanted = max(descriptors.highest(self._state, self._shared), memory.descriptors(self._state.memory) + lent + 8)
-        self._most_descriptors = min(max(wanted, hard), procfs.most_descriptors())
-        try:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (self._most_descriptors, self._most_descriptors))
-        except (PermissionError, ValueError):
-            if not descriptors.fits(self._state, self._shared, hard):
-                raise RestoreError(
-                    f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is {hard}",
-                    "raise it for restore: ulimit -Hn; at most to fs.nr_open",
-                ) from None
-            self._most_descriptors = hard
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        self._most_descriptors = raise_limit(self._newborn.pid, wanted)
+        if self._most_descriptors < wanted and not descriptors.fits(self._state, self._shared, self._most_descriptors):
+            raise RestoreError(
+                f"building the descriptor table takes numbers up to {wanted}, and the hard limit here is "
+                f"{self._most_descriptors}",
+                "raise it for restore: ulimit -Hn; at most to fs.nr_open",
+            )
 
     # -- the executor's memory ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        """Map the executor's memory, clear of the old layout and the new, and make the leader's executor."""
-        pid = self._newborn.pid
-        size = self._size + memory.STAGING_SIZE
-        self._base = memory.hole(size, [*birth.ranges_in_use(pid), *memory.in_use(self._state.memory)])
-        made = call("mmap", self._base, self._size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE, _ALL, 0)
-        result = lone_syscall(pid, tiny_elf.SYSCALL_AT, made)
-        if result != self._base:
-            raise RestoreError(f"mapping the executor: {errno.errorcode.get(-result, result)}")
-        self._places = list(accumulate(self._rooms[:-1], initial=self._base))
+        """Make the leader's executor: the arena has those of the other threads first, and the rest is the leader's."""
+        arena, others = self._groundwork.arena, self._rooms[1:]
+        places = list(accumulate(others, initial=arena.start))
+        self._places = [places.pop(), *places]
+        self._rooms = [arena.stop - self._places[0], *others]
         self._executors.append(self._executor(0))
 
     def _executor(self, number: int) -> Executor:
@@ -239,8 +233,8 @@ class _Builder:
 
     def _remove(self) -> None:
         """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
-        pid = self._newborn.pid
-        result = lone_syscall(pid, self._vdso_syscall(), call("munmap", self._base, self._size))
+        pid, arena = self._newborn.pid, self._groundwork.arena
+        result = lone_syscall(pid, self._vdso_syscall(), call("munmap", arena.start, len(arena)))
         if result:
             raise RestoreError(f"unmapping the executor: {errno.errorcode.get(-result, result)}")
         ptrace.interrupt(pid)
@@ -257,27 +251,16 @@ class _Builder:
     # -- the batches --------------------------------------------------------------------------------------------------
 
     def _run_memory(self, pages: SentPages) -> Generator[None, None, list[tuple[int, range]]]:
-        """Make the layout; gives the pages that are still to be written."""
-        leader = self._executors[0]
-        batch = leader.batch()
-        present = list(procfs.for_each_vma(self._newborn.pid))
-        keep = range(self._base, self._base + self._size)
-        lent = [0, 1, 2, birth.lender_number(), *self._shared.inherited.values()]
-        if self._state.table_of:
-            # Whoever has the table has moved them already.
-            lent = list(range(len(lent)))
-        high = max(memory.descriptors(self._state.memory), *(fd + 1 for fd in lent))
-        lender = high + 3
-        attributes.disable_huge_pages(batch)
-        # These step aside, so that the numbers of what is opened are known beforehand.
-        for number, fd in enumerate(lent):
-            batch.add(call("dup3", fd, high + number, 0o2000000))
-        batch.add(call("close_range", 0, high - 1, 0), "clearing the descriptor table")
-        attributes.log_in(self._state.attributes, batch)
-        rest = memory.rebuild(self._state.memory, pages, self._shared.memory, batch, present, keep, keep.stop, lender)
-        for number in range(len(lent)):
-            batch.add(call("dup3", high + number, number, 0))
-        batch.add(call("close_range", len(lent), 0xFFFF_FFFF, 0), "closing what is open for a while")
+        """Complete the layout; gives the pages that are still to be written."""
+        ground = self._groundwork
+        assert ground.laid_out is not None
+        batch = self._executors[0].batch()
+        ground.clear_table(batch)
+        attributes.log_in(self._state.attributes, batch, ground.first_fd)
+        rest = memory.complete(
+            ground.laid_out, self._state.memory, pages, self._shared.memory, batch, LENDER_AT, ground.first_fd
+        )
+        ground.open_gaps(batch)
         answers = yield from self._run(batch)
         memory.check_pages(batch, answers)
         return rest
@@ -408,10 +391,7 @@ class _Builder:
         return self._checked(self._executors[0].run(batch))
 
     def _checked(self, answers: Answers) -> Answers:
-        for made, purpose, number in answers.refusals():
-            name = errno.errorcode.get(number, str(number))
-            raise RestoreError(f"process {self._state.pid}: {purpose}: {made.name} was refused with {name}")
-        return answers
+        return check(self._state.pid, answers)
 
 
 def _estimate(state: Process, shared: Shared) -> int:

@@ -35,14 +35,14 @@ from postcopy.restore_side import (
     timerfd,
     unix_sockets,
 )
+from postcopy.restore_side.groundwork import LENDER_AT
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.state import Descriptors, Process, Slot
 
 _O_CLOEXEC = 0o2000000
 _F_SETFD, _F_SETFL = 2, 4
 _STREAMS = 3
-_LENDER_AT = 3
-_LENT_FROM = 4
+_LENT_FROM = LENDER_AT + 1
 _PATH_ROOM = 8192
 
 
@@ -275,7 +275,7 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
         plan.streams.append(plan.parking())
         batch.add(call("dup3", stream, plan.streams[-1], _O_CLOEXEC))
     plan.lender = plan.parking()
-    batch.add(call("dup3", _LENDER_AT, plan.lender, _O_CLOEXEC), "keeping the directory of lent descriptors")
+    batch.add(call("dup3", LENDER_AT, plan.lender, _O_CLOEXEC), "keeping the directory of lent descriptors")
     for number, resource in enumerate(shared.inherited, start=_LENT_FROM):
         plan.inherited[resource] = plan.parking()
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
@@ -352,7 +352,7 @@ def act(
     if has_table:
         plan.finished(process.slots)
     else:
-        plan.lender = _LENDER_AT
+        plan.lender = LENDER_AT
     do(plan)
     kept = shared.kept.get(process.pid, ())
     plan.parked = [place for place in plan.parked if place not in kept]

@@ -2,7 +2,6 @@
 
 import os
 import struct
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from postcopy.restore_side import system_v
 from postcopy.restore_side.shared_filling import Part
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.sent_pages import SentPages
-from postcopy.state import Memory, Vma
+from postcopy.state import MappedFile, Memory, Vma
 
 _AT_FDCWD = -100
 _PROT_WRITE = 2
@@ -33,6 +32,8 @@ _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "
 # pread(2) gives less than 2 GiB at once.
 _MOST_AT_ONCE = 1 << 30
 MOST_READS = 4096
+# Backings that lie in one process alone.
+_PLAIN = frozenset({"anonymous", "stack", "huge", "file"})
 _LOWEST, _HIGHEST = 0x10000, 0x7FFF_FFFF_F000
 
 
@@ -54,62 +55,120 @@ def in_use(memory: Memory) -> list[range]:
 
 
 def descriptors(memory: Memory) -> int:
-    """How many descriptors, from 0 on, `rebuild` opens for a while."""
+    """How many descriptors are opened for a while, at most."""
     return len(memory.files) + 2 + len(_objects(memory))
 
 
-def rebuild(
-    memory: Memory,
-    pages: SentPages,
-    shared: SharedObjects,
-    batch: Batch,
-    present: list[procfs.MapsLine],
-    keep: range,
-    staging: int,
-    lender: int,
-) -> list[tuple[int, range]]:
-    """Add the calls that make the layout out of that of a new process, and that read ``pages``, which came with the
-    state, into what can be written. Gives the rest, for `write_pages`.
+def lay_out(
+    memory: Memory, batch: Batch, present: list[procfs.MapsLine], keep: range, staging: int, first_fd: int, exe: str
+) -> None:
+    """Add the calls that make the layout, out of any other, of all that has no identity (`Vma.backing`); it can be
+    written wherever it could be once.
 
-    ``present``: what the new process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the
-    vdso and its data on their way; ``lender``: its descriptor of the directory of ours.
+    ``present``: what the process has mapped; ``keep``: the executor's memory; ``staging``: a hole that takes the vdso
+    and its data on their way; ``first_fd``: the number from which on no descriptor is open; ``exe``: what its exe link
+    shows, if anything that has a name here.
     """
     _move_kernel_mappings(memory, batch, present, staging)
     for line in present:
         if not line.name.startswith(("[vdso]", "[vvar", "[vsyscall]")) and line.start != keep.start:
             batch.add(call("munmap", line.start, line.end - line.start), "clearing the new address space")
-    for number, mapped in enumerate(memory.files):
-        flags = (os.O_RDWR if mapped.writable else os.O_RDONLY) | os.O_CLOEXEC
-        _expect_fd(batch, number, mapped.path, flags)
-    exe = len(memory.files)
-    _expect_fd(batch, exe, memory.exe, os.O_RDONLY | os.O_CLOEXEC)
-    numbers = {each: exe + 1 + i for i, each in enumerate(_objects(memory))}
+    for number, mapped in enumerate(memory.files, first_fd):
+        _open_mapped(batch, number, mapped)
+    last_fd = first_fd + len(memory.files)
+    _expect_fd(batch, last_fd, memory.exe, os.O_RDONLY | os.O_CLOEXEC)
+    for vma in memory.vmas:
+        if vma.backing in _PLAIN:
+            _map(batch, vma, first_fd + vma.file if vma.file >= 0 else -1)
+    # An exe that is mapped cannot be replaced, not even by itself (EBUSY, kernel/fork.c).
+    _set_mm(memory, batch, last_fd if memory.exe != exe else -1)
+    batch.add(call("close_range", first_fd, last_fd, 0), "closing the mapped files")
+
+
+def fits(laid_out: Memory, memory: Memory) -> bool:
+    """Whether `complete` can make the layout of ``memory`` out of ``laid_out``."""
+    kept = (laid_out.exe, laid_out.auxv, laid_out.vdso, _of_kernel(laid_out))
+    return kept == (memory.exe, memory.auxv, memory.vdso, _of_kernel(memory))
+
+
+def _of_kernel(memory: Memory) -> list[Vma]:
+    return [vma for vma in memory.vmas if vma.backing in ("vdso", "vvar")]
+
+
+def complete(
+    laid_out: Memory,
+    memory: Memory,
+    pages: SentPages,
+    shared: SharedObjects,
+    batch: Batch,
+    lender: int,
+    first_fd: int,
+) -> list[tuple[int, range]]:
+    """Add the calls that make the layout, with all that is in it, out of that which `lay_out` has made, and that read
+    ``pages``, which came with the state, into what can be written. Gives the rest, for `write_pages`.
+
+    ``lender``: its descriptor of the directory of ours.
+    """
+    fresh = _change(batch, laid_out, memory)
+    files = sorted({vma.file for vma in fresh if vma.backing == "file"})
+    fds = {number: first_fd + place for place, number in enumerate(files)}
+    for number, fd in fds.items():
+        _open_mapped(batch, fd, memory.files[number])
+    numbers = {each: first_fd + len(fds) + i for i, each in enumerate(_objects(memory))}
     for number, writable in numbers:
         _borrow(batch, shared, number, writable, lender)
-    content = exe + 1 + len(numbers)
+    content = first_fd + len(fds) + len(numbers)
     if pages.fd >= 0:
         batch.add(call("openat", lender, batch.text(str(pages.fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
-    reads: dict[int, list[Call]] = defaultdict(list)
+    system_v.rebuild(memory, shared.states, batch)
+    for vma in fresh:
+        if vma.backing != "object":
+            _map(batch, vma, fds.get(vma.file, -1))
+        elif shared.states[vma.file].system_v is not None:
+            _advise(batch, vma)
+        else:
+            _map(batch, vma, numbers[_object(vma)])
     rest: list[tuple[int, range]] = []
     for vma, at, run, by_itself in _sent(memory, pages):
         if by_itself:
-            reads[vma.start].append(call("pread64", content, at, len(run), run.start))
+            batch.add(call("pread64", content, at, len(run), run.start), _On("reading pages of", vma))
         else:
             rest.append((at, run))
-    system_v.rebuild(memory, shared.states, batch)
+    batch.add(call("close_range", first_fd, content, 0), "closing the mapped files")
     for vma in memory.vmas:
-        if vma.backing == "object" and shared.states[vma.file].system_v is not None:
-            _advise(batch, vma)
-        elif vma.backing == "object":
-            _map(batch, vma, numbers[_object(vma)], reads.get(vma.start, ()))
-        elif vma.backing in ("anonymous", "stack", "huge", "file"):
-            _map(batch, vma, vma.file, reads.get(vma.start, ()))
-    _set_mm(memory, batch, exe)
-    batch.add(call("close_range", 0, descriptors(memory) - 1, 0), "closing the mapped files")
+        if _first_protection(vma) != vma.prot:
+            batch.add(call("mprotect", vma.start, vma.end - vma.start, vma.prot), _On("protecting", vma))
     for guard in PageRanges.unpack(memory.guards):
         where = f"installing guard pages at {guard.start:#x}"
         batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
     return rest
+
+
+def _change(batch: Batch, laid_out: Memory, memory: Memory) -> list[Vma]:
+    """Add the calls that unmap what ``memory`` has not, or has otherwise; what of it is to be mapped then."""
+    if laid_out.vmas is memory.vmas:
+        # Most programs have the layout that they had a moment ago.
+        return [vma for vma in memory.vmas if vma.backing == "object"]
+    there = {vma.start: vma for vma in laid_out.vmas if vma.backing in _PLAIN}
+    fresh = []
+    for vma in memory.vmas:
+        old = there.get(vma.start)
+        if old is not None and vma.backing in _PLAIN and _means(old, laid_out) == _means(vma, memory):
+            del there[vma.start]
+        elif vma.backing in _PLAIN or vma.backing == "object":
+            fresh.append(vma)
+    for gone in there.values():
+        batch.add(call("munmap", gone.start, gone.end - gone.start), _On("unmapping", gone))
+    return fresh
+
+
+def _means(vma: Vma, memory: Memory) -> tuple[Vma, MappedFile | None]:
+    """A vma, whatever number its file has."""
+    return replace(vma, file=-1), memory.files[vma.file] if vma.backing == "file" else None
+
+
+def _open_mapped(batch: Batch, number: int, mapped: MappedFile) -> None:
+    _expect_fd(batch, number, mapped.path, (os.O_RDWR if mapped.writable else os.O_RDONLY) | os.O_CLOEXEC)
 
 
 def _object(vma: Vma) -> tuple[int, bool]:
@@ -159,7 +218,7 @@ def check_pages(batch: Batch, answers: Answers) -> None:
 
 
 def write_pages(rest: Iterable[tuple[int, range]], pages: SentPages, target: ProcessMemory) -> None:
-    """Write what `rebuild` has left of ``pages``."""
+    """Write what `complete` has left of ``pages``."""
     for at, run in rest:
         target.write(at, pages.content[run.start : run.stop])
 
@@ -167,6 +226,10 @@ def write_pages(rest: Iterable[tuple[int, range]], pages: SentPages, target: Pro
 def _is_writable_first(vma: Vma) -> bool:
     """What was writable once stays accounted (and so apart from its neighbours) when it is made read-only."""
     return bool(vma.prot & _PROT_WRITE) or ("ac" in vma.flags and not vma.shared)
+
+
+def _first_protection(vma: Vma) -> int:
+    return vma.prot | _PROT_WRITE if _is_writable_first(vma) else vma.prot
 
 
 def lazy_parts(memory: Memory, shared: SharedObjects) -> list[Part]:
@@ -218,19 +281,14 @@ def _move_kernel_mappings(memory: Memory, batch: Batch, present: list[procfs.Map
         batch.add(call("munmap", line.start, line.end - line.start), f"removing {name}")
 
 
-def _map(batch: Batch, vma: Vma, fd: int, reads: Iterable[Call]) -> None:
+def _map(batch: Batch, vma: Vma, fd: int) -> None:
     size = vma.end - vma.start
     flags = _MAP_FIXED | (_MAP_SHARED if vma.shared else _MAP_PRIVATE)
     flags |= _MAP_NORESERVE if "nr" in vma.flags else 0
     flags |= _MAP_ANONYMOUS if fd < 0 else 0
     flags |= _MAP_HUGETLB | vma.huge_shift << _MAP_HUGE_SHIFT if vma.huge_shift else 0
     flags |= _MAP_GROWSDOWN if vma.backing == "stack" else 0
-    prot = vma.prot | _PROT_WRITE if _is_writable_first(vma) else vma.prot
-    batch.add(call("mmap", vma.start, size, prot, flags, fd, vma.offset), _On("mapping", vma))
-    for made in reads:
-        batch.add(made, _On("reading pages of", vma))
-    if prot != vma.prot:
-        batch.add(call("mprotect", vma.start, size, vma.prot), _On("protecting", vma))
+    batch.add(call("mmap", vma.start, size, _first_protection(vma), flags, fd, vma.offset), _On("mapping", vma))
     _advise(batch, vma)
 
 

@@ -9,7 +9,8 @@ import os
 import signal
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace, tiny_elf
@@ -18,11 +19,12 @@ from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, s
 from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
 from postcopy.kinship import Making, Unrelated, joining, plan
-from postcopy.nesting import Nesting
+from postcopy.nesting import Nesting, PidNamespace
+from postcopy.open_kinds import Pty
 from postcopy.restore_side import core_dumps, pid_namespace, ptys
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.root import HERE
-from postcopy.state import Process, Tree, Zombie
+from postcopy.state import Draft, Lineage, Tree, Zombie
 
 _PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
@@ -31,27 +33,61 @@ _SIG_DFL, _SIG_IGN = bytes(32), struct.pack("<Q24x", 1)
 _KILLED_BY, _DUMPED = 0x7F, 0x80
 
 
-def bring_up(tree: Tree, root: Newborn, newborns: dict[int, Newborn]) -> None:
+@dataclass(frozen=True)
+class Family:
+    """All that matters for how the processes of a tree are born: two trees in which that is equal begin alike.
+
+    ``relatives``: parents before their children, zombies last; ``tables``, ``places``: who has from whom what they
+    share; ``stopped``: who is in a job-control stop, and whether that has been told.
+    """
+
+    relatives: dict[int, Lineage]
+    tables: dict[int, int]
+    places: dict[int, int]
+    zombies: Sequence[Zombie] = ()
+    stopped: Mapping[int, bool] = field(default_factory=dict)
+    namespaces: Sequence[PidNamespace] = ()
+    ptys: Sequence[Pty] = ()
+
+    @classmethod
+    def of(cls, tree: Tree | Draft) -> "Family":
+        """That of a tree, or of what it is seen to be."""
+        processes = tree.processes
+        relatives = {each.pid: each.lineage for each in processes}
+        tables = {each.pid: each.table_of for each in processes if each.table_of}
+        places = {each.pid: each.places_of for each in processes if each.places_of}
+        if isinstance(tree, Draft):
+            return cls(relatives, tables, places)
+        relatives.update((zombie.pid, zombie.lineage) for zombie in tree.zombies)
+        stopped = {each.pid: each.stop_told for each in tree.processes if each.stopped_by}
+        namespaces, ptys = tree.pid_namespaces, tree.descriptors.ptys
+        return cls(relatives, tables, places, tuple(tree.zombies), stopped, tuple(namespaces), tuple(ptys))
+
+
+def bring_up(family: Family, root: Newborn, newborns: dict[int, Newborn]) -> None:
     """Make the other processes of the tree; ``newborns`` takes them in, by PID as they see it, as soon as they are.
 
     Ends with every zombie dead. Raises RestoreError: a PID is taken, or the tree cannot be.
     """
     newborns[root.number] = root
     try:
-        makings = plan(each.lineage.relative(each.pid) for each in tree.members)
-        Nesting(tree.pid_namespaces).check(makings)
+        makings = plan(lineage.relative(pid) for pid, lineage in family.relatives.items())
+        Nesting(family.namespaces).check(makings)
     except Unrelated as reason:
         raise RestoreError(f"the state is of a tree that cannot be: {reason}") from None
-    _Nursery(makings, newborns, tree).run(tree)
+    try:
+        _Nursery(makings, newborns, family).run(family)
+    except OSError as error:
+        raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
 
 
 class _Nursery:
-    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], tree: Tree) -> None:
-        self._terminals = tree.descriptors.ptys
-        self._nesting = Nesting(tree.pid_namespaces)
+    def __init__(self, makings: dict[int, Making], newborns: dict[int, Newborn], family: Family) -> None:
+        self._family = family
+        self._nesting = Nesting(family.namespaces)
         files, places = clone3.CLONE_FILES, clone3.CLONE_FS
         self._shares = {
-            each.pid: (files if each.table_of else 0) | (places if each.places_of else 0) for each in tree.processes
+            pid: (files if pid in family.tables else 0) | (places if pid in family.places else 0) for pid in makings
         }
         self._makings = makings
         self._newborns = newborns
@@ -63,9 +99,9 @@ class _Nursery:
         self._to_forget: dict[int, set[int]] = defaultdict(set)
         self._ended: dict[int, list[int]] = defaultdict(list)
 
-    def run(self, tree: Tree) -> None:
+    def run(self, family: Family) -> None:
         """All of it."""
-        if len(self._makings) == 1 and not self._acts(*self._makings.values()) and not tree.processes[0].stopped_by:
+        if len(self._makings) == 1 and not self._acts(*self._makings.values()) and not family.stopped:
             return
         root = next(iter(self._newborns.values()))
         self._base = lone_syscall(
@@ -81,11 +117,10 @@ class _Nursery:
             batch.add(call("setpgid", 0, self._nesting.seen(group, pid)), f"joining process group {group}")
             self._run(pid, batch)
         self._end_those_for_a_while()
-        for zombie in tree.zombies:
+        for zombie in family.zombies:
             self._become(zombie)
-        for process in tree.processes:
-            if process.stopped_by:
-                self._stop_job(process)
+        for pid, told in family.stopped.items():
+            self._stop_job(pid, told)
         self._forget()
 
     def _acts(self, making: Making) -> bool:
@@ -103,7 +138,7 @@ class _Nursery:
         self._add_births(batch, making.early)
         if making.makes_session:
             batch.add(call("setsid"), "making its session")
-            for terminal in self._terminals:
+            for terminal in self._family.ptys:
                 if terminal.session == pid:
                     ptys.take_control(terminal, batch)
         self._add_births(batch, making.middle)
@@ -221,13 +256,13 @@ class _Nursery:
         newborn.close()
         return ended
 
-    def _stop_job(self, process: Process) -> None:
+    def _stop_job(self, pid: int, told: bool) -> None:
         """Put a process into the job-control stop that it was in; what is made of it later does not end that.
 
         By SIGSTOP, whatever signal it was: the others do nothing in an orphaned group. Only after all those have ended
         who were to end: an end that orphans a group continues its stopped members (setpgid(2)).
         """
-        tid, parent = self._newborns[process.pid].pid, process.lineage.parent
+        tid, parent = self._newborns[pid].pid, self._family.relatives[pid].parent
         ptrace.set_signal_mask(tid, _ALL)
         os.kill(tid, signal.SIGSTOP)
         ptrace.cont(tid)
@@ -236,14 +271,14 @@ class _Nursery:
         ptrace.cont(tid, signal.SIGSTOP)
         stop = ptrace.wait(tid)
         if stop.signal != signal.SIGSTOP or stop.event != ptrace.PTRACE_EVENT_STOP:
-            raise RestoreError(f"process {process.pid}, which is to be stopped, met {stop}")
+            raise RestoreError(f"process {pid}, which is to be stopped, met {stop}")
         if parent:
             self._to_forget[parent].add(signal.SIGCHLD)
-            if process.stop_told:
+            if told:
                 batch = self._executor(parent).batch()
-                number = self._nesting.seen(process.pid, parent)
+                number = self._nesting.seen(pid, parent)
                 made = call("wait4", number, 0, os.WUNTRACED | os.WNOHANG | ptrace.WALL, 0)
-                batch.add(made, f"waiting for the stop of process {process.pid}")
+                batch.add(made, f"waiting for the stop of process {pid}")
                 self._run(parent, batch)
 
     def _forget(self) -> None:

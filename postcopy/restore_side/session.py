@@ -22,6 +22,7 @@ from postcopy import roles, soundness
 from postcopy.action_scripts import Action, ActionScripts
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import deadline, disregard_signals, uninterrupted
+from postcopy.drafts import State, complete, known_parts
 from postcopy.errors import (
     ConnectionLost,
     LostAfterCommit,
@@ -43,16 +44,17 @@ from postcopy.restore_side.handover import Handover
 from postcopy.restore_side.job import ShellJob
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
+from postcopy.restore_side.offspring import Family
 from postcopy.restore_side.own import check_privileges
 from postcopy.restore_side.pid_namespace import PidNamespace
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.restore_side.shared_memory import SharedObjects
-from postcopy.restore_side.tree import BuiltTree, build_tree
+from postcopy.restore_side.tree import Begun, BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, TAKING_ADDRESSES, Watchdog
 from postcopy.roles import Role
 from postcopy.spaces import spaces_of
-from postcopy.state import Tree, prepare_to_decode
+from postcopy.state import Draft, Tree, prepare_to_decode
 from postcopy.transport import DEFAULT_PORT, Channels, connect
 from postcopy.wire import control
 from postcopy.wire.control import Kind
@@ -127,7 +129,7 @@ def _warm_up() -> None:
     """While the source freezes its tree: what would otherwise take milliseconds when its state arrives."""
     # Forks have made our own memory copy-on-write; this touches most of it.
     gc.collect()
-    prepare_to_decode(Tree)
+    prepare_to_decode(State)
     soundness.prepare()
 
 
@@ -142,6 +144,8 @@ class _Takeover:
         self._namespace: PidNamespace | None = None
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
+        self._draft = Draft()
+        self._begun: Begun | None = None
         self._built: BuiltTree | None = None
         self._leftovers = Leftovers(options.root)
         self._shared = SharedObjects(self._leftovers)
@@ -185,18 +189,11 @@ class _Takeover:
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace(self._options.root)
-            self._namespace.enter()
         with self._options.root.entered():
             self._inherited = {**self._options.inherited, **ptys.make(manifest.ptys)}
         for fd in self._inherited.values():
             os.set_inheritable(fd, True)
-        try:
-            mounts = self._namespace.mount_namespace if self._namespace else None
-            with self._clocks.namespace():
-                self._newborn = give_birth(manifest.pid, mounts, manifest.init, self._options.root)
-        finally:
-            if self._namespace:
-                self._namespace.leave()
+        self._newborn = self._give_birth()
         # It has them now: were they open here too, nobody would be told when it closes them.
         for fd in {fd for fd in self._inherited.values() if fd > 2}:
             os.close(fd)
@@ -208,6 +205,52 @@ class _Takeover:
                 "name the address and port of the dump that wrote it, which must still run",
             )
         self._channels.control.send(Kind.PREPARED, control.Prepared(has_state=self._checkpoint is not None))
+        if self._checkpoint is None:
+            self._draft = self._receive_draft()
+
+    def _give_birth(self) -> Newborn:
+        """Make the root of the tree."""
+        if self._namespace:
+            self._namespace.enter()
+        try:
+            mounts = self._namespace.mount_namespace if self._namespace else None
+            with self._clocks.namespace():
+                return give_birth(self._manifest.pid, mounts, self._manifest.init, self._options.root)
+        finally:
+            if self._namespace:
+                self._namespace.leave()
+
+    def _receive_draft(self) -> Draft:
+        """Begin with what the tree is seen to be, while it runs at the source."""
+        with deadline(self._options.timeout, "waiting for the source to look at the process"):
+            draft = self._channels.control.expect(Kind.DRAFT, Draft)
+        soundness.check_message("draft", draft)
+        # What was given here for external resources only the first root has inherited.
+        if draft.processes and not self._inherited:
+            with self._deadline():
+                self._begin(draft)
+        self._channels.control.send(Kind.DRAFTED)
+        return draft
+
+    def _begin(self, draft: Draft) -> None:
+        """What is begun in vain costs nothing but time: the tree itself will not be as it was drafted."""
+        assert self._newborn is not None
+        try:
+            self._begun = Begun(Family.of(draft), self._newborn, self._newborns, self._inherited)
+            self._begun.lay_out(draft)
+        except (OSError, ValueError, RestoreError) as reason:
+            log.info("what was to be prepared of the tree cannot be: %s", reason)
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing but a root."""
+        assert self._newborn is not None
+        kill({**self._newborns, self._newborn.number: self._newborn}.values())
+        for newborn in self._newborns.values():
+            newborn.close()
+        self._newborns.clear()
+        self._begun = None
+        self._newborn = self._give_birth()
 
     def _receive_offer(self) -> control.Offer:
         with deadline(self._options.timeout, "waiting for the source to look at the process"):
@@ -225,8 +268,8 @@ class _Takeover:
         else:
             _warm_up()
             with deadline(self._options.timeout, "waiting for the state of the process"):
-                tree = self._channels.control.expect(Kind.STATE, Tree)
-                soundness.check(tree, self._manifest)
+                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft)
+                soundness.check(tree, self._manifest, known_parts(self._draft))
                 pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
         self._reporter.event("received", boot_bytes=len(pages.content))
         self._stopped_at = tree.clocks
@@ -241,13 +284,10 @@ class _Takeover:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
             parent_stays = not self._options.detach
-            inherited, root = self._inherited, self._options.root
             self._run_scripts(Action.PRE_RESTORE)
             self._network = Network(tree, self._options.network_lock, self._options.root)
             self._network.prepare(self._leftovers)
-            self._built = build_tree(
-                tree, pages, self._newborn, self._newborns, self._shared, parent_stays, inherited, root
-            )
+            self._built = build_tree(tree, pages, self._begun_for(tree), self._shared, parent_stays, self._options.root)
             pages.close()
             self._network.complete(self._pidfds())
             self._boot_bytes = len(pages.content)
@@ -258,6 +298,14 @@ class _Takeover:
             self._run_scripts(Action.POST_RESTORE)
             self._channels.control.send(Kind.READY)
             self._go = self._await_go()
+
+    def _begun_for(self, tree: Tree) -> Begun:
+        """What has been begun of the tree, if it is of the family that was drafted; else it is begun now."""
+        family = Family.of(tree)
+        if self._begun is not None and self._begun.family != family:
+            self._begin_anew()
+        assert self._newborn is not None
+        return self._begun or Begun(family, self._newborn, self._newborns, self._inherited)
 
     def _run_scripts(self, action: Action) -> None:
         """Before commit: what they fail at fails the restore, and the watchdog undoes what they have done."""

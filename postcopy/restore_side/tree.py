@@ -9,20 +9,22 @@ from itertools import accumulate
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import ptrace
+from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import ptys, signals
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.fault_handler import HandedSpace
+from postcopy.restore_side.groundwork import Groundwork, room_for_state
 from postcopy.restore_side.memory import lazy_parts, lazy_vmas
-from postcopy.restore_side.offspring import bring_up
+from postcopy.restore_side.offspring import Family, bring_up
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.unix_meetings import Meetings
 from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, spaces_of
-from postcopy.state import LateSignal, Tree
+from postcopy.state import Draft, LateSignal, Tree
 
 
 @dataclass
@@ -68,47 +70,63 @@ class BuiltTree:
                 ptrace.detach(tid)
 
 
-def build_tree(
-    tree: Tree,
-    pages: SentPages,
-    root: Newborn,
-    newborns: dict[int, Newborn],
-    memory: SharedObjects,
-    parent_stays: bool,
-    inherited: Mapping[str, int] | None = None,
-    directory: Root = HERE,
-) -> BuiltTree:
-    """Build ``tree`` around ``root``; ``inherited``: which descriptor of ours, and of ``root``, is to take the place of
-    which external resource; ``pages``: the content of the pages that came with it, as `spaces_of` orders it;
-    ``directory``: its root directory.
+class Begun:
+    """The processes of a tree, born and with their layouts, as far as these are known before the tree is frozen.
 
-    Every process is in ``newborns`` as soon as it is there, and ``memory`` has what of the tree's is not of one process
-    alone. Raises RestoreError; all of them are then to be killed, and ``memory`` undone.
+    ``newborns`` has every process as soon as it is there.
     """
-    if not tree.processes or tree.processes[0].pid != root.number:
-        raise RestoreError("the state is not that of the process which the manifest announced")
+
+    def __init__(
+        self, family: Family, root: Newborn, newborns: dict[int, Newborn], inherited: Mapping[str, int] | None = None
+    ) -> None:
+        """Have them born. Raises RestoreError; all of them are then to be killed."""
+        self.family = family
+        self.root = root
+        self.newborns = newborns
+        self.inherited = inherited or {}
+        ptys.set_up(family.ptys, root.pidfd, self.inherited)
+        bring_up(family, root, newborns)
+        nesting = Nesting(family.namespaces)
+        owns = {pid: nesting.own(pid) for pid in newborns}
+        self.groundwork = {
+            pid: Groundwork(newborn, (owns[pid], owns[pid]), self.inherited) for pid, newborn in newborns.items()
+        }
+
+    def lay_out(self, draft: Draft) -> None:
+        """Give each process the layout that it has in the draft whose family this is. Raises RestoreError."""
+        layings = {
+            each.pid: self.groundwork[each.pid].lay_out(each.memory, bool(each.table_of), room_for_state(each))
+            for each in draft.processes
+        }
+        _owners_first(layings, self.family)
+
+
+def build_tree(
+    tree: Tree, pages: SentPages, begun: Begun, memory: SharedObjects, parent_stays: bool, directory: Root = HERE
+) -> BuiltTree:
+    """Build ``tree`` out of what has been ``begun`` of it, which is of its family; ``pages``: the content of the pages
+    that came with it, as `spaces_of` orders it; ``directory``: its root directory.
+
+    ``memory`` has what of the tree's is not of one process alone. Raises RestoreError; all processes are then to be
+    killed, and ``memory`` undone.
+    """
+    newborns = begun.newborns
     counts = [space.sent.total_pages for space in spaces_of(tree)]
     if sum(counts) != pages.total:
         raise RestoreError(f"{pages.total} pages came with the state, which names {sum(counts)}")
-    shared = Shared(tree, memory, inherited, newborns, directory)
-    ptys.set_up(tree.descriptors.ptys, root.pidfd, inherited or {})
-    try:
-        bring_up(tree, root, newborns)
-    except OSError as error:
-        raise RestoreError(f"making the processes of the tree: {error.strerror}") from None
+    shared = Shared(tree, memory, begun.inherited, newborns, directory)
     of_processes = sum(counts[: len(tree.processes)])
     memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
-    buildings = [Building(process, newborns[process.pid], shared, parent_stays) for process in tree.processes]
+    buildings = [
+        Building(process, newborns[process.pid], begun.groundwork[process.pid], shared, parent_stays)
+        for process in tree.processes
+    ]
     places = accumulate(counts, initial=0)
     parts = [pages.part(place, count) for place, count in zip(places, counts[: len(buildings)], strict=False)]
-    begun = [
-        (process, building.begin(part))
-        for process, building, part in zip(tree.processes, buildings, parts, strict=True)
-    ]
-    _by_turns(begin for process, begin in begun if not process.table_of)
-    # Those that share a table clear it: one after the other, once its owner has begun.
-    for begin in (begin for process, begin in begun if process.table_of):
-        _by_turns([begin])
+    beginnings = {
+        building.built.state.pid: building.begin(part) for building, part in zip(buildings, parts, strict=True)
+    }
+    _owners_first(beginnings, begun.family)
     meetings = Meetings(tree, shared, {building.built.state.pid: building.act for building in buildings})
     meetings.meet()
     with contextlib.closing(shared.ended):
@@ -119,6 +137,13 @@ def build_tree(
         building.connect()
     _by_turns(building.finish() for building in buildings)
     return BuiltTree([building.built for building in buildings], memory)
+
+
+def _owners_first(works: Mapping[int, Iterator[None]], family: Family) -> None:
+    """By turns; but those that share a table use it for a while: one after the other, once its owner has done so."""
+    _by_turns(work for pid, work in works.items() if pid not in family.tables)
+    for work in (work for pid, work in works.items() if pid in family.tables):
+        _by_turns([work])
 
 
 def _by_turns(works: Iterable[Iterator[None]]) -> None:

@@ -35,6 +35,8 @@ class Kind(enum.IntEnum):
     DRAINED = 9
     FAILED = 10
     PAGES = 11
+    DRAFT = 12
+    DRAFTED = 13
 
 
 # Bytes of a body: nobody can make the other side keep more in memory. What no limit stands for here is the state.
@@ -43,6 +45,7 @@ LIMITS = dict.fromkeys(Kind, GREETING_LIMIT) | {
     Kind.PROBLEMS: 16 * _MIB,
     Kind.GO: 16 * _MIB,
     Kind.STATE: BODY_LIMIT,
+    Kind.DRAFT: BODY_LIMIT,
     Kind.PAGES: BODY_LIMIT,
 }
 

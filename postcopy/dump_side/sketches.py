@@ -1,0 +1,42 @@
+"""What can be seen of a tree while it runs, for the destination to begin with."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from postcopy.dump_side import lineage, memory
+from postcopy.dump_side.smaps import Known
+from postcopy.kernel import procfs
+from postcopy.page_ranges import PageRanges
+from postcopy.state import Draft, Sketch
+
+_NO_PAGES = memory.Pages(PageRanges(), PageRanges(), PageRanges())
+
+
+def draw(
+    pids: Iterable[int], kin: lineage.Kin, sharing: lineage.Sharing, known: Mapping[int, Known], vdso: bytes
+) -> Draft:
+    """The draft of a tree of processes that all run, in PID namespaces that are not its own; none of another.
+
+    ``known``: the mappings of each, by its face. Raises OSError: a process has ended.
+    """
+    if kin.pid_namespaces:
+        return Draft()
+    sketches = []
+    for pid in pids:
+        face = kin.face(pid)
+        if procfs.stat(face)[3] in "TtZX":
+            return Draft()
+        layout = known[face].layout
+        found = memory.collect(face, layout, _NO_PAGES, 0, vdso, 0)
+        sketches.append(
+            Sketch(
+                pid=kin.common(pid),
+                threads=len(procfs.tids(face)),
+                # The break is told by the process alone, and comes with the state.
+                memory=replace(memory.without_objects(found), brk=found.start_brk),
+                lineage=kin.lineage(pid),
+                table_of=kin.common(sharing.tables[pid]) if pid in sharing.tables else 0,
+                places_of=kin.common(sharing.places[pid]) if pid in sharing.places else 0,
+            )
+        )
+    return Draft(sketches)
