@@ -19,6 +19,7 @@ from postcopy.kernel.executor import (
     CODE_SIZE,
     ERESTARTNOHAND,
     Executor,
+    last_syscall,
     lone_syscall,
     lone_syscall_stub,
     signal_bit,
@@ -248,14 +249,10 @@ class Frozen:
                 ptrace.set_signal_mask(thread.tid, thread.signal_mask)
                 ptrace.set_registers(thread.tid, thread.registers)
             ptrace.set_signal_mask(leader.tid, _ALL)
-            if arena:
-                self._lone(stub, call("munmap", arena, size), swallowed)
-            # From here get_signal() must be the next thing it does: only there are interrupted calls restarted.
-            ptrace.interrupt(leader.tid)
+            # Without an arena there is nothing to unmap, but the way out is the same.
+            self._made(last_syscall, stub, call("munmap", arena, size) if arena else call("getpid"), swallowed)
             ptrace.set_signal_mask(leader.tid, leader.signal_mask)
             ptrace.set_registers(leader.tid, leader.registers)
-            ptrace.cont(leader.tid)
-            _wait_for_stop(leader.tid)
             self.memory.write(stub, covered)
             for number in (*swallowed, *(number for each in executors for number in each.swallowed)):
                 os.kill(self.pid, number)
@@ -263,15 +260,18 @@ class Frozen:
     def _map(self, stub: int, size: int, swallowed: list[int]) -> int:
         """Map memory for the executors."""
         try:
-            return self._lone(stub, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0), swallowed)
+            made = call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0)
+            return self._made(lone_syscall, stub, made, swallowed)
         except DumpError as error:
             raise DumpError(
                 f"process {self.pid} has no room for {size} bytes that the dump needs in it: {error.message}",
                 "raise its limits with prlimit(1): --as, --data, --memlock; or vm.max_map_count",
             ) from None
 
-    def _lone(self, stub: int, made: Call, swallowed: list[int]) -> int:
-        result = lone_syscall(self.face, stub, made, swallowed)
+    def _made(
+        self, make: Callable[[int, int, Call, list[int]], int], stub: int, made: Call, swallowed: list[int]
+    ) -> int:
+        result = make(self.face, stub, made, swallowed)
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
         return result

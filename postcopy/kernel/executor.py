@@ -54,6 +54,7 @@ _NR_RESTART_SYSCALL = 219
 _STOP_SIGNALS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
 _ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
 _NOTHING = (NUMBERS["getpid"], 0, 0, 0, 0, 0, 0, 1)
+_ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _TRAP_FLAG = 1 << 8  # of eflags: a SIGTRAP after every instruction
 
 
@@ -326,20 +327,59 @@ def lone_syscall(tid: int, at: int, made: Call, swallowed: list[int] | None = No
     The result as the kernel gave it (a negative errno for a refusal). The thread should have every signal blocked:
     what comes all the same is kept from it and added to ``swallowed``, to be sent again.
     """
-    names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-    arguments = dict(zip(names, made.arguments, strict=False))
+    _set_up(tid, at, made)
+    for _ in ("entry", "exit"):
+        _to_syscall_stop(tid, swallowed)
+    return _result(tid)
+
+
+def last_syscall(tid: int, at: int, made: Call, swallowed: list[int] | None = None) -> int:
+    """The same, but for where it leaves the thread: see `make_and_interrupt`. It must be a call that nothing
+    interrupts."""
+    _set_up(tid, at, made)
+    make_and_interrupt(tid, swallowed)
+    return _result(tid)
+
+
+def make_and_interrupt(tid: int, swallowed: list[int] | None = None) -> None:
+    """Let a stopped thread, whose next instruction is ``syscall``, make its call, which is interrupted if it waits.
+
+    Leaves it in get_signal(), the one place where the kernel restarts interrupted calls.
+    """
+    _to_syscall_stop(tid, swallowed)
+    while True:
+        # Asked for within the call, the stop is the next thing that comes; any other takes it away (ptrace_stop).
+        ptrace.interrupt(tid)
+        ptrace.cont(tid)
+        stop = ptrace.wait(tid)
+        if stop.ended is not None:
+            raise ptrace.ended(stop, tid)
+        if stop.event == ptrace.PTRACE_EVENT_STOP:
+            return
+        if swallowed is not None:
+            _note(stop, swallowed)
+
+
+def _set_up(tid: int, at: int, made: Call) -> None:
+    """Put the thread before the call."""
+    arguments = dict(zip(_ARGUMENTS, made.arguments, strict=False))
     before = untrapped(ptrace.get_registers(tid))
     ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
-    for _ in ("entry", "exit"):
-        while True:
-            ptrace.cont_to_syscall(tid)
-            stop = ptrace.wait(tid)
-            if stop.ended is not None:
-                raise ptrace.ended(stop, tid)
-            if stop.is_syscall:
-                break
-            if swallowed is not None:
-                _note(stop, swallowed)
+
+
+def _to_syscall_stop(tid: int, swallowed: list[int] | None) -> None:
+    while True:
+        ptrace.cont_to_syscall(tid)
+        stop = ptrace.wait(tid)
+        if stop.ended is not None:
+            raise ptrace.ended(stop, tid)
+        if stop.is_syscall:
+            return
+        if swallowed is not None:
+            _note(stop, swallowed)
+
+
+def _result(tid: int) -> int:
     result = ptrace.get_registers(tid)["rax"]
     return result - (1 << 64) if result >> 63 else result
 

@@ -1,6 +1,7 @@
 """Single values of a process: prctl(2) settings, personality(2), and files of ``/proc/PID``."""
 
 import contextlib
+import functools
 import os
 
 from postcopy.errors import RestoreError
@@ -59,14 +60,21 @@ def rebuild_last(state: Attributes, batch: Batch) -> None:
     batch.add(call("prctl", PR_SET_DUMPABLE, dumpable), "setting the dumpable attribute")
 
 
+@functools.cache
+def _ours(name: str) -> int | None:
+    """What a file of our own ``/proc/PID`` says, which we never change."""
+    with contextlib.suppress(FileNotFoundError):
+        return int(procfs.read(os.getpid(), name) or b"0", 16 if name == "coredump_filter" else 10)
+    return None
+
+
 def write_files(state: Attributes, pid: int) -> None:
-    """Set what only files of ``/proc/PID`` set; as long as we may."""
+    """Set what only files of ``/proc/PID`` set; as long as we may. A process has them from us."""
     for name, value in (("coredump_filter", f"{state.coredump_filter:#x}"), ("oom_score_adj", state.oom_score_adj)):
+        if _ours(name) == int(str(value), 0):
+            continue
         try:
-            with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/{name}", "r+") as stream:
-                current = stream.read().strip()
-                if int(current or "0", 16 if name == "coredump_filter" else 10) != int(str(value), 0):
-                    stream.seek(0)
-                    stream.write(str(value))
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/{name}", "w") as stream:
+                stream.write(str(value))
         except OSError as error:
             raise RestoreError(f"setting {name} to {value}: {error.strerror}") from None

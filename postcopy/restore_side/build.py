@@ -21,7 +21,7 @@ from postcopy.kernel.executor import (
     Answers,
     Batch,
     Executor,
-    lone_syscall,
+    last_syscall,
     signal_bit,
     stop_signal,
 )
@@ -234,14 +234,9 @@ class _Builder:
     def _remove(self) -> None:
         """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
         pid, arena = self._newborn.pid, self._groundwork.arena
-        result = lone_syscall(pid, self._vdso_syscall(), call("munmap", arena.start, len(arena)))
+        result = last_syscall(pid, self._vdso_syscall(), call("munmap", arena.start, len(arena)))
         if result:
             raise RestoreError(f"unmapping the executor: {errno.errorcode.get(-result, result)}")
-        ptrace.interrupt(pid)
-        ptrace.cont(pid)
-        stop = ptrace.wait(pid)
-        if stop.event != ptrace.PTRACE_EVENT_STOP:
-            raise RestoreError(f"process {pid} met {stop} while it was being built")
 
     def _vdso_syscall(self) -> int:
         """The address of an instruction ``syscall`` of the program's own."""
@@ -381,6 +376,8 @@ class _Builder:
 
     def _run(self, batch: Batch) -> Generator[None, None, Answers]:
         """Let the leader make the calls; after the step they have been made."""
+        if not batch.calls:
+            return Answers(batch, [], b"")
         leader = self._executors[0]
         leader.start(batch)
         yield
@@ -388,6 +385,8 @@ class _Builder:
 
     def _call(self, batch: Batch) -> Answers:
         """Have the leader make the calls now."""
+        if not batch.calls:
+            return Answers(batch, [], b"")
         return self._checked(self._executors[0].run(batch))
 
     def _checked(self, answers: Answers) -> Answers:

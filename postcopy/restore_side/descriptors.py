@@ -372,6 +372,9 @@ def connect(
     The tables of all processes are there. ``batch`` begins a list of calls, ``run`` makes them.
     """
 
+    if process.pid not in shared.connecting() and not shared.kept.get(process.pid):
+        return
+
     def plan() -> Plan:
         made = Plan(batch(), process.pid, shared, spaces(process.slots, limit))
         made.finished(process.slots)

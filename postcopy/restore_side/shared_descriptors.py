@@ -48,6 +48,7 @@ class Shared:
         self.late_sockets = unix_meetings.late_sockets(tree)
         self.far: dict[int, tuple[int, int]] = {}
         self._met: dict[int, list[int]] = {}
+        self._connecting: frozenset[int] | None = None
         # What is only on its way in Unix sockets, by the process that makes it.
         self.in_flight: dict[int, list[int]] = {}
         for number, description in enumerate(self.descriptors.descriptions):
@@ -69,6 +70,20 @@ class Shared:
         found = ((one, one.unix) for one in self.descriptors.descriptions)
         late = self.late_sockets
         return unix_meetings.needed(one for one, unix in found if unix is not None and unix.socket.inode in late)
+
+    def connecting(self) -> frozenset[int]:
+        """The processes that have to do with the files of others, or their own, once all tables are there; most have
+        not.
+        """
+        if self._connecting is None:
+            found, where = self.descriptors, self.descriptions
+            kinds = ("timer", "epoll", "inotify", "fanotify")
+            late = (n for n, one in enumerate(found.descriptions) if any(getattr(one, kind) for kind in kinds))
+            numbers = [*late, *(each.description for each in found.deliveries)]
+            owners = [lock.owner or where[lock.description][0] for lock in found.locks]
+            sessions = [pty.session for pty in found.ptys]
+            self._connecting = frozenset([*(where[number][0] for number in numbers), *owners, *sessions])
+        return self._connecting
 
     def _note(self, number: int, where: tuple[int, int]) -> None:
         """A description is to be had there, unless it is to be had elsewhere already."""

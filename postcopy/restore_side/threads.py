@@ -1,7 +1,6 @@
 """Threads: made by the leader's own clone3, each given what the kernel keeps for it, registers last."""
 
 import struct
-from collections.abc import Callable
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace
@@ -12,6 +11,7 @@ from postcopy.kernel.executor import (
     RECORD_SIZE,
     Batch,
     interrupted,
+    make_and_interrupt,
     untrapped,
 )
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
@@ -102,16 +102,7 @@ def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> b
         return False
     began = untrapped(registers).changed(rip=syscall_at, rax=number, orig_rax=_NO_CALL, **place[number])
     ptrace.set_registers(tid, began)
-    ptrace.cont_to_syscall(tid)
-    _expect(tid, lambda stop: stop.is_syscall)
-    # To its exit: a call that has nothing to wait for must not return into what follows the instruction.
-    ptrace.cont_to_syscall(tid)
-    ptrace.interrupt(tid)
-    _expect(tid, lambda stop: stop.is_syscall)
-    # Any other stop takes the one that was asked for away (kernel/signal.c, ptrace_stop).
-    ptrace.interrupt(tid)
-    ptrace.cont(tid)
-    _expect(tid, lambda stop: stop.event == ptrace.PTRACE_EVENT_STOP)
+    make_and_interrupt(tid)
     return interrupted(ptrace.get_registers(tid)) == ERESTART_RESTARTBLOCK
 
 
@@ -139,13 +130,3 @@ def end(tid: int, syscall_at: int, status: int) -> None:
     made = {"rip": syscall_at, "rax": NUMBERS["exit"], "rdi": status >> 8, "orig_rax": _NO_CALL}
     ptrace.set_registers(tid, untrapped(ptrace.get_registers(tid)).changed(**made))
     ptrace.set_signal_mask(tid, _NO_CALL)
-
-
-def _expect(tid: int, wanted: Callable[[ptrace.Stop], bool]) -> None:
-    while True:
-        stop = ptrace.wait(tid)
-        if stop.ended is not None:
-            raise RestoreError(f"thread {tid} ended while it was being built")
-        if wanted(stop):
-            return
-        ptrace.cont(tid)
