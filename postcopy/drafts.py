@@ -1,54 +1,111 @@
 """The state of a frozen tree, told by what is not as its draft said: most of a state is known before the freeze.
 
-What is the same is left out at the source, which must have taken it from the draft, and put back at the destination.
+What is the same is left out at the source, which must have taken it from the draft, and put back at the destination:
+there it is the very same object, by which is seen what has been begun already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from postcopy.errors import ProtocolError
-from postcopy.integers import Pid
-from postcopy.state import Draft, Memory, Tree
+from postcopy.integers import Pid, Unsigned
+from postcopy.state import Draft, Manifest, MappedFile, Memory, Tree, Vma
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is new in ``tree``. ``laid_out``: the processes whose layout is that of the draft, and left out."""
+    """What is new in ``tree``.
+
+    ``laid_out``, ``tables``: the processes whose layout or descriptor table is that of the draft. ``descriptions``: of
+    each description its number in the draft, or behind these, its place among those of ``tree``; ``files``: the same,
+    with the manifest's.
+    """
 
     tree: Tree
     laid_out: list[Pid]
+    tables: list[Pid]
+    descriptions: list[Unsigned]
+    files: list[Unsigned]
 
 
-def shorten(tree: Tree, draft: Draft) -> State:
-    """Leave out what ``tree`` has from ``draft``."""
-    drafted = {sketch.pid: sketch.memory for sketch in draft.processes}
-    known = [each.pid for each in tree.processes if each.pid in drafted and _same(each.memory, drafted[each.pid])]
-    left_out = set(known)
+def shorten(tree: Tree, draft: Draft, manifest: Manifest) -> State:
+    """Leave out what ``tree`` has from ``draft`` and ``manifest``."""
+    sketches = {sketch.pid: sketch for sketch in draft.processes}
+    drafted = [(each, sketches[each.pid]) for each in tree.processes if each.pid in sketches]
+    laid_out = {each.pid for each, sketch in drafted if _same(each.memory, sketch.memory)}
+    tables = {each.pid for each, sketch in drafted if each.slots == sketch.slots}
+    descriptions, numbers = _parted(tree.descriptors.descriptions, draft.descriptions)
+    files, places = _parted(tree.files, manifest.files)
     processes = [
-        replace(each, memory=replace(each.memory, vmas=[], files=[], exe="", auxv=b"", vdso=b""))
-        if each.pid in left_out
-        else each
+        replace(
+            each,
+            memory=_with_layout(each.memory, _NO_LAYOUT) if each.pid in laid_out else each.memory,
+            slots=[] if each.pid in tables else each.slots,
+        )
         for each in tree.processes
     ]
-    return State(replace(tree, processes=processes), known)
+    short = replace(
+        tree, processes=processes, descriptors=replace(tree.descriptors, descriptions=descriptions), files=files
+    )
+    return State(short, list(laid_out), list(tables), numbers, places)
 
 
-def complete(state: State, draft: Draft) -> Tree:
-    """Put back what was left out. Raises ProtocolError where the draft has not said it."""
-    drafted = {sketch.pid: sketch.memory for sketch in draft.processes}
-    left_out = set(state.laid_out)
-    if unknown := left_out - drafted.keys():
+def complete(state: State, draft: Draft, manifest: Manifest) -> Tree:
+    """Put back what was left out. Raises ProtocolError where nobody has said it."""
+    sketches = {sketch.pid: sketch for sketch in draft.processes}
+    laid_out, tables = set(state.laid_out), set(state.tables)
+    if unknown := (laid_out | tables) - sketches.keys():
         raise ProtocolError(f"state.laid_out: the draft has no process {min(unknown)}")
     processes = [
-        replace(each, memory=_laid_out(each.memory, drafted[each.pid])) if each.pid in left_out else each
+        replace(
+            each,
+            memory=_with_layout(each.memory, sketches[each.pid].memory) if each.pid in laid_out else each.memory,
+            slots=sketches[each.pid].slots if each.pid in tables else each.slots,
+        )
         for each in state.tree.processes
     ]
-    return replace(state.tree, processes=processes)
+    found = state.tree.descriptors
+    descriptions = _joined("descriptions", state.descriptions, draft.descriptions, found.descriptions)
+    files = _joined("files", state.files, manifest.files, state.tree.files)
+    return replace(state.tree, processes=processes, descriptors=replace(found, descriptions=descriptions), files=files)
 
 
 def known_parts(draft: Draft) -> Iterator[object]:
     """What of a draft may be in a completed tree, as it is there."""
-    return (sketch.memory.vmas for sketch in draft.processes)
+    for sketch in draft.processes:
+        yield sketch.memory.vmas
+        yield sketch.slots
+    yield from filter(None, draft.descriptions)
+
+
+def _parted(items: list[T], known: Sequence[T | None]) -> tuple[list[T], list[int]]:
+    """The items that are not ``known``; and of all, their numbers among the known ones and then these."""
+    places = {id(each): place for place, each in enumerate(known) if each is not None}
+    fresh: list[T] = []
+    numbers = []
+    for item in items:
+        place = places.get(id(item))
+        if place is None:
+            place = len(known) + len(fresh)
+            fresh.append(item)
+        numbers.append(place)
+    return fresh, numbers
+
+
+def _joined(name: str, numbers: list[int], known: Sequence[T | None], fresh: list[T]) -> list[T]:
+    """Back from `_parted`."""
+    every = [*known, *fresh]
+    try:
+        found = [every[number] for number in numbers]
+    except IndexError:
+        raise ProtocolError(f"state.{name}: {max(numbers)} is none of {len(every)}") from None
+    items = [item for item in found if item is not None]
+    if len(items) != len(numbers) or len({*numbers}) != len(numbers):
+        raise ProtocolError(f"state.{name}: what the draft has not, or the same twice")
+    return items
 
 
 def _same(memory: Memory, drafted: Memory) -> bool:
@@ -57,12 +114,19 @@ def _same(memory: Memory, drafted: Memory) -> bool:
     return same and (memory.exe, memory.auxv, memory.vdso) == (drafted.exe, drafted.auxv, drafted.vdso)
 
 
-def _laid_out(memory: Memory, drafted: Memory) -> Memory:
-    return replace(
-        memory,
-        vmas=drafted.vmas,
-        files=drafted.files,
-        exe=drafted.exe,
-        auxv=drafted.auxv,
-        vdso=drafted.vdso,
-    )
+@dataclass(frozen=True)
+class _Layout:
+    """What of `Memory` is left out."""
+
+    vmas: list[Vma]
+    files: list[MappedFile]
+    exe: str
+    auxv: bytes
+    vdso: bytes
+
+
+_NO_LAYOUT = _Layout([], [], "", b"", b"")
+
+
+def _with_layout(memory: Memory, layout: Memory | _Layout) -> Memory:
+    return replace(memory, vmas=layout.vmas, files=layout.files, exe=layout.exe, auxv=layout.auxv, vdso=layout.vdso)

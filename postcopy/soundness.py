@@ -194,7 +194,7 @@ _PLAIN_BACKINGS = frozenset({"anonymous"}) | _INDEXED_BACKINGS
 def check(tree: Tree, manifest: Manifest, known: Iterable[object] = ()) -> None:
     """Raises ProtocolError with the field, its value and what is wrong with it.
 
-    ``known``: lists in the tree whose items have been checked already.
+    ``known``: dataclasses in the tree that have been checked already, and lists of these.
     """
     passed = frozenset(map(id, known))
     for name, value in (("manifest", manifest), ("state", tree)):
@@ -228,7 +228,7 @@ def prepare() -> None:
 def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
     """The first problem of a dataclass and of all that are in it, with its path; empty where there is none.
 
-    ``passed``: lists, by their id, whose items are sound.
+    ``passed``: what is sound, by its id, and lists of that.
     """
     kind: type = type(value)
     rules = _rules(kind)
@@ -241,7 +241,7 @@ def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
             if id(inner) in passed:
                 continue
             for number, each in enumerate(inner):
-                if problem := _walk(each, passed):
+                if each is not None and id(each) not in passed and (problem := _walk(each, passed)):
                     return f"{name}[{number}].{problem}"
         elif inner is not None and (problem := _walk(inner, passed)):
             return f"{name}.{problem}"
@@ -422,6 +422,14 @@ def _draft(draft: Draft) -> Iterator[str]:
     for place, sketch in enumerate(draft.processes):
         if any(vma.backing == "object" for vma in sketch.memory.vmas):
             yield f"processes[{place}].memory.vmas: a draft has no memory with an identity"
+        for slot in sketch.slots:
+            if not 0 <= slot.description < len(draft.descriptions):
+                yield f"processes[{place}].slots: descriptor {slot.fd} is none of the descriptions"
+        for fd in _repeated(slot.fd for slot in sketch.slots):
+            yield f"processes[{place}].slots: descriptor {fd} occurs twice"
+    for number, description in enumerate(draft.descriptions):
+        if description is not None and description.file is None:
+            yield f"descriptions[{number}]: only files can be opened before the state is known"
 
 
 def _manifest(manifest: Manifest) -> Iterator[str]:

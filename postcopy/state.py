@@ -562,13 +562,14 @@ class Tree:
 class Sketch:
     """What can be seen of a process while it runs: born of whom, laid out how. ``memory`` is without pages.
 
-    ``threads``: how many; ``table_of``, ``places_of``: as of `Process`.
+    ``threads``: how many; ``slots``: of `Draft.descriptions`; ``table_of``, ``places_of``: as of `Process`.
     """
 
     pid: Pid
     threads: Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
     memory: Memory
     lineage: Lineage
+    slots: list[Slot]
     table_of: Unsigned = 0
     places_of: Unsigned = 0
 
@@ -577,10 +578,12 @@ class Sketch:
 class Draft:
     """A tree as it is seen to run, for the destination to begin with: most of it is the same once it is frozen.
 
-    ``processes`` as of `Tree`; none where nothing is to be begun.
+    ``processes`` as of `Tree`; none where nothing is to be begun. ``descriptions``: of files that can be opened before
+    the state is known, None for all others.
     """
 
     processes: list[Sketch] = field(default_factory=list)
+    descriptions: list[Description | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

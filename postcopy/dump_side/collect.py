@@ -56,7 +56,7 @@ def collect(
     """
     members = frozenset([*frozen.faces, *frozen.zombies])
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
-    table.silence, table.named = silence, trusted.named
+    table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
         return _collect(frozen, smaps, trusted, sleepers, shared, table)
 

@@ -26,7 +26,7 @@ from postcopy.dump_side import (
     timerfd,
     unix_peers,
 )
-from postcopy.dump_side.opened import Opened, Refused, Table
+from postcopy.dump_side.opened import Opened, Refused, Remembered, Table
 from postcopy.kernel import kcmp, procfs
 from postcopy.open_kinds import Lock
 from postcopy.state import Description, FileIdentity, Slot
@@ -113,28 +113,56 @@ def _on_its_way(table: Table, fd: int) -> int:
 
 def _collect(table: Table, entries: procfs.Entries, fd: int, seen: set[int]) -> Slot:
     """One entry of a table. ``seen``: the descriptions that this process is known to have."""
-    opened = Opened.look(table.pid, fd, entries, table.named.get((table.pid, fd)))
+    info, known = entries.info(fd), table.remembered.get((table.pid, fd))
+    if known is not None and known.still(info):
+        number = _as_before(table, fd, known)
+        seen.add(number)
+        return Slot(fd, known.close_on_exec, number)
+    opened = Opened.look(table.pid, fd, entries, info, known)
     try:
         return _entered(table, opened, seen)
     finally:
         opened.close()
 
 
+def _as_before(table: Table, fd: int, known: Remembered) -> int:
+    """The number of the description behind a descriptor that is as an earlier look has found it."""
+    among = table.alike[known.likeness]
+    place, number = _look_up(table, table.pid, fd, among)
+    if number is not None:
+        return number
+    number, description = len(table.descriptors.descriptions), known.description
+    if id(description) in table.reused:
+        # What was one then are two now.
+        description = dataclasses.replace(description)
+    table.reused.add(id(description))
+    table.descriptors.descriptions.append(description)
+    if known.needed is not None:
+        table.needed.append(known.needed)
+    among.insert(place, (table.pid, fd, number))
+    return number
+
+
 def _entered(table: Table, opened: Opened, seen: set[int]) -> Slot:
     among = table.alike[opened.likeness]
-    place, number = _look_up(table, opened, among)
+    place, number = _look_up(table, opened.pid, opened.fd, among)
     if number is None:
-        number = len(table.descriptors.descriptions)
+        number, needed = len(table.descriptors.descriptions), len(table.needed)
         # First all that may be refused: what is refused now must be found anew at the next look.
         held = locks.collect(table, opened, number, new=True)
-        table.descriptors.descriptions.append(_describe(table, opened, number))
+        description = _describe(table, opened, number)
+        table.descriptors.descriptions.append(description)
         among.insert(place, (opened.pid, opened.fd, number))
+        if description.file is not None and not table.frozen:
+            table.identities[number] = next(iter(table.needed[needed:]), None)
     else:
         held = [] if number in seen else locks.collect(table, opened, number, new=False)
     if held:
         _lock(table, opened, number, held)
-    if not table.frozen and table.descriptors.descriptions[number].file is not None and (named := opened.named):
-        table.found[table.pid, opened.fd] = named
+    if number in table.identities:
+        known = opened.remembered(table.descriptors.descriptions[number], table.identities[number])
+        if known is not None:
+            table.found[table.pid, opened.fd] = known
     seen.add(number)
     return Slot(opened.fd, opened.close_on_exec, number)
 
@@ -162,14 +190,16 @@ def _lock(table: Table, opened: Opened, number: int, held: list[Lock]) -> None:
         table.needed.append(FileIdentity(file.path, opened.stat.st_size, b"", changing=True, locked=True))
 
 
-def _look_up(table: Table, opened: Opened, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:
+def _look_up(table: Table, pid: int, fd: int, among: list[tuple[int, int, int]]) -> tuple[int, int | None]:
     """Where in ``among`` the descriptor belongs, and the number of the description if an earlier one shares it.
 
     By bisection: thousands of descriptors that look alike are nothing unusual.
     """
-    rank = table.ranks.get((opened.pid, opened.fd))
+    if not among:
+        return 0, None
+    rank = table.ranks.get((pid, fd))
     if rank is not None:
-        found = _check(opened, among, bisect_left(among, rank, key=lambda each: table.ranks.get(each[:2], rank)))
+        found = _check(pid, fd, among, bisect_left(among, rank, key=lambda each: table.ranks.get(each[:2], rank)))
         if found is not None:
             return found
     low, high = 0, len(among)
@@ -177,7 +207,7 @@ def _look_up(table: Table, opened: Opened, among: list[tuple[int, int, int]]) ->
         middle = (low + high) // 2
         other_pid, other_fd, number = among[middle]
         try:
-            order = kcmp.order_of_descriptions(opened.pid, opened.fd, other_pid, other_fd)
+            order = kcmp.order_of_descriptions(pid, fd, other_pid, other_fd)
         except OSError:
             if os.path.lexists(f"/proc/{other_pid}/fd/{other_fd}"):
                 raise
@@ -191,12 +221,12 @@ def _look_up(table: Table, opened: Opened, among: list[tuple[int, int, int]]) ->
     return low, None
 
 
-def _check(opened: Opened, among: list[tuple[int, int, int]], place: int) -> tuple[int, int | None] | None:
+def _check(pid: int, fd: int, among: list[tuple[int, int, int]], place: int) -> tuple[int, int | None] | None:
     """What `_look_up` says, where the descriptor is right between its neighbours at ``place``; None where it is not."""
     for neighbour, wanted in ((place, -1), (place - 1, 1)):
         if 0 <= neighbour < len(among):
-            pid, fd, number = among[neighbour]
-            order = kcmp.order_of_descriptions(opened.pid, opened.fd, pid, fd)
+            other_pid, other_fd, number = among[neighbour]
+            order = kcmp.order_of_descriptions(pid, fd, other_pid, other_fd)
             if not order:
                 return neighbour, number
             if order != wanted:

@@ -15,7 +15,7 @@ from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
 from postcopy.open_kinds import Inotify
 from postcopy.socket_kinds import SocketOption, UnixName
-from postcopy.state import Descriptors, Draft, FileIdentity, Slot
+from postcopy.state import Description, Descriptors, Draft, FileIdentity, Slot
 
 #: Keeps a TCP socket of a process silent, by its local and its remote address.
 Silence = Callable[[int, bytes, bytes], None]
@@ -31,12 +31,33 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """Where an earlier look has found an open file: path, device, and its mount and inode as fdinfo shows them."""
+class Remembered:
+    """A file that has its name, as an earlier look has found it open.
+
+    ``info``: its fdinfo; ``stat``: of the file at ``path``; ``description``: what it was found to be, ``needed``: what
+    the destination must have for it.
+    """
 
     path: str
-    device: int
-    place: tuple[str, ...]
+    info: bytes
+    stat: os.stat_result
+    likeness: tuple[str, int, int]
+    close_on_exec: bool
+    description: Description
+    needed: FileIdentity | None
+
+    def still(self, info: bytes) -> bool:
+        """Whether all of it is as it was, if its fdinfo is ``info`` now."""
+        if info != self.info:
+            return False
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return False
+        was = self.stat
+        same = found.st_ino == was.st_ino and found.st_dev == was.st_dev and found.st_size == was.st_size
+        # Of a file that is read alone, the build counts as well.
+        return same and (found.st_ctime_ns == was.st_ctime_ns or self.needed is None or self.needed.changing)
 
 
 @dataclass(frozen=True)
@@ -60,21 +81,28 @@ class Opened:
     is_named: bool = False
 
     @classmethod
-    def look(cls, pid: int, fd: int, entries: procfs.Entries | None = None, named: Named | None = None) -> "Opened":
-        """Read all of it; ``entries`` of the process, where they are at hand. Where an earlier
-        look has found it (``named``), it is looked for first. Raises OSError.
+    def look(
+        cls,
+        pid: int,
+        fd: int,
+        entries: procfs.Entries | None = None,
+        info: bytes | None = None,
+        known: Remembered | None = None,
+    ) -> "Opened":
+        """Read all of it; ``entries`` of the process and ``info``, its fdinfo, where they are at hand. Where an earlier
+        look has found it (``known``), it is looked for first. Raises OSError.
         """
         if entries is None:
             with contextlib.closing(procfs.Entries(pid)) as own:
                 return dataclasses.replace(cls.look(pid, fd, own), process=-1)
-        lines = entries.info(fd)
+        lines = (entries.info(fd) if info is None else info).decode(errors="surrogateescape").splitlines()
         # The first two lines are those of every kind (fs/proc/fd.c).
         flags = int(lines[1].partition(":")[2], 8)
-        found = _still_there(named, lines) if named is not None else None
+        found = _still_there(known, lines) if known is not None else None
         return cls(
             pid=pid,
             fd=fd,
-            link=named.path if named is not None and found is not None else entries.link(fd),
+            link=known.path if known is not None and found is not None else entries.link(fd),
             stat=found or entries.stat(fd),
             flags=flags & ~_NOT_OPENED_WITH,
             close_on_exec=bool(flags & os.O_CLOEXEC),
@@ -85,12 +113,16 @@ class Opened:
             is_named=found is not None,
         )
 
-    @property
-    def named(self) -> Named | None:
-        """What a later look may begin with, of a file that is found at its path."""
-        if not self.link.startswith("/") or not _tells_inode(self.info):
+    def remembered(self, description: Description, needed: FileIdentity | None) -> Remembered | None:
+        """For a later look; None where that must look anew."""
+        file = description.file
+        # Of others an owner (F_SETOWN) may be told by nothing that can be seen.
+        if file is None or file.kind not in ("regular", "directory", "path") or file.path != self.link:
             return None
-        return Named(self.link, self.stat.st_dev, self.info[2:4])
+        if self.asynchronous or not _tells_inode(self.info) or any(line.startswith("lock:") for line in self.info):
+            return None
+        info = "".join(f"{line}\n" for line in self.info).encode(errors="surrogateescape")
+        return Remembered(self.link, info, self.stat, self.likeness, self.close_on_exec, description, needed)
 
     def field(self, name: str) -> str | None:
         """A field of the fdinfo."""
@@ -140,13 +172,13 @@ def _tells_inode(info: Sequence[str]) -> bool:
     return len(info) > 3 and info[3].startswith("ino:")
 
 
-def _still_there(named: Named, lines: Sequence[str]) -> os.stat_result | None:
+def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | None:
     """The status of the file at the path where it was, if it is the one that is open: an open inode has no other."""
-    if tuple(lines[2:4]) != named.place:
+    if " ".join(lines[2:4]) != known.likeness[0]:
         return None
     with contextlib.suppress(OSError):
-        found = os.lstat(named.path)
-        if found.st_dev == named.device and found.st_ino == int(lines[3].partition(":")[2]):
+        found = os.lstat(known.path)
+        if found.st_dev == known.stat.st_dev and found.st_ino == int(lines[3].partition(":")[2]):
             return found
     return None
 
@@ -154,14 +186,14 @@ def _still_there(named: Named, lines: Sequence[str]) -> os.stat_result | None:
 @dataclass(frozen=True)
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
-    memory. ``ranks``, ``named``: see `Table`. ``known``: the mappings of each process as they were; ``draft``: what
-    has been seen of the tree."""
+    memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
+    what has been seen of the tree."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
     known: Mapping[int, Known] = field(default_factory=dict)
-    named: Mapping[tuple[int, int], Named] = field(default_factory=dict)
+    remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
     draft: Draft = field(default_factory=Draft)
 
 
@@ -177,7 +209,9 @@ class Table:
     description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
     look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
     ``carrying``: sockets (by inode) in which descriptors are on their way; ``received``: duplicates of these, ours.
-    ``named``: where an earlier look has found a process's descriptor; ``found``: where this one will.
+    ``remembered``: a process's descriptors as an earlier look has found them; ``found``: the same of this one.
+    ``reused``: which descriptions are those of the earlier look, by their id. ``identities``: by the number of a file's
+    description, what the destination must have for it.
     ``watched_ghosts``: inotify instances with watches of what has no name: of each its device and inode.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
@@ -204,8 +238,10 @@ class Table:
     needed: list[FileIdentity] = field(default_factory=list)
     holders: dict[str, int] | None = None
     ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    named: Mapping[tuple[int, int], Named] = field(default_factory=dict)
-    found: dict[tuple[int, int], Named] = field(default_factory=dict)
+    remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
+    found: dict[tuple[int, int], Remembered] = field(default_factory=dict)
+    reused: set[int] = field(default_factory=set)
+    identities: dict[int, FileIdentity | None] = field(default_factory=dict)
     sockets: dict[int, int] = field(default_factory=dict)
     silence: Silence | None = None
     loops: list[tuple[bytes, bytes]] = field(default_factory=list)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from postcopy.dump_side import lineage, memory
+from postcopy.dump_side.opened import Table
 from postcopy.dump_side.smaps import Known
 from postcopy.kernel import procfs
 from postcopy.page_ranges import PageRanges
@@ -13,7 +14,12 @@ _NO_PAGES = memory.Pages(PageRanges(), PageRanges(), PageRanges())
 
 
 def draw(
-    pids: Iterable[int], kin: lineage.Kin, sharing: lineage.Sharing, known: Mapping[int, Known], vdso: bytes
+    pids: Iterable[int],
+    kin: lineage.Kin,
+    sharing: lineage.Sharing,
+    known: Mapping[int, Known],
+    table: Table,
+    vdso: bytes,
 ) -> Draft:
     """The draft of a tree of processes that all run, in PID namespaces that are not its own; none of another.
 
@@ -35,8 +41,10 @@ def draw(
                 # The break is told by the process alone, and comes with the state.
                 memory=replace(memory.without_objects(found), brk=found.start_brk),
                 lineage=kin.lineage(pid),
+                slots=[] if pid in sharing.tables else table.slots[face],
                 table_of=kin.common(sharing.tables[pid]) if pid in sharing.tables else 0,
                 places_of=kin.common(sharing.places[pid]) if pid in sharing.places else 0,
             )
         )
-    return Draft(sketches)
+    ready = {id(each.description) for each in table.found.values()}
+    return Draft(sketches, [one if id(one) in ready else None for one in table.descriptors.descriptions])

@@ -133,7 +133,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
         found.problems += [*kin.problems_of(root), *kin.problems(sharing)]
         if len(alive) == len(descendants) and not found.table.pty_numbers:
-            draft = sketches.draw((root, *alive), kin, sharing, found.known, found.vdso)
+            draft = sketches.draw((root, *alive), kin, sharing, found.known, found.table, found.vdso)
     inet_sockets.check_loops(found.table, found.problems)
     found.problems += shared.problems(set(faces.values()))
     if found.problems:

@@ -177,8 +177,8 @@ class Entries:
         except OSError as error:
             raise refused(f"looking at /proc/{self.pid}/fd/{fd}", error.errno) from None
 
-    def info(self, fd: int) -> list[str]:
-        """The lines of ``fdinfo/FD``."""
+    def info(self, fd: int) -> bytes:
+        """The content of ``fdinfo/FD``."""
         try:
             opened = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._infos)
             try:
@@ -190,7 +190,7 @@ class Entries:
                 os.close(opened)
         except OSError as error:
             raise refused(f"reading /proc/{self.pid}/fdinfo/{fd}", error.errno) from None
-        return content.decode(errors="surrogateescape").splitlines()
+        return content
 
 
 def fdinfo_lines(pid: int, fd: int) -> list[str]:

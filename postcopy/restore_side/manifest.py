@@ -50,6 +50,11 @@ def problems(
     ]
 
 
+def settled(wanted: Iterable[FileIdentity]) -> list[FileIdentity]:
+    """Those that need not be looked at again if the source says the same of them once the tree is frozen."""
+    return [file for file in wanted if not file.changing or not any(files([file], frozen=True))]
+
+
 def files(wanted: list[FileIdentity], frozen: bool) -> Iterator[str]:
     """What is not the same here. Before the freeze, the size of a file that is being written means nothing."""
     for file in {(f.path, f.kind): f for f in sorted(wanted, key=lambda f: f.locked)}.values():

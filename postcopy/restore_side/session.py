@@ -54,7 +54,7 @@ from postcopy.restore_side.tree import Begun, BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, TAKING_ADDRESSES, Watchdog
 from postcopy.roles import Role
 from postcopy.spaces import spaces_of
-from postcopy.state import Draft, Tree, prepare_to_decode
+from postcopy.state import Draft, FileIdentity, Tree, prepare_to_decode
 from postcopy.transport import DEFAULT_PORT, Channels, connect
 from postcopy.wire import control
 from postcopy.wire.control import Kind
@@ -145,6 +145,7 @@ class _Takeover:
         self._newborn: Newborn | None = None
         self._newborns: dict[int, Newborn] = {}
         self._draft = Draft()
+        self._settled: list[FileIdentity] = []
         self._begun: Begun | None = None
         self._built: BuiltTree | None = None
         self._leftovers = Leftovers(options.root)
@@ -186,6 +187,8 @@ class _Takeover:
                 self._receive_offer()
             self._channels.control.send(Kind.PROBLEMS, control.Problems(problems))
             raise ProblemsError(problems, f"process {manifest.pid} ({manifest.name}) cannot be restored here")
+        with self._options.root.entered():
+            self._settled = manifests.settled(manifest.files)
         self._reporter.event("checked", pid=manifest.pid, name=manifest.name)
         if self._options.new_pid_namespace:
             self._namespace = PidNamespace(self._options.root)
@@ -268,7 +271,7 @@ class _Takeover:
         else:
             _warm_up()
             with deadline(self._options.timeout, "waiting for the state of the process"):
-                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft)
+                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft, self._manifest)
                 soundness.check(tree, self._manifest, known_parts(self._draft))
                 pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
         self._reporter.event("received", boot_bytes=len(pages.content))
@@ -276,10 +279,11 @@ class _Takeover:
         streams = [each.stream for each in tree.descriptors.descriptions if each.stream]
         self._terminal_settings = next((stream.settings for stream in streams if stream.settings), b"")
         with self._deadline():
-            # What cannot have changed at the source was looked at a moment ago.
-            seen = {file for file in self._manifest.files if not file.changing}
+            # What the source still says was looked at a moment ago; most of it is the same object, too.
+            seen, same = set(self._settled), set(map(id, self._settled))
+            fresh = [file for file in tree.files if id(file) not in same and file not in seen]
             with self._options.root.entered():
-                problems = list(manifests.files([file for file in tree.files if file not in seen], frozen=True))
+                problems = list(manifests.files(fresh, frozen=True))
             if problems:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
