@@ -12,6 +12,7 @@ from postcopy.checkpoint.writer import Writer
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
+from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
@@ -105,15 +106,16 @@ def frozen_state(pid: int) -> Iterator[tuple[Frozen, Manifest, Tree, Space]]:
     """A process, frozen while inside, and its state."""
     manifest, trusted = survey(pid)
     frozen = FrozenTree(pid)
-    smaps = SmapsReader(trusted.known)
+    smaps, looker = SmapsReader(trusted.known), Looker(trusted.known)
     try:
         frozen.freeze()
-        tree = collect(frozen, smaps, trusted, {}, SharedObjects())
+        tree = collect(frozen, smaps, looker, trusted, {}, SharedObjects())
         smaps.verify()
         yield frozen.root, manifest, tree, spaces_of(tree)[SPACE]
     finally:
         frozen.thaw()
         smaps.close()
+        looker.close()
         frozen.close()
 
 

@@ -22,6 +22,7 @@ from postcopy.dump_side import freeze, sleepers
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
@@ -312,14 +313,15 @@ def freeze_and_die(pid: int, steps: int) -> None:
         counter.count(owner, name)
     frozen = FrozenTree(pid)
     guard = Guard()
-    smaps = SmapsReader({})
+    smaps, looker = SmapsReader({}), Looker({})
     sleeping = sleepers.observe(pid)
     frozen.freeze()
-    collect(frozen, smaps, Trusted(), sleeping, SharedObjects())
+    collect(frozen, smaps, looker, Trusted(), sleeping, SharedObjects())
     guard.stopping(frozen.pidfds_to_wake)
     frozen.stop_durably()
     frozen.thaw()
     smaps.close()
+    looker.close()
     guard.dismiss()
 
 

@@ -14,6 +14,7 @@ from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
+from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.signals import late
@@ -201,14 +202,15 @@ def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
         tree = FrozenTree(process.pid)
         tree.freeze()
         try:
-            smaps = SmapsReader({})
+            smaps, looker = SmapsReader({}), Looker({})
             # The program's own pipes lead to this test: what cannot be moved is not the point here.
             pipes = frozenset(os.stat(f"/proc/{process.pid}/fd/{fd}").st_ino for fd in (0, 1))
-            (collected,) = collect.collect(tree, smaps, Trusted(pipes), {}, SharedObjects()).processes
+            (collected,) = collect.collect(tree, smaps, looker, Trusted(pipes), {}, SharedObjects()).processes
             assert late(tree.root, collected) == []
             process.send_signal(signal.SIGUSR1)
             assert [(s.tid, s.siginfo[0]) for s in late(tree.root, collected)] == [(0, signal.SIGUSR1)]
             smaps.close()
+            looker.close()
         finally:
             tree.thaw()
             tree.close()

@@ -16,6 +16,26 @@ from postcopy.state import Attributes
 NO_LOGIN = 0xFFFF_FFFF
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What files of ``/proc`` tell."""
+
+    personality: int
+    oom_score_adj: int
+    coredump_filter: int
+    login_uid: int
+
+
+def see(pid: int) -> Seen:
+    """That of a process. Raises OSError."""
+    return Seen(
+        personality=int(procfs.read(pid, "personality"), 16),
+        oom_score_adj=int(procfs.read(pid, "oom_score_adj")),
+        coredump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
+        login_uid=_login_uid(pid),
+    )
+
+
 @dataclass
 class Question:
     """Which calls of the batch tell what."""
@@ -40,17 +60,17 @@ class Question:
             memory_merge=batch.add(call("prctl", PR_GET_MEMORY_MERGE, 0, 0, 0, 0)),
         )
 
-    def answered(self, answers: Answers, pid: int) -> Attributes:
-        """The attributes of the frozen process ``pid``."""
+    def answered(self, answers: Answers, seen: Seen) -> Attributes:
+        """The attributes of the frozen process."""
         registered = answers.value(self.membarrier)
         return Attributes(
             dumpable=answers.value(self.dumpable),
             thp_disable=answers.value(self.thp_disable),
             child_subreaper=any(answers.read(self.subreaper, 4)),
-            personality=int(procfs.read(pid, "personality"), 16),
-            oom_score_adj=int(procfs.read(pid, "oom_score_adj")),
-            coredump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
-            login_uid=_login_uid(pid),
+            personality=seen.personality,
+            oom_score_adj=seen.oom_score_adj,
+            coredump_filter=seen.coredump_filter,
+            login_uid=seen.login_uid,
             # Where the kernel does not tell: to be registered without need costs next to nothing.
             membarrier=registered & membarrier.ALL_REGISTRATIONS if registered >= 0 else membarrier.ALL_REGISTRATIONS,
             memory_merge=answers.value(self.memory_merge) == 1,

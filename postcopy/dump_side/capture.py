@@ -14,6 +14,7 @@ from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
 from postcopy.dump_side.sent_pages import sent_pages
@@ -53,6 +54,7 @@ class Capture:
         self._guard = Guard(self._lock, self._choices.scripts, pid)
         self._silence = network.Silence(self._lock, self._choices, self._guard.locking)
         self._smaps = SmapsReader(trusted.known)
+        self._looker = Looker(trusted.known)
 
     def __enter__(self) -> "Capture":
         return self
@@ -73,6 +75,7 @@ class Capture:
                 self._unlock()
             self.frozen.thaw()
         self._smaps.close()
+        self._looker.close()
         if self.committed and not self._ended and self._lock.is_locked:
             self._guard.leave()
             self._lock.leave()
@@ -102,7 +105,14 @@ class Capture:
             self._gave_up_addresses = True
             self._choices.scripts.run(Action.NETWORK_LOCK, self.frozen.root.pid)
         self.tree = collect(
-            self.frozen, self._smaps, self._trusted, sleeping, self._shared, self._choices, self._silence.cover
+            self.frozen,
+            self._smaps,
+            self._looker,
+            self._trusted,
+            sleeping,
+            self._shared,
+            self._choices,
+            self._silence.cover,
         )
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}

@@ -9,13 +9,11 @@ from postcopy.dump_side import (
     descriptors,
     edges,
     epoll,
-    filesystem,
     inet_sockets,
     inotify,
     limits,
     lineage,
     memory,
-    namespaces,
     seccomp,
     signals,
     threads,
@@ -25,12 +23,12 @@ from postcopy.dump_side import (
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
+from postcopy.dump_side.looks import Look, Looker
 from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
 from postcopy.errors import DumpError, ProblemsError
-from postcopy.kernel import procfs
 from postcopy.kernel.executor import Answers
 from postcopy.state import FileIdentity, Process, Tree
 
@@ -40,6 +38,7 @@ Sleepers = dict[int, Observation]
 def collect(
     frozen: FrozenTree,
     smaps: SmapsReader,
+    looker: Looker,
     trusted: Trusted,
     sleepers: Sleepers,
     shared: SharedObjects,
@@ -48,9 +47,9 @@ def collect(
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
-    ``smaps`` reads meanwhile, and is to verify in the end; ``sleepers`` were observed before the freeze. The memory
-    that its processes may share is added to ``shared``, which must stay open as long as its content is needed. Each TCP
-    socket is made silent by ``silence`` before it is looked at.
+    ``smaps`` reads meanwhile, and is to verify in the end; ``looker`` looks at each process; ``sleepers`` were observed
+    before the freeze. The memory that its processes may share is added to ``shared``, which must stay open as long as
+    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -58,13 +57,20 @@ def collect(
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
-        return _collect(frozen, smaps, trusted, sleepers, shared, table)
+        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table)
 
 
 def _collect(
-    frozen: FrozenTree, smaps: SmapsReader, trusted: Trusted, sleepers: Sleepers, shared: SharedObjects, table: Table
+    frozen: FrozenTree,
+    smaps: SmapsReader,
+    looker: Looker,
+    trusted: Trusted,
+    sleepers: Sleepers,
+    shared: SharedObjects,
+    table: Table,
 ) -> Tree:
     stopped_at = clocks.now(frozen.root.pid)
+    looker.ask(frozen.faces, frozen.root.face)
     problems: list[str] = []
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     tids = {each.pid: [thread.status["NSpid"] for thread in each.threads] for each in frozen.processes}
@@ -88,10 +94,13 @@ def _collect(
     checked: memory.Checked = {}
     stops = lineage.Stops(kin, frozen.processes)
     for each in frozen.processes:
-        state, layout = _process(each, len(processes), smaps, table, kin, sharing, stops, sleepers, checked)
+        look = looker.result()
+        state, layout = _process(each, look, len(processes), smaps, table, kin, sharing, stops, sleepers, checked)
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
+    # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
+    smaps.begin_those_foreseen()
     problems += shared.problems(set(frozen.faces), trusted.memory)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
@@ -119,6 +128,7 @@ def _check_death_signals(state: Process, parent_thread: int | None, frozen: Froz
 
 def _process(
     frozen: Frozen,
+    look: Look,
     space: int,
     smaps: SmapsReader,
     table: Table,
@@ -130,24 +140,16 @@ def _process(
 ) -> tuple[Process, memory.Layout]:
     """The state of one process, and its layout."""
     pid = frozen.face
-    problems = [*lineage.problems(pid, frozen=True), *timers.problems(pid), *seccomp.problems_of_frozen(frozen.threads)]
+    problems = [*look.problems, *seccomp.problems_of_frozen(frozen.threads)]
     # It may have been born since the survey.
-    problems += [*namespaces.problems_of_member(pid, kin.face(kin.root)), *kin.problems_of(frozen.pid)]
-    places = filesystem.collect(pid, problems)
-    apart = lineage.with_places_of_their_own(pid, [thread.tid for thread in frozen.threads], problems)
-    places_apart = {tid: filesystem.collect(tid, problems) for tid in apart}
-    maps = procfs.read(pid, "maps")
-    known = smaps.foresee(pid, maps)
-    if known is None:
-        smaps.begin(pid)
-    lines = list(procfs.parse_maps(maps)) if known is None else known.lines
-    boot_set = [a for thread in frozen.threads for a in threads.boot_set(thread)]
-    pages = memory.scan(frozen.pagemap, lines, boot_set)
-    vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
-    vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
+    problems += kin.problems_of(frozen.pid)
+    known = smaps.foresee(pid) if not look.maps else None
     if known is None:
         # Before the executors have memory of their own in the process, which is not to be found in the layout.
-        lines = smaps.result(pid)
+        smaps.begin(pid)
+    lines = smaps.result(pid) if known is None else known.lines
+    vdso_range = next((range(line.start, line.end) for line in lines if line.name == "[vdso]"), range(0))
+    vdso = frozen.memory.read(vdso_range.start, len(vdso_range))
     if known is not None and not known.layout.has_objects:
         layout = known.layout
     else:
@@ -155,8 +157,9 @@ def _process(
     problems += layout.problems
     if problems:
         raise ProblemsError(problems, f"process {pid} cannot be moved any more")
+    boot_set = [address for thread in frozen.threads for address in threads.boot_set(thread)]
     table.shared.add_boot_set(layout.vmas, boot_set)
-    pages = memory.keep_together(pages, layout)
+    pages = memory.keep_together(memory.with_boot_set(look.pages, boot_set), layout)
     with frozen.executors(vdso_range) as executors:
         asked = [(executor, executor.batch()) for executor in executors]
         leaders = asked[0][1]
@@ -173,14 +176,16 @@ def _process(
         if pid in table.slots:
             edges.find(table, pid, executors[0])
         locks = memory.future_locks(frozen)
-    if known is not None:
-        # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
-        smaps.begin(pid)
     leader = answers[0]
     stops.answered(frozen.pid, leader)
     found_threads = [
         question.answered(
-            answer, pid, thread, sleepers.get(thread.tid), frozen.memory, kin.number(thread.status["NSpid"])
+            answer,
+            look.threads[thread.tid],
+            thread,
+            sleepers.get(thread.tid),
+            frozen.memory,
+            kin.number(thread.status["NSpid"]),
         )
         for question, answer, thread in zip(about_threads, answers, frozen.threads, strict=True)
     ]
@@ -195,16 +200,16 @@ def _process(
         threads=[
             *filter(None, [ended]),
             *(
-                replace(t, pending=timers.without_raised(t.pending, found_timers), filesystem=places_apart.get(own.tid))
+                replace(t, pending=timers.without_raised(t.pending, found_timers), filesystem=look.apart.get(own.tid))
                 for t, own in zip(found_threads, frozen.threads, strict=True)
             ),
         ],
-        memory=memory.collect(pid, layout, pages, about_memory.answered(leader), vdso, locks),
+        memory=memory.collect(look.memory, layout, pages, about_memory.answered(leader), vdso, locks),
         signals=replace(found_signals, pending=timers.without_raised(found_signals.pending, found_timers)),
         timers=found_timers,
         limits=about_limits.answered(leader),
-        filesystem=places,
-        attributes=about_attributes.answered(leader, pid),
+        filesystem=look.places,
+        attributes=about_attributes.answered(leader, look.attributes),
         lineage=kin.lineage(frozen.pid),
         slots=table.slots.get(pid, []),
         stopped_by=frozen.stopped_by,

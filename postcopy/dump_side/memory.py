@@ -25,6 +25,7 @@ from postcopy.state import FileIdentity, MappedFile, Memory, Vma
 
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 _LARGE = 4 << 20  # bytes
+_MM_FIELDS = (*range(26, 29), *range(45, 52))
 _KERNEL_MAPPINGS = {"[vdso]": "vdso", "[vvar]": "vvar", "[vvar_vclock]": "vvar"}
 _CARRIED_FLAGS = frozenset({"ac", "gd", "sr", "rr", "dc", "wf", "dd", "hg", "nh", "mg", "nr", "lo"})
 _REFUSED_FLAGS = {
@@ -227,8 +228,8 @@ class Pages:
     guards: PageRanges
 
 
-def scan(pagemap: Pagemap, lines: Sequence[MapsLine], boot_set: Iterable[int]) -> Pages:
-    """Walk the page tables of a frozen process. ``boot_set``: addresses whose pages are sent along.
+def scan(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Pages:
+    """Walk the page tables of a frozen process.
 
     Missing-mode userfaultfd covers private anonymous memory; of private mappings of files the copied pages are sent.
     """
@@ -243,14 +244,17 @@ def scan(pagemap: Pagemap, lines: Sequence[MapsLine], boot_set: Iterable[int]) -
             copied.append(place)
         elif not line.inode and not region.categories & PAGE_IS_PFNZERO:
             anonymous.append(place)
-    existing = PageRanges.from_pairs(anonymous)
-    pages = {page_down(address) for address in boot_set}
-    boot = PageRanges.from_pairs(sorted((page, page + PAGE_SIZE) for page in pages if existing.contains(page)))
     return Pages(
-        lazy=existing.subtract(boot),
-        sent=PageRanges.from_pairs(sorted([*copied, *((r.start, r.end) for r in boot)])),
+        lazy=PageRanges.from_pairs(anonymous),
+        sent=PageRanges.from_pairs(copied),
         guards=PageRanges.from_pairs(guards),
     )
+
+
+def with_boot_set(pages: Pages, boot_set: Iterable[int]) -> Pages:
+    """Send the pages of these addresses along."""
+    wanted = {page_down(address) for address in boot_set}
+    return _sent_too(pages, PageRanges.from_pairs((p, p + PAGE_SIZE) for p in wanted if pages.lazy.contains(p)))
 
 
 def _private_regions(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Iterator[tuple[MapsLine, PageRegion]]:
@@ -297,9 +301,12 @@ def keep_together(pages: Pages, found: Layout) -> Pages:
     wiped = PageRanges.from_pairs([(vma.start, vma.end) for vma in found.vmas if "wf" in vma.flags])
     if not wiped.total_pages:
         return pages
-    left = pages.lazy.subtract(wiped)
-    sent = [(r.start, r.end) for r in (*pages.sent, *pages.lazy.subtract(left))]
-    return Pages(left, PageRanges.from_pairs(sorted(sent)), pages.guards)
+    return _sent_too(pages, pages.lazy.subtract(pages.lazy.subtract(wiped)))
+
+
+def _sent_too(pages: Pages, more: PageRanges) -> Pages:
+    sent = [(r.start, r.end) for r in (*pages.sent, *more)]
+    return Pages(pages.lazy.subtract(more), PageRanges.from_pairs(sent), pages.guards)
 
 
 @dataclass
@@ -333,26 +340,41 @@ def _locked(status: dict[str, str]) -> int:
     return int(status["VmLck"].split()[0]) * 1024
 
 
-def collect(pid: int, found: Layout, pages: Pages, brk: int, vdso: bytes, locks: int) -> Memory:
-    """Everything of a frozen process's memory but its lazy pages."""
-    stat_fields = [0, *(int(word) if word.lstrip("-").isdigit() else 0 for word in procfs.stat(pid)[1:])]
+@dataclass(frozen=True)
+class Seen:
+    """The mm fields as ``/proc`` tells them; ``places``: those of ``stat``, by their numbers (proc_pid_stat(5))."""
+
+    exe: str
+    auxv: bytes
+    places: dict[int, int]
+
+
+def see(pid: int) -> Seen:
+    """Those of a process. Raises OSError."""
+    fields = procfs.stat(pid)
+    return Seen(procfs.link(pid, "exe"), procfs.read(pid, "auxv"), {at: int(fields[at]) for at in _MM_FIELDS})
+
+
+def collect(seen: Seen, found: Layout, pages: Pages, brk: int, vdso: bytes, locks: int) -> Memory:
+    """Everything of a process's memory but its lazy pages."""
+    places = seen.places
     return Memory(
         vmas=found.vmas,
         files=found.files,
-        exe=procfs.link(pid, "exe"),
-        start_code=stat_fields[26],
-        end_code=stat_fields[27],
-        start_stack=stat_fields[28],
-        start_data=stat_fields[45],
-        end_data=stat_fields[46],
-        start_brk=stat_fields[47],
-        arg_start=stat_fields[48],
-        arg_end=stat_fields[49],
-        env_start=stat_fields[50],
-        env_end=stat_fields[51],
+        exe=seen.exe,
+        start_code=places[26],
+        end_code=places[27],
+        start_stack=places[28],
+        start_data=places[45],
+        end_data=places[46],
+        start_brk=places[47],
+        arg_start=places[48],
+        arg_end=places[49],
+        env_start=places[50],
+        env_end=places[51],
         brk=brk,
         future_locks=locks,
-        auxv=procfs.read(pid, "auxv"),
+        auxv=seen.auxv,
         vdso=vdso,
         sent=pages.sent.pack(),
         lazy=pages.lazy.pack(),

@@ -6,12 +6,12 @@ from postcopy.kernel import sched_attr
 from postcopy.state import Scheduling
 
 
-def collect(tid: int, timer_slack: int) -> Scheduling:
-    """From outside of the thread; ``timer_slack`` (ns) as the thread itself told it."""
+def collect(tid: int) -> Scheduling:
+    """From outside of the thread, which alone can tell its timer slack. Raises OSError."""
     return Scheduling(
         attributes=sched_attr.getattr(tid),
         nice=os.getpriority(os.PRIO_PROCESS, tid),
         affinity=sorted(os.sched_getaffinity(tid)),
         io_priority=sched_attr.io_priority(tid),
-        timer_slack=timer_slack,
+        timer_slack=0,
     )

@@ -33,7 +33,7 @@ def draw(
         if procfs.stat(face)[3] in "TtZX":
             return Draft()
         layout = known[face].layout
-        found = memory.collect(face, layout, _NO_PAGES, 0, vdso, 0)
+        found = memory.collect(memory.see(face), layout, _NO_PAGES, 0, vdso, 0)
         sketches.append(
             Sketch(
                 pid=kin.common(pid),

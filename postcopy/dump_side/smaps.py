@@ -23,9 +23,13 @@ _ANSWER = struct.Struct("=QQ?")
 
 @dataclass(frozen=True)
 class Known:
-    """The mappings of a process as they once were: what ``maps`` says, the same with flags, the layout made of that."""
+    """The mappings of a process as they once were: what ``maps`` says, the same with flags, the layout made of that.
+
+    ``told``: see `procfs.layout_in_smaps`.
+    """
 
     maps: bytes
+    told: Sequence[bytes]
     lines: Sequence[MapsLine]
     layout: Layout
 
@@ -34,7 +38,8 @@ def look(pid: int, shared: SharedObjects, checked: Checked) -> Known:
     """Read and judge the mappings of a process, as `memory.layout`. Raises OSError."""
     content = procfs.read(pid, "smaps")
     lines = list(procfs.parse_smaps(content))
-    return Known(procfs.maps_in_smaps(content), lines, layout(pid, shared, lines, checked))
+    maps, told = procfs.maps_in_smaps(content), procfs.layout_in_smaps(content)
+    return Known(maps, told, lines, layout(pid, shared, lines, checked))
 
 
 class SmapsReader:
@@ -56,7 +61,7 @@ class SmapsReader:
                 while words := asked.read(_ASKED.size):
                     (pid,) = _ASKED.unpack(words)
                     content = procfs.read(pid, "smaps")
-                    same = pid in known and list(procfs.parse_smaps(content)) == known[pid].lines
+                    same = pid in known and procfs.layout_in_smaps(content) == known[pid].told
                     content = b"" if same else content
                     stream.write(_ANSWER.pack(pid, len(content), same) + content)
                     stream.flush()
@@ -66,13 +71,15 @@ class SmapsReader:
         os.close(answers_write)
         self._stream = open(self._answers, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def foresee(self, pid: int, maps: bytes) -> Known | None:
-        """The mappings of a frozen process as they were known, if ``maps`` says so still; to be `verify`-ed."""
-        known = self._known.get(pid)
-        if known is None or known.maps != maps:
-            return None
+    def foresee(self, pid: int) -> Known:
+        """The mappings of a frozen process as they were known, where ``maps`` says so still; to be `verify`-ed."""
         self._foreseen.append(pid)
-        return known
+        return self._known[pid]
+
+    def begin_those_foreseen(self) -> None:
+        """Let it read now, of all these."""
+        for pid in self._foreseen:
+            self.begin(pid)
 
     def begin(self, pid: int) -> None:
         """Let it read now, of this process."""

@@ -17,9 +17,23 @@ from postcopy.kernel.prctl import (
     PR_GET_TIMERSLACK,
 )
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.state import Credentials, Rseq, Seccomp, Thread
+from postcopy.state import Credentials, Rseq, Scheduling, Seccomp, Thread
 
 _STACK_T_SIZE = 24
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be seen of a thread from outside; the timer slack is not among it."""
+
+    name: bytes
+    scheduling: Scheduling
+
+
+def see(pid: int, tid: int) -> Seen:
+    """That of a thread. Raises OSError."""
+    name = procfs.read(pid, f"task/{tid}/comm").removesuffix(b"\n")
+    return Seen(name, scheduling.collect(tid))
 
 
 @dataclass
@@ -50,7 +64,7 @@ class Question:
     def answered(
         self,
         answers: Answers,
-        pid: int,
+        look: Seen,
         frozen: FrozenThread,
         seen: Observation | None,
         memory: ProcessMemory,
@@ -60,7 +74,7 @@ class Question:
         head, size = _robust_list(frozen.tid)
         return Thread(
             tid=tid,
-            name=procfs.read(pid, f"task/{frozen.tid}/comm").removesuffix(b"\n"),
+            name=look.name,
             registers=frozen.registers.pack(),
             xstate=ptrace.get_xstate(frozen.tid),
             signal_mask=frozen.signal_mask,
@@ -74,7 +88,7 @@ class Question:
             parent_death_signal=int.from_bytes(answers.read(self.death_signal, 4), "little"),
             credentials=Credentials.from_status(frozen.status, answers.value(self.securebits)),
             seccomp=seccomp.collect(frozen.tid, frozen.status),
-            scheduling=scheduling.collect(frozen.tid, answers.value(self.timer_slack)),
+            scheduling=replace(look.scheduling, timer_slack=answers.value(self.timer_slack)),
         )
 
 

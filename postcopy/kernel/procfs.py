@@ -259,6 +259,11 @@ def maps_in_smaps(content: bytes) -> bytes:
     return b"".join(_MAPS_LINES.findall(content))
 
 
+def layout_in_smaps(content: bytes) -> list[bytes]:
+    """All lines of ``smaps`` but those that count pages."""
+    return _LAYOUT_LINES.findall(content)
+
+
 def parse_smaps(content: bytes) -> Iterator[MapsLine]:
     """The vmas by address, with flags; from ``smaps``, for which the kernel walks the page tables."""
     return (_vma(*match.groups()) for match in _SMAPS.finditer(content))
@@ -290,6 +295,7 @@ def _vma(
 
 
 _MAPS_LINES = re.compile(rb"^[0-9a-f]+-[^\n]*\n", re.MULTILINE)
+_LAYOUT_LINES = re.compile(rb"^(?:[0-9a-f]+-|VmFlags:|ProtectionKey:)[^\n]*\n", re.MULTILINE)
 _SMAPS = re.compile(
     rb"^" + _MAPS.pattern + rb"\n(?:[A-Z][^\n]*\n)*?(?:ProtectionKey: *(\d+)\n)?VmFlags: ([^\n]*)$", re.MULTILINE
 )
