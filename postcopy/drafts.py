@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Pid, Unsigned
-from postcopy.state import Draft, Manifest, MappedFile, Memory, Tree, Vma
+from postcopy.state import Draft, FileIdentity, MappedFile, Memory, Tree, Vma
 
 T = TypeVar("T")
 
@@ -31,14 +31,14 @@ class State:
     files: list[Unsigned]
 
 
-def shorten(tree: Tree, draft: Draft, manifest: Manifest) -> State:
-    """Leave out what ``tree`` has from ``draft`` and ``manifest``."""
+def shorten(tree: Tree, draft: Draft, announced: list[FileIdentity]) -> State:
+    """Leave out what ``tree`` has from ``draft``, and the files that the manifest has ``announced``."""
     sketches = {sketch.pid: sketch for sketch in draft.processes}
     drafted = [(each, sketches[each.pid]) for each in tree.processes if each.pid in sketches]
     laid_out = {each.pid for each, sketch in drafted if _same(each.memory, sketch.memory)}
     tables = {each.pid for each, sketch in drafted if each.slots == sketch.slots}
     descriptions, numbers = _parted(tree.descriptors.descriptions, draft.descriptions)
-    files, places = _parted(tree.files, manifest.files)
+    files, places = _parted(tree.files, announced)
     processes = [
         replace(
             each,
@@ -53,7 +53,7 @@ def shorten(tree: Tree, draft: Draft, manifest: Manifest) -> State:
     return State(short, list(laid_out), list(tables), numbers, places)
 
 
-def complete(state: State, draft: Draft, manifest: Manifest) -> Tree:
+def complete(state: State, draft: Draft, announced: list[FileIdentity]) -> Tree:
     """Put back what was left out. Raises ProtocolError where nobody has said it."""
     sketches = {sketch.pid: sketch for sketch in draft.processes}
     laid_out, tables = set(state.laid_out), set(state.tables)
@@ -69,7 +69,7 @@ def complete(state: State, draft: Draft, manifest: Manifest) -> Tree:
     ]
     found = state.tree.descriptors
     descriptions = _joined("descriptions", state.descriptions, draft.descriptions, found.descriptions)
-    files = _joined("files", state.files, manifest.files, state.tree.files)
+    files = _joined("files", state.files, announced, state.tree.files)
     return replace(state.tree, processes=processes, descriptors=replace(found, descriptions=descriptions), files=files)
 
 

@@ -18,7 +18,7 @@ from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
 from postcopy.sent_pages import SentPages
-from postcopy.state import Clocks, Draft, Manifest, Tree
+from postcopy.state import Clocks, Draft, FileIdentity, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
@@ -54,13 +54,13 @@ class Giving:
         self._boot_bytes = 0
         self._resumed_at = 0
         self._draft = Draft()
-        self._manifest: Manifest | None = None
+        self._announced: list[FileIdentity] = []
         self.control = channels.control
 
     def agree(self, manifest: Manifest, clocks: Clocks, checkpoint: bytes = b"") -> bool:
         """Let the destination check everything that can be checked; whether it has the state of ``checkpoint``."""
         with self.in_time("waiting for the destination to prepare"):
-            self._manifest = manifest
+            self._announced = manifest.files
             self.control.send(Kind.MANIFEST, control.Offer(manifest, clocks, checkpoint))
             _, body = self.control.receive({Kind.PREPARED: control.Prepared, Kind.PROBLEMS: control.Problems})
         if isinstance(body, control.Problems):
@@ -79,8 +79,7 @@ class Giving:
 
     def send_state(self, tree: Tree, read_pages: Callable[[], SentPages]) -> None:
         """The state, and the pages that travel with it, which are read while the destination looks at the state."""
-        assert self._manifest is not None
-        self.control.send(Kind.STATE, shorten(tree, self._draft, self._manifest))
+        self.control.send(Kind.STATE, shorten(tree, self._draft, self._announced))
         with contextlib.closing(read_pages()) as pages:
             self.control.send_pages(pages)
             self._boot_bytes = len(pages.content)

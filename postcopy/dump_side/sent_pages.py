@@ -30,7 +30,7 @@ def _frames(spaces: Sequence[Space], pagemaps: Mapping[int, Pagemap]) -> _Frames
     if len(pagemaps) > 1:
         for space in spaces:
             if pagemap := pagemaps.get(space.number):
-                found[space.number] = [f for r in space.sent for f in pagemap.frames(r.start, r.pages)]
+                found[space.number] = pagemap.frames_of(space.sent)
     return found
 
 

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import struct
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -160,9 +160,7 @@ class _Builder:
             yield from self._groundwork.lay_out(self._state.memory, bool(self._state.table_of), size)
         self._allow_descriptors()
         self._install()
-        rest = yield from self._run_memory(pages)
-        memory.write_pages(rest, pages, self._newborn.memory)
-        yield from self._run_leader()
+        yield from self._run_first(pages)
 
     def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
         """What has to do with the files of other processes."""
@@ -245,24 +243,17 @@ class _Builder:
 
     # -- the batches --------------------------------------------------------------------------------------------------
 
-    def _run_memory(self, pages: SentPages) -> Generator[None, None, list[tuple[int, range]]]:
-        """Complete the layout; gives the pages that are still to be written."""
-        ground = self._groundwork
+    def _run_first(self, pages: SentPages) -> Iterator[None]:
+        """Complete the layout and make the threads."""
+        ground, state, leader = self._groundwork, self._state, self._executors[0]
         assert ground.laid_out is not None
-        batch = self._executors[0].batch()
+        batch = leader.batch()
         ground.clear_table(batch)
-        attributes.log_in(self._state.attributes, batch, ground.first_fd)
+        attributes.log_in(state.attributes, batch, ground.first_fd)
         rest = memory.complete(
-            ground.laid_out, self._state.memory, pages, self._shared.memory, batch, LENDER_AT, ground.first_fd
+            ground.laid_out, state.memory, pages, self._shared.memory, batch, LENDER_AT, ground.first_fd
         )
         ground.open_gaps(batch)
-        answers = yield from self._run(batch)
-        memory.check_pages(batch, answers)
-        return rest
-
-    def _run_leader(self) -> Iterator[None]:
-        state, leader = self._state, self._executors[0]
-        batch = leader.batch()
         attributes.rebuild(state.attributes, batch)
         attributes.register(state.attributes, batch)
         if state.memory.future_locks:
@@ -270,6 +261,8 @@ class _Builder:
         threads.ask_for(state.threads[1:], self._nesting, batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = yield from self._run(batch)
+        memory.check_pages(batch, answers)
+        memory.write_pages(rest, pages, self._newborn.memory)
         self._welcome(leader.born)
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
@@ -328,19 +321,28 @@ class _Builder:
                 limits.rebuild(self._state.limits, batch)
             threads.rebuild(thread, self._own(thread.tid), self._current, self._parent_stays, batch)
             batches.append(batch)
+        alone = len(batches) == 1 and not timers.reads_clocks(self._state.timers)
+        if alone:
+            self._add_last({}, batches[0])
         for executor, batch in zip(self._executors, batches, strict=True):
             executor.start(batch)
         yield
         for executor in self._executors:
             self._checked(executor.finish())
+        if alone:
+            return
         # The change of any thread's ids resets what the whole process shares.
         asking = self._executors[0].batch()
         clocks = timers.Clocks(self._state.timers, asking)
-        now = clocks.now(self._call(asking)) if asking.calls else {}
+        now = clocks.now(self._call(asking))
         last = self._executors[0].batch()
-        attributes.rebuild_last(self._state.attributes, last)
-        timers.rebuild(self._state.timers, self._nesting, now, last)
+        self._add_last(now, last)
         yield from self._run(last)
+
+    def _add_last(self, now: Mapping[int, int], batch: Batch) -> None:
+        """What comes after all ids have changed. ``now``: the clocks of raised timers."""
+        attributes.rebuild_last(self._state.attributes, batch)
+        timers.rebuild(self._state.timers, self._nesting, now, batch)
 
     def _confine(self) -> None:
         """Put the threads under seccomp, which does nothing yet as long as they are traced."""

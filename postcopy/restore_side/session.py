@@ -271,7 +271,7 @@ class _Takeover:
         else:
             _warm_up()
             with deadline(self._options.timeout, "waiting for the state of the process"):
-                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft, self._manifest)
+                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft, self._manifest.files)
                 soundness.check(tree, self._manifest, known_parts(self._draft))
                 pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
         self._reporter.event("received", boot_bytes=len(pages.content))

@@ -45,7 +45,7 @@ class Clocks:
 
     def __init__(self, state: Timers, batch: Batch) -> None:
         """Add the calls that read them."""
-        clocks = {timer.clock for timer in state.posix if timer.raised and timer.clock >= 0}
+        clocks = {timer.clock for timer in state.posix if _is_read(timer)}
         self._rooms = {clock: batch.room(_TIMESPEC.size) for clock in clocks}
         for clock, room in self._rooms.items():
             batch.add(call("clock_gettime", clock, room), f"reading clock {clock}")
@@ -53,6 +53,15 @@ class Clocks:
     def now(self, answers: Answers) -> dict[int, int]:
         """Nanoseconds by clock."""
         return {c: _nanoseconds(*_TIMESPEC.unpack(answers.read(r, _TIMESPEC.size))) for c, r in self._rooms.items()}
+
+
+def reads_clocks(state: Timers) -> bool:
+    """Whether setting them takes the time of any of their clocks."""
+    return any(map(_is_read, state.posix))
+
+
+def _is_read(timer: PosixTimer) -> bool:
+    return timer.raised and timer.clock >= 0
 
 
 def create_by_id(timers: list[PosixTimer], nesting: Nesting, batch: Batch) -> None:
