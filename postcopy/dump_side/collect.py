@@ -34,6 +34,9 @@ from postcopy.state import FileIdentity, Process, Tree
 
 Sleepers = dict[int, Observation]
 
+# Fewer are asked sooner than another process of ours has told of them.
+_MANY_SOCKETS = 32
+
 
 def collect(
     frozen: FrozenTree,
@@ -70,7 +73,6 @@ def _collect(
     table: Table,
 ) -> Tree:
     stopped_at = clocks.now(frozen.root.pid)
-    looker.ask(frozen.faces, frozen.root.face)
     problems: list[str] = []
     statuses = {each.pid: each.threads[0].status for each in frozen.processes}
     tids = {each.pid: [thread.status["NSpid"] for thread in each.threads] for each in frozen.processes}
@@ -80,8 +82,14 @@ def _collect(
     sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)))
     problems += [*sharing.problems, *kin.problems(sharing)]
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
-    for each in [each for each in frozen.processes if each.pid not in sharing.tables]:
+    owners = [each for each in frozen.processes if each.pid not in sharing.tables]
+    for each in owners:
+        if trusted.sockets.get(each.face, 0) >= _MANY_SOCKETS:
+            table.asked[each.face] = looker.ask_for_sockets(each.face)
+    looker.ask(frozen.faces, frozen.root.face)
+    for each in owners:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)
+        table.asked_no_more(each.face)
     inet_sockets.check_loops(table, problems)
     descriptors.collect_in_flight(table, problems)
     epoll.complete(table, problems)

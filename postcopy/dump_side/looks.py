@@ -1,25 +1,32 @@
 """What can be seen of a frozen process without its help, by a process of ours: meanwhile it is asked for the rest."""
 
+import contextlib
 import os
 import pickle
+import socket
+import stat
 import struct
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
 
 from postcopy import roles
 from postcopy.dump_side import attributes, filesystem, lineage, memory, namespaces, threads, timers
 from postcopy.dump_side.smaps import Known
 from postcopy.errors import DumpError
-from postcopy.kernel import procfs
+from postcopy.kernel import pidfd, procfs, socket_options
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.sched import scheduling
 from postcopy.state import Filesystem
 
+# A process and the root to look at; or a process alone, whose sockets are to be looked at.
 _ASKED = struct.Struct("=QQ")
 _LENGTH = struct.Struct("=Q")
 # So many processes are looked at before they are wanted; what asks for them always fits into a pipe.
 _AHEAD = 64
+_SOCKETS_AT_ONCE = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,28 @@ def look(pid: int, root: int, known: Mapping[int, Known]) -> Look:
     )
 
 
+def _look_at_sockets(pid: int) -> Iterator[list[tuple[int, socket_options.Told]]]:
+    """What the options of the sockets of a process tell, in the order of their numbers, some at a time; in the end
+    nothing. What cannot be read so is left out."""
+    process = pidfd.of_task(pid)
+    try:
+        found = []
+        for fd in procfs.descriptors(pid):
+            with contextlib.suppress(OSError):
+                if not stat.S_ISSOCK(os.stat(f"/proc/{pid}/fd/{fd}").st_mode):
+                    continue
+                with socket.socket(fileno=pidfd.getfd(process, fd)) as own:
+                    found.append((fd, socket_options.told(own)))
+            if len(found) == _SOCKETS_AT_ONCE:
+                yield found
+                found = []
+        if found:
+            yield found
+        yield []
+    finally:
+        os.close(process)
+
+
 class Looker:
     """A process that looks at the processes of a tree, some ahead of who asks for them."""
 
@@ -84,22 +113,31 @@ class Looker:
             scheduling(nice=-20)
             with open(asked_read, "rb") as questions, open(found_write, "wb") as answers:
                 while words := questions.read(_ASKED.size):
-                    answer: object
+                    pid, root = _ASKED.unpack(words)
+                    found: Iterable[object] = _look_at_sockets(pid) if not root else [look(pid, root, known)]
                     try:
-                        pid, root = _ASKED.unpack(words)
-                        answer = look(pid, root, known)
+                        for each in found:
+                            _send(answers, each)
                     except (OSError, LookupError, ValueError) as error:
                         # Of a process that has just been killed anything may be read.
-                        answer = error
-                    # Nobody but us, who have forked it, writes into this pipe.
-                    packed = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
-                    answers.write(_LENGTH.pack(len(packed)) + packed)
-                    answers.flush()
+                        _send(answers, error)
 
         self._role = roles.start("postcopy-look", body, dies_with_parent=True)
         os.close(asked_read)
         os.close(found_write)
         self._answers = open(self._found, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
+
+    def ask_for_sockets(self, pid: int) -> Iterator[tuple[int, socket_options.Told]]:
+        """Of the sockets of a process, in the order of their numbers, what its options tell; before `ask`. Each has
+        then been read.
+        """
+        os.write(self._asking, _ASKED.pack(pid, 0))
+
+        def answers() -> Iterator[tuple[int, socket_options.Told]]:
+            while found := self._receive(list):
+                yield from found
+
+        return answers()
 
     def ask(self, pids: Iterable[int], root: int) -> None:
         """Of these processes, in their order, `result` will tell; all by the threads that show them (`procfs.face`)."""
@@ -113,12 +151,16 @@ class Looker:
 
     def result(self) -> Look:
         """That of the next one. Raises what `look` does, and DumpError when it cannot look any more."""
+        answer = self._receive(Look)
+        self._ask_next()
+        return answer
+
+    def _receive(self, kind: type[T]) -> T:
         header = self._answers.read(_LENGTH.size)
         answer = pickle.loads(self._answers.read(*_LENGTH.unpack(header))) if header else None
-        self._ask_next()
         if isinstance(answer, Exception):
             raise answer
-        if not isinstance(answer, Look):
+        if not isinstance(answer, kind):
             raise DumpError("the processes cannot be looked at")
         return answer
 
@@ -128,3 +170,10 @@ class Looker:
         os.close(self._asking)
         self._answers.close()
         os.close(self._found)
+
+
+def _send(stream: BinaryIO, answer: object) -> None:
+    # Nobody but us, who have forked it, writes into this pipe.
+    packed = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+    stream.write(_LENGTH.pack(len(packed)) + packed)
+    stream.flush()

@@ -13,6 +13,7 @@ from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
 from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
+from postcopy.kernel.socket_options import Told
 from postcopy.open_kinds import Inotify
 from postcopy.socket_kinds import SocketOption, UnixName
 from postcopy.state import Description, Descriptors, Draft, FileIdentity, Slot
@@ -99,11 +100,18 @@ class Opened:
         # The first two lines are those of every kind (fs/proc/fd.c).
         flags = int(lines[1].partition(":")[2], 8)
         found = _still_there(known, lines) if known is not None else None
+        status = found or entries.stat(fd)
+        if known is not None and found is not None:
+            link = known.path
+        elif stat.S_ISSOCK(status.st_mode) and known is None:
+            link = f"socket:[{status.st_ino}]"
+        else:
+            link = entries.link(fd)
         return cls(
             pid=pid,
             fd=fd,
-            link=known.path if known is not None and found is not None else entries.link(fd),
-            stat=found or entries.stat(fd),
+            link=link,
+            stat=status,
             flags=flags & ~_NOT_OPENED_WITH,
             close_on_exec=bool(flags & os.O_CLOEXEC),
             asynchronous=bool(flags & FASYNC),
@@ -187,7 +195,7 @@ def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | No
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
     memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
-    what has been seen of the tree."""
+    what has been seen of the tree; ``sockets``: how many each process has."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
@@ -195,6 +203,7 @@ class Trusted:
     known: Mapping[int, Known] = field(default_factory=dict)
     remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
     draft: Draft = field(default_factory=Draft)
+    sockets: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -215,7 +224,7 @@ class Table:
     ``watched_ghosts``: inotify instances with watches of what has no name: of each its device and inode.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
-    ``level``: see `pid_namespaces.level`.
+    ``asked``: by process, what its sockets tell. ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -247,6 +256,7 @@ class Table:
     loops: list[tuple[bytes, bytes]] = field(default_factory=list)
     socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     socket_options: dict[tuple[object, object], list[SocketOption]] = field(default_factory=dict)
+    asked: dict[int, Iterator[tuple[int, Told]]] = field(default_factory=dict)
     carrying: list[int] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     unix_names: list[UnixName] = field(default_factory=list)
@@ -260,6 +270,21 @@ class Table:
         """Give back the descriptors that have been received by looking."""
         while self.received:
             os.close(self.received.pop())
+
+    def told_of_socket(self, fd: int) -> Told | None:
+        """What the socket under this number in the process whose table is being collected has told, if it was asked
+        for. They are asked for in the order of their numbers.
+        """
+        for number, told in self.asked.get(self.pid, ()):
+            if number >= fd:
+                # In a frozen process none can be passed over, but those that tell nothing.
+                return told if number == fd else None
+        return None
+
+    def asked_no_more(self, pid: int) -> None:
+        """The table of that process has been collected: what it has been asked for and nobody wants is left."""
+        for _ in self.asked.pop(pid, ()):
+            pass
 
     def unix_diag(self, inode: int) -> sock_diag.UnixDiag | None:
         """What the kernel says of a Unix socket; None where there is none in this network namespace."""

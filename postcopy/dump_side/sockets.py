@@ -55,14 +55,15 @@ def _describe(table: Table, opened: Opened, own: SocketType) -> Description:
 
 
 def _common(table: Table, opened: Opened, own: SocketType) -> Socket:
+    told = table.told_of_socket(opened.fd)
     try:
-        program = socket_options.read_filter(own)
+        told = told or socket_options.told(own)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
         raise Refused(f"{opened.link}: an eBPF program is attached to it, which cannot be moved yet") from None
-    options = _options(table, own)
-    if own.getsockopt(socket_options.SOL_SOCKET, socket_options.SO_LOCK_FILTER):
+    options = _options(table, own, told.values)
+    if told.is_filter_locked:
         raise Refused(f"{opened.link}: its filter is locked (SO_LOCK_FILTER), which cannot be moved yet")
     return Socket(
         family=own.family,
@@ -72,14 +73,13 @@ def _common(table: Table, opened: Opened, own: SocketType) -> Socket:
         nonblocking=bool(opened.flags & os.O_NONBLOCK),
         owner=(opened.stat.st_uid, opened.stat.st_gid),
         options=options,
-        filter=program,
+        filter=told.filter,
     )
 
 
-def _options(table: Table, own: SocketType) -> list[SocketOption]:
+def _options(table: Table, own: SocketType, values: tuple[bytes | None, ...]) -> list[SocketOption]:
     """The options that are not those of a new socket like ``own``. Those of thousands of sockets are often the same."""
     kind = own.family, own.type, own.proto
-    values = socket_options.values(own)
     if (kind, values) not in table.socket_options:
         usual = _defaults(table, kind)
         named = socket_options.named(kind, values).items()

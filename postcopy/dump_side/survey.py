@@ -156,7 +156,15 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         core_dumps=any(lineage.left_core_dump(pid) for pid in descendants),
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
-    return manifest, Trusted(alone, shared.keys, found.table.found_ranks(), found.known, found.table.found, draft)
+    return manifest, Trusted(
+        alone,
+        shared.keys,
+        found.table.found_ranks(),
+        found.known,
+        found.table.found,
+        draft,
+        Counter(found.table.sockets.values()),
+    )
 
 
 @dataclass

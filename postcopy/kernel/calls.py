@@ -138,4 +138,6 @@ class Call(NamedTuple):
 
 def call(name: str, *arguments: int) -> Call:
     """The system call ``name`` with ``arguments``; negative ones are passed as 64-bit two's complement."""
-    return Call(name, NUMBERS[name], tuple([a & 0xFFFF_FFFF_FFFF_FFFF for a in arguments]))
+    if arguments and min(arguments) < 0:
+        arguments = tuple([a & 0xFFFF_FFFF_FFFF_FFFF for a in arguments])
+    return Call(name, NUMBERS[name], arguments)

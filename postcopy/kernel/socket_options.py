@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from socket import SocketType
 
 from postcopy.kernel.calls import NUMBERS
@@ -102,6 +103,20 @@ def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, in
                     fresh.getsockopt(level, name, size)
                     found.append((level, name, size))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a socket tells: see `values`, `read_filter`, SO_LOCK_FILTER."""
+
+    values: tuple[bytes | None, ...]
+    filter: bytes
+    is_filter_locked: bool
+
+
+def told(sock: SocketType) -> Told:
+    """What ``sock`` tells. Raises OSError, see `read_filter`."""
+    return Told(values(sock), read_filter(sock), bool(sock.getsockopt(SOL_SOCKET, SO_LOCK_FILTER)))
 
 
 def values(sock: SocketType) -> tuple[bytes | None, ...]:

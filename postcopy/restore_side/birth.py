@@ -4,18 +4,21 @@ import contextlib
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, refused, syscall
+from postcopy.kernel.prctl import PR_SET_CHILD_SUBREAPER
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.restore_side.root import HERE, Root
 
 _AT_EMPTY_PATH = 0x1000
 _INIT = 1
+_MOST_SECONDS, _BETWEEN_LOOKS = 2.0, 0.0005
 _LENDER = 900  # too high for any other descriptor of ours
 OPTIONS = (
     ptrace.PTRACE_O_TRACESYSGOOD
@@ -65,6 +68,35 @@ def kill(newborns: Iterable[Newborn]) -> None:
             signal.pidfd_send_signal(newborn.pidfd, signal.SIGKILL)
     for newborn in reversed(newborns):
         newborn.kill()
+
+
+def take_back(newborns: Sequence[Newborn]) -> None:
+    """End them and see to it that their PIDs can be had again. Raises RestoreError where that takes too long."""
+    # Who has lost his parent by this is ours to wait for: nobody knows when the host's init does. As long as one of
+    # them is a zombie, the number of its process group is taken, too.
+    _be_subreaper(True)
+    try:
+        kill(newborns)
+        deadline = time.monotonic() + _MOST_SECONDS
+        left = [newborn.pid for newborn in newborns]
+        while left := [pid for pid in left if not _is_gone(pid)]:
+            if time.monotonic() > deadline:
+                raise RestoreError(f"process {left[0]}, which was made too early, does not end")
+            time.sleep(_BETWEEN_LOOKS)
+    finally:
+        _be_subreaper(False)
+        for newborn in newborns:
+            newborn.close()
+
+
+def _is_gone(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+    return not procfs.exists(pid)
+
+
+def _be_subreaper(on: bool) -> None:
+    syscall("becoming a subreaper", NUMBERS["prctl"], PR_SET_CHILD_SUBREAPER, int(on))
 
 
 def give_birth(number: int, mount_namespace: int | None, init: bool = False, root: Root = HERE) -> Newborn:

@@ -37,7 +37,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.restore_side import eager, ptys
 from postcopy.restore_side import manifest as manifests
-from postcopy.restore_side.birth import Newborn, give_birth, kill
+from postcopy.restore_side.birth import Newborn, give_birth, kill, take_back
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
@@ -248,11 +248,10 @@ class _Takeover:
     def _begin_anew(self) -> None:
         """Nothing but a root."""
         assert self._newborn is not None
-        kill({**self._newborns, self._newborn.number: self._newborn}.values())
-        for newborn in self._newborns.values():
-            newborn.close()
+        begun = {**self._newborns, self._newborn.number: self._newborn}
         self._newborns.clear()
-        self._begun = None
+        self._begun, self._newborn = None, None
+        take_back(list(begun.values()))
         self._newborn = self._give_birth()
 
     def _receive_offer(self) -> control.Offer:

@@ -81,6 +81,7 @@ class Workshop:
         }
         self._wanted: dict[tuple[int, int, int], dict[Option, bytes]] = {}
         self._widened: set[int] = set()
+        self._last: tuple[Socket, dict[Option, bytes]] | None = None
         self.batch = plan.batch
 
     def add(self, made: Call, purpose: str) -> None:
@@ -117,6 +118,8 @@ class Workshop:
 
     def given(self, common: Socket) -> dict[Option, bytes]:
         """The options that a socket is to have and a new one here has not."""
+        if self._last is not None and self._last[0] is common:
+            return self._last[1]
         kind = common.family, common.type, common.protocol
         here = _defaults(*kind)
         if kind not in self._wanted:
@@ -124,7 +127,9 @@ class Workshop:
             self._wanted[kind] = {option: value for option, value in usual.items() if here.get(option) != value}
         own = {(each.level, each.name): each.value for each in common.options}
         wanted = {**self._wanted[kind], **own}
-        return {option: value for option, value in wanted.items() if here.get(option) != value}
+        given = {option: value for option, value in wanted.items() if here.get(option) != value}
+        self._last = common, given
+        return given
 
     def value(self, common: Socket, option: Option) -> bytes:
         """An option's value at the source; Raises ValueError where it is not known."""

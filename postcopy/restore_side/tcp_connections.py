@@ -55,6 +55,7 @@ _SEND = 0x40 | 0x4000  # MSG_DONTWAIT, MSG_NOSIGNAL
 OF_A_CONNECTION = frozenset({TCP_MAXSEG, TCP_WINDOW_CLAMP, TCP_FASTOPEN_CONNECT})
 _NOT_NOW = OF_A_CONNECTION | {(SOL_SOCKET, SO_REUSEADDR)}
 _RECEIVE_BUFFER = (SOL_SOCKET, SO_RCVBUF)
+_INT = struct.Struct("=i")
 _AF_UNSPEC = struct.pack("=H14x", socket.AF_UNSPEC)
 _NOBODY = {
     socket.AF_INET: socket_address.pack(socket.AF_INET, ("127.0.0.1", 9)),
@@ -191,16 +192,17 @@ class _Work:
         self._shop = shop
         self._fd = fd
         self._name = name
+        self._what = f"repairing the connection {name}"
 
     def set(self, option: int, value: bytes) -> None:
-        place, what = self._shop.place(value), f"repairing the connection {self._name}"
-        self._shop.add(call("setsockopt", self._fd, SOL_TCP, option, place, len(value)), what)
+        place = self._shop.place(value)
+        self._shop.add(call("setsockopt", self._fd, SOL_TCP, option, place, len(value)), self._what)
 
     def repair(self, how: int) -> None:
-        self.set(TCP_REPAIR, struct.pack("=i", how))
+        self.set(TCP_REPAIR, _INT.pack(how))
 
     def choose(self, queue: int) -> None:
-        self.set(TCP_REPAIR_QUEUE, struct.pack("=i", queue))
+        self.set(TCP_REPAIR_QUEUE, _INT.pack(queue))
 
     def widen(self, option: int, length: int) -> None:
         value = struct.pack("=i", min(2 * length + _SPARE, 1 << 29))
