@@ -79,7 +79,7 @@ def _collect(
     faces = {**dict(zip(frozen.pids, frozen.faces, strict=True)), **{pid: pid for pid in frozen.zombies}}
     kin = lineage.Kin(faces, statuses, frozen.zombies, tids)
     table.level = kin.level
-    sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)))
+    sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)), trusted.orders)
     problems += [*sharing.problems, *kin.problems(sharing)]
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
     owners = [each for each in frozen.processes if each.pid not in sharing.tables]

@@ -19,12 +19,9 @@ from postcopy.kernel.executor import (
     CODE_SIZE,
     ERESTARTNOHAND,
     Executor,
-    last_syscall,
-    lone_syscall,
-    lone_syscall_stub,
+    SingleCall,
     signal_bit,
     stop_signal,
-    untrapped,
 )
 from postcopy.kernel.libc import syscall
 from postcopy.kernel.page import PAGE_SIZE, page_up
@@ -53,6 +50,17 @@ class FrozenThread:
     rseq: ptrace.RseqConfiguration
     group_stop: int
     status: dict[str, str]
+
+    @property
+    def stop(self) -> int:
+        """The signal that stops it after calls of ours."""
+        status = self.status
+        return stop_signal(int(status["SigCgt"], 16), int(status["SigPnd"], 16) | int(status["ShdPnd"], 16))
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """PID and TID as it sees them itself."""
+        return int(self.status["NStgid"].split()[-1]), int(self.status["NSpid"].split()[-1])
 
 
 class Frozen:
@@ -222,56 +230,49 @@ class Frozen:
         covered = self.memory.read(stub, CODE_SIZE)
         size = page_up(_LEADER_ROOM + _THREAD_ROOM * (len(self.threads) - 1))
         leader = self.threads[0]
-        self.memory.write(stub, lone_syscall_stub(leader.signal_mask, leader.registers))
-        swallowed: list[int] = []
-        ptrace.set_registers(leader.tid, untrapped(leader.registers).changed(rip=stub + 2, orig_rax=_ALL))
+        single = SingleCall(leader.tid, stub, leader.stop, leader.inner)
+        self.memory.write(stub, single.stub(leader.signal_mask, leader.registers))
+        ptrace.set_registers(leader.tid, single.healing(leader.registers))
         # First the registers, then the mask: a thread left alone in between heals and takes its mask back.
-        ptrace.set_signal_mask(leader.tid, _ALL)
+        ptrace.set_signal_mask(leader.tid, _ALL & ~signal_bit(leader.stop))
         executors: list[Executor] = []
         arena = 0
         try:
-            base = arena = self._map(stub, size, swallowed)
+            base = arena = self._map(single, size)
             self.arena = range(arena, arena + size)
             for thread in self.threads:
-                own = thread.status
-                stop = stop_signal(int(own["SigCgt"], 16), int(own["SigPnd"], 16) | int(own["ShdPnd"], 16))
-                inner = int(own["NStgid"].split()[-1]), int(own["NSpid"].split()[-1])
                 room = _LEADER_ROOM if thread is leader else _THREAD_ROOM
-                executor = Executor(thread.tid, self.memory, base, room, stop, inner)
+                executor = Executor(thread.tid, self.memory, base, room, thread.stop, thread.inner)
                 executor.install(thread.signal_mask, thread.registers)
                 executors.append(executor)
                 base += room
                 ptrace.set_registers(thread.tid, executor.healing(thread.registers))
-                ptrace.set_signal_mask(thread.tid, _ALL & ~signal_bit(stop))
+                ptrace.set_signal_mask(thread.tid, _ALL & ~signal_bit(thread.stop))
             yield executors
         finally:
             for thread in self.threads[1:]:
                 ptrace.set_signal_mask(thread.tid, thread.signal_mask)
                 ptrace.set_registers(thread.tid, thread.registers)
-            ptrace.set_signal_mask(leader.tid, _ALL)
-            # Without an arena there is nothing to unmap, but the way out is the same.
-            self._made(last_syscall, stub, call("munmap", arena, size) if arena else call("getpid"), swallowed)
+            if arena:
+                self._made(single, call("munmap", arena, size))
             ptrace.set_signal_mask(leader.tid, leader.signal_mask)
             ptrace.set_registers(leader.tid, leader.registers)
             self.memory.write(stub, covered)
-            for number in (*swallowed, *(number for each in executors for number in each.swallowed)):
+            for number in (*single.swallowed, *(number for each in executors for number in each.swallowed)):
                 os.kill(self.pid, number)
 
-    def _map(self, stub: int, size: int, swallowed: list[int]) -> int:
+    def _map(self, single: SingleCall, size: int) -> int:
         """Map memory for the executors."""
         try:
-            made = call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0)
-            return self._made(lone_syscall, stub, made, swallowed)
+            return self._made(single, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0))
         except DumpError as error:
             raise DumpError(
                 f"process {self.pid} has no room for {size} bytes that the dump needs in it: {error.message}",
                 "raise its limits with prlimit(1): --as, --data, --memlock; or vm.max_map_count",
             ) from None
 
-    def _made(
-        self, make: Callable[[int, int, Call, list[int]], int], stub: int, made: Call, swallowed: list[int]
-    ) -> int:
-        result = make(self.face, stub, made, swallowed)
+    def _made(self, single: SingleCall, made: Call) -> int:
+        result = single.make(made)
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
         return result

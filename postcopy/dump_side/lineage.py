@@ -4,9 +4,10 @@ import contextlib
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cmp_to_key, partial
 from itertools import pairwise
+from types import MappingProxyType
 
 from postcopy.dump_side import namespaces, pid_namespaces
 from postcopy.dump_side.freeze import Frozen
@@ -70,10 +71,16 @@ class Sharing:
     """What processes of a tree share, although they are no threads of one another.
 
     ``tables``, ``places``: for each that has its descriptor table, or its directories, from another, the first such.
+    ``orders``: how the kernel orders them, by what they may share.
     """
 
-    def __init__(self, faces: Mapping[int, int]) -> None:
-        """``faces``: of all of them, see `procfs.face`. Raises OSError: one is gone."""
+    def __init__(self, faces: Mapping[int, int], before: Mapping[int, Sequence[int]] = MappingProxyType({})) -> None:
+        """``faces``: of all of them, see `procfs.face`; ``before``: the `orders` of an earlier look, which mostly hold.
+
+        Raises OSError: one is gone.
+        """
+        self.orders: dict[int, list[int]] = {}
+        self._before = before
         self._pids = {face: pid for pid, face in faces.items()}
         self.problems: list[str] = []
         for kind in (kcmp.MEMORY, kcmp.SIGNAL_ACTIONS):
@@ -85,7 +92,10 @@ class Sharing:
 
     def _shared(self, kind: int) -> dict[int, int]:
         # By sorting, in which those that share come to stand side by side.
-        in_order = sorted(self._pids, key=cmp_to_key(partial(kcmp.order, kind)))
+        earlier = [face for face in self._before.get(kind, ()) if face in self._pids]
+        # What is in order already takes one comparison each.
+        begun = dict.fromkeys((*earlier, *self._pids))
+        in_order = self.orders[kind] = sorted(begun, key=cmp_to_key(partial(kcmp.order, kind)))
         groups = [in_order[:1]]
         for one, other in pairwise(in_order):
             if kcmp.order(kind, one, other) == 0:

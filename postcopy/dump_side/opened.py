@@ -195,7 +195,8 @@ def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | No
 class Trusted:
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
     memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
-    what has been seen of the tree; ``sockets``: how many each process has."""
+    what has been seen of the tree; ``sockets``: how many each process has; ``orders``: see
+    `lineage.Sharing`."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
@@ -204,6 +205,7 @@ class Trusted:
     remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
     draft: Draft = field(default_factory=Draft)
     sockets: Mapping[int, int] = field(default_factory=dict)
+    orders: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass

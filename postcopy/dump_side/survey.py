@@ -124,11 +124,12 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
     inotify.complete(found.table, found.problems)
     unix_peers.check(found.table, found.problems)
     alive = [pid for pid in descendants if faces[pid] in found.tids]
-    draft = Draft()
+    draft, orders = Draft(), dict[int, list[int]]()
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         # Where one of them has ended meanwhile, it is asked again once all of them are frozen.
         sharing = lineage.Sharing({pid: faces[pid] for pid in (root, *alive)})
         found.problems += sharing.problems
+        orders = sharing.orders
         kin = lineage.Kin(faces, zombies=set(descendants) - set(alive))
         found.problems += [f"process {pid} ({_name(pid)}): {text}" for pid in alive for text in kin.problems_of(pid)]
         found.problems += [*kin.problems_of(root), *kin.problems(sharing)]
@@ -164,6 +165,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         found.table.found,
         draft,
         Counter(found.table.sockets.values()),
+        orders,
     )
 
 

@@ -316,37 +316,80 @@ class Executor:
         return self.finish()
 
 
-def lone_syscall_stub(mask: int, registers: Registers) -> bytes:
-    """A ``syscall`` instruction and the healing code: for a single call where no writable memory is at hand."""
-    return _SYSCALL_INSTRUCTION + _heal_code(len(_SYSCALL_INSTRUCTION), mask, registers)
+class SingleCall:
+    """A stub for one call at a time, which needs no memory that its thread can write::
+
+    syscall              mov  esi, tid
+    mov  rbx, rax        mov  edx, signal
+    mov  eax, 234        syscall            # tgkill: stops the thread
+    mov  edi, pid        (the healing code)
+    """
+
+    def __init__(self, tid: int, at: int, stop: int, inner: tuple[int, int]) -> None:
+        """``at``: where the stub is to stand; ``stop``, ``inner``: as of `Executor`."""
+        self.tid = tid
+        self.swallowed: list[int] = []
+        self._at = at
+        self._stop = stop
+        pid, own = inner
+        moves = b"".join(
+            bytes([opcode]) + struct.pack("<I", value)
+            for opcode, value in ((0xB8, NUMBERS["tgkill"]), (0xBF, pid), (0xBE, own), (0xBA, stop))
+        )
+        self._code = _SYSCALL_INSTRUCTION + bytes.fromhex("4889c3") + moves + _SYSCALL_INSTRUCTION
+
+    def stub(self, mask: int, registers: Registers) -> bytes:
+        """The stub, with what a thread without a tracer takes back."""
+        return self._code + _heal_code(len(self._code), mask, registers)
+
+    def healing(self, registers: Registers) -> Registers:
+        """As of `Executor`."""
+        return untrapped(registers).changed(rip=self._at + len(self._code), orig_rax=_ALL_SIGNALS)
+
+    def make(self, made: Call) -> int:
+        """Make one call; leaves the thread in get_signal(), where the kernel restarts interrupted calls.
+
+        The result as the kernel gave it. The thread should have every signal blocked but the one that stops it.
+        """
+        _set_up(self.tid, self._at, made)
+        while True:
+            ptrace.cont(self.tid)
+            stop = ptrace.wait(self.tid)
+            if stop.ended is not None:
+                raise ptrace.ended(stop, self.tid)
+            if stop.signal == self._stop and not stop.event:
+                registers = ptrace.get_registers(self.tid)
+                if registers["rip"] == self._at + len(self._code):
+                    return _signed(registers["rbx"])
+            _note(stop, self.swallowed)
 
 
-def lone_syscall(tid: int, at: int, made: Call, swallowed: list[int] | None = None) -> int:
+def lone_syscall(tid: int, at: int, made: Call) -> int:
     """Make one call in a stopped thread by the ``syscall`` instruction at ``at``; leaves it in its syscall-exit-stop.
 
     The result as the kernel gave it (a negative errno for a refusal). The thread should have every signal blocked:
-    what comes all the same is kept from it and added to ``swallowed``, to be sent again.
+    what comes all the same is kept from it.
     """
     _set_up(tid, at, made)
     for _ in ("entry", "exit"):
-        _to_syscall_stop(tid, swallowed)
-    return _result(tid)
+        _to_syscall_stop(tid)
+    return _signed(ptrace.get_registers(tid)["rax"])
 
 
-def last_syscall(tid: int, at: int, made: Call, swallowed: list[int] | None = None) -> int:
+def last_syscall(tid: int, at: int, made: Call) -> int:
     """The same, but for where it leaves the thread: see `make_and_interrupt`. It must be a call that nothing
     interrupts."""
     _set_up(tid, at, made)
-    make_and_interrupt(tid, swallowed)
-    return _result(tid)
+    make_and_interrupt(tid)
+    return _signed(ptrace.get_registers(tid)["rax"])
 
 
-def make_and_interrupt(tid: int, swallowed: list[int] | None = None) -> None:
+def make_and_interrupt(tid: int) -> None:
     """Let a stopped thread, whose next instruction is ``syscall``, make its call, which is interrupted if it waits.
 
     Leaves it in get_signal(), the one place where the kernel restarts interrupted calls.
     """
-    _to_syscall_stop(tid, swallowed)
+    _to_syscall_stop(tid)
     while True:
         # Asked for within the call, the stop is the next thing that comes; any other takes it away (ptrace_stop).
         ptrace.interrupt(tid)
@@ -356,8 +399,6 @@ def make_and_interrupt(tid: int, swallowed: list[int] | None = None) -> None:
             raise ptrace.ended(stop, tid)
         if stop.event == ptrace.PTRACE_EVENT_STOP:
             return
-        if swallowed is not None:
-            _note(stop, swallowed)
 
 
 def _set_up(tid: int, at: int, made: Call) -> None:
@@ -367,7 +408,7 @@ def _set_up(tid: int, at: int, made: Call) -> None:
     ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
 
 
-def _to_syscall_stop(tid: int, swallowed: list[int] | None) -> None:
+def _to_syscall_stop(tid: int) -> None:
     while True:
         ptrace.cont_to_syscall(tid)
         stop = ptrace.wait(tid)
@@ -375,12 +416,9 @@ def _to_syscall_stop(tid: int, swallowed: list[int] | None) -> None:
             raise ptrace.ended(stop, tid)
         if stop.is_syscall:
             return
-        if swallowed is not None:
-            _note(stop, swallowed)
 
 
-def _result(tid: int) -> int:
-    result = ptrace.get_registers(tid)["rax"]
+def _signed(result: int) -> int:
     return result - (1 << 64) if result >> 63 else result
 
 
