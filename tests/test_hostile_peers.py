@@ -126,6 +126,27 @@ TO_RESTORE: dict[str, tuple[Change, str]] = {
     "pid-twice": (on("restore", "MANIFEST", edited(["manifest", "tids"], lambda tids: [*tids, *tids])), "occurs twice"),
     "pid-of-another": (on("restore", "MANIFEST", edited(["manifest", "pid"], 1)), ""),
     "clocks-of-the-far-future": (on("restore", "MANIFEST", edited(["clocks", "boottime"], (1 << 63) - 1)), ""),
+    "draft-of-another-kind": (on("restore", "DRAFT", another_kind(Kind.STATE)), "sent STATE where DRAFT"),
+    "draft-of-noise": (on("restore", "DRAFT", body(b"\xc1")), "not a Draft"),
+    "draft-withheld": (on("restore", "DRAFT", silent), "took longer than 2 s"),
+    "half-a-draft": (then_silence(on("restore", "DRAFT", half)), "took longer than 2 s"),
+    "draft-of-a-process-twice": (
+        on("restore", "DRAFT", edited(["processes"], lambda all: [*all, *all])),
+        "occurs twice",
+    ),
+    "draft-of-shared-memory": (
+        on("restore", "DRAFT", edited(["processes", 0, "memory", "vmas", 0, "backing"], "object")),
+        "a draft has no memory with an identity",
+    ),
+    "draft-of-descriptors-that-are-not-there": (
+        on("restore", "DRAFT", edited(["descriptions"], [])),
+        "is none of the descriptions",
+    ),
+    "draft-without-the-process": (on("restore", "DRAFT", edited(["processes"], [])), "the draft has no process"),
+    "draft-of-a-layout-that-cannot-be": (
+        on("restore", "DRAFT", edited(["processes", 0, "memory", "vmas"], lambda all: [all[1], all[0], *all[2:]])),
+        "is before the end of the one before it",
+    ),
     "state-of-another-kind": (on("restore", "STATE", another_kind(Kind.PAGES)), "sent PAGES where STATE"),
     "state-of-noise": (on("restore", "STATE", body(b"\x93\xc0" * 50)), "not a State"),
     "state-withheld": (on("restore", "STATE", silent), "took longer than 2 s"),
@@ -205,6 +226,8 @@ TO_DUMP: dict[str, tuple[Change, str]] = {
         on("dump", "PREPARED", lambda frame: control.pack(Kind.READY, control.Nothing())),
         "sent READY where PREPARED",
     ),
+    "drafted-of-another-kind": (on("dump", "DRAFTED", another_kind(Kind.READY)), "sent READY where DRAFTED"),
+    "drafted-withheld": (on("dump", "DRAFTED", silent), "took longer than 2 s"),
     "ready-of-another-kind": (on("dump", "READY", another_kind(Kind.RESUMED)), "sent RESUMED where READY"),
     "ready-withheld": (on("dump", "READY", silent), "took longer than 2 s"),
     "more-than-ready": (

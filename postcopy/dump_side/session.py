@@ -18,6 +18,7 @@ from postcopy.dump_side import clocks
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.giving import Giving, unfit
+from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ConnectionLost, DumpError, LostAfterCommit, PostcopyError
 from postcopy.kernel import procfs
@@ -59,7 +60,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     after it (LostAfterCommit) it stays stopped.
     """
     allow_descriptors()
-    manifest, _ = survey(options.pid, options.choices)
+    manifest, before = survey(options.pid, options.choices)
     with contextlib.closing(Listener(options.address, options.port)) as listener, _watched(options.pid) as program:
         _listens(options, manifest, listener, reporter)
         listening()
@@ -67,7 +68,7 @@ def dump(options: Options, reporter: Reporter, listening: Callable[[], None]) ->
     try:
         channels.limit_silence(options.timeout)
         reporter.event("connected", peer=channels.control.peer, kernel=peer.kernel)
-        _hand_over(options, Giving(channels, reporter, options.timeout), reporter)
+        _hand_over(options, before, Giving(channels, reporter, options.timeout), reporter)
     finally:
         channels.close()
 
@@ -195,8 +196,8 @@ def _errors_named(pid: int) -> Iterator[None]:
         raise DumpError(f"process {pid}: {error}") from error
 
 
-def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
-    """Survey again, freeze, and give it all to the destination that has connected."""
+def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Reporter) -> None:
+    """Survey again, freeze, and give it all to the destination that has connected; ``before``: what was seen before."""
     scripts = options.choices.scripts
     try:
         with _errors_named(options.pid):
@@ -204,7 +205,8 @@ def _hand_over(options: Options, giving: Giving, reporter: Reporter) -> None:
             manifest, trusted = survey(options.pid, options.choices)
             reporter.event("surveyed", files=len(manifest.files))
             giving.agree(manifest, clocks.now(options.pid))
-            giving.send_draft(trusted.draft)
+            # A tree that changes all the time would have changed by the time that it is frozen, too.
+            giving.send_draft(trusted.draft if trusted.known.keys() == before.known.keys() else Draft())
             with Capture(options.pid, trusted, reporter, options.choices) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
