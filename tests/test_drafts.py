@@ -74,7 +74,7 @@ def test_process_ids_can_be_had_again_at_once() -> None:
 
 
 HOLDING = """
-import os, socket, sys
+import os, socket, sys, time
 kept = {}
 print("ready", flush=True)
 with open(sys.argv[1]) as orders:
@@ -86,6 +86,8 @@ with open(sys.argv[1]) as orders:
             except OSError:
                 pass
             os.write(1, b".")
+        else:
+            time.sleep(0.002)
 """
 # What a program may do to its files, and others to their names, between two looks.
 ORDERS = (
@@ -115,6 +117,7 @@ class Holding:
         self._orders = directory / "orders"
         self._done = directory / "done"
         self._orders.touch()
+        self._done.touch()
         null = os.open(os.devnull, os.O_RDWR)
         self.pid = os.fork()
         if not self.pid:
@@ -126,7 +129,9 @@ class Holding:
             os.closerange(3, 256)
             os.execv(sys.executable, [sys.executable, "-S", "-c", HOLDING, str(self._orders)])
         os.close(null)
-        self._done.touch()
+
+    def await_ready(self) -> None:
+        """Wait until it takes orders."""
         wait_until(lambda: self._done.read_bytes().startswith(b"ready\n"), SECONDS, "the program is ready")
 
     def do(self, *orders: str) -> None:
@@ -146,6 +151,7 @@ class Holding:
 def holding(tmp_path: Path) -> Iterator[Holding]:
     program = Holding(tmp_path)
     try:
+        program.await_ready()
         yield program
     finally:
         program.end()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from postcopy.errors import RestoreError
 from postcopy.kernel import neighbours, pidfd, socket_address, tcp_repair
 from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
+from postcopy.kernel.tcp_repair import ESTABLISHED
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.restore_side import tcp_connections, unix_names
 from postcopy.restore_side.leftovers import Leftovers
@@ -74,10 +75,13 @@ class Network:
         self._announce()
         if self._lock is not None:
             self._lock.close()
-        for own, one, _ in self._held(built):
+        for own, one, connection in self._held(built):
             try:
-                # The peer is asked for its acknowledgement, which moves whatever waits in either direction.
-                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_OFF)
+                # The peer is asked for its acknowledgement, which moves what waits here. Each time that takes the
+                # network's whole way down and up: so not where nothing waits.
+                waits = connection.sent or connection.unsent or connection.received or connection.state != ESTABLISHED
+                end = tcp_repair.REPAIR_OFF if waits else tcp_repair.REPAIR_OFF_WITHOUT_PROBE
+                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, end)
                 options = {(each.level, each.name): each.value for each in one.socket.options}
                 if (reuse := options.get((SOL_SOCKET, SO_REUSEADDR))) is not None:
                     own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
