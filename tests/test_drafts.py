@@ -242,12 +242,16 @@ def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(
         "kept[3] = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)",
         "kept[90] = os.open('/dev/null', os.O_RDONLY)",
         "kept[91] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+        f"kept[92] = socket.socket(socket.AF_UNIX); kept[92].bind({str(holding.directory / 'name')!r})",
+        f"kept[93] = os.open({str(holding.directory / 'name')!r}, os.O_PATH)",
     )
     with frozen(holding.pid) as tree:
         told = state_of(tree, trusted)
         monkeypatch.setattr(collecting, "_MANY_SOCKETS", 1 << 30)
         looked = state_of(tree, trusted)
     assert told.descriptors == looked.descriptors
+    (path,) = [one.file for one in told.descriptors.descriptions if one.file and one.file.kind == "path"]
+    assert path.path == str(holding.directory / "name")
     sizes = {
         option.value
         for one in told.descriptors.descriptions

@@ -31,10 +31,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Look:
-    """What is seen. ``maps``: its mappings, empty where they are as they were known; ``pages``: which of them
-    exist.
+    """What is seen. ``maps``: its mappings, empty where they are as they were known; ``pages``: which pages exist.
 
-    ``apart``: directories of threads that do not share those of the process;
+    ``apart``: the directories of threads that do not share those of the process; ``threads``: by their TIDs.
     """
 
     problems: list[str]
@@ -72,8 +71,15 @@ def look(pid: int, root: int, known: Mapping[int, Known]) -> Look:
         pages=pages,
         memory=memory.see(pid),
         attributes=attributes.see(pid),
-        threads={tid: threads.see(pid, tid) for tid in tids if not lineage.is_ending(pid, tid)},
+        threads=dict(_threads(pid, tids)),
     )
+
+
+def _threads(pid: int, tids: Iterable[int]) -> Iterator[tuple[int, threads.Seen]]:
+    """Those that have not ended: a main thread may have before the others."""
+    for tid in tids:
+        with contextlib.suppress(OSError):
+            yield tid, threads.see(pid, tid)
 
 
 def _look_at_sockets(pid: int) -> Iterator[list[tuple[int, socket_options.Told]]]:
@@ -114,9 +120,8 @@ class Looker:
             with open(asked_read, "rb") as questions, open(found_write, "wb") as answers:
                 while words := questions.read(_ASKED.size):
                     pid, root = _ASKED.unpack(words)
-                    found: Iterable[object] = _look_at_sockets(pid) if not root else [look(pid, root, known)]
                     try:
-                        for each in found:
+                        for each in _look_at_sockets(pid) if not root else [look(pid, root, known)]:
                             _send(answers, each)
                     except (OSError, LookupError, ValueError) as error:
                         # Of a process that has just been killed anything may be read.

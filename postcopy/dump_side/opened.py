@@ -103,7 +103,7 @@ class Opened:
         status = found or entries.stat(fd)
         if known is not None and found is not None:
             link = known.path
-        elif stat.S_ISSOCK(status.st_mode) and known is None:
+        elif stat.S_ISSOCK(status.st_mode) and not flags & O_PATH:
             link = f"socket:[{status.st_ino}]"
         else:
             link = entries.link(fd)

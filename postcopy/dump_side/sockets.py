@@ -7,7 +7,7 @@ import stat
 from socket import SocketType
 
 from postcopy.dump_side import inet_sockets, netlink_sockets, packet_sockets, pipes, unix_sockets
-from postcopy.dump_side.opened import Opened, Refused, Table
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
 from postcopy.kernel import socket_options
 from postcopy.socket_kinds import Socket, SocketDefaults, SocketOption
 from postcopy.state import Description
@@ -24,7 +24,7 @@ _TYPES: dict[int, str] = {socket.SOCK_STREAM: "stream", socket.SOCK_DGRAM: "data
 
 def collect(table: Table, opened: Opened) -> Description | None:
     """The description of a socket; None for other kinds."""
-    if opened.mode != stat.S_IFSOCK:
+    if opened.mode != stat.S_IFSOCK or opened.flags & O_PATH:
         return None
     inode = opened.stat.st_ino
     own = SocketType(fileno=opened.own)

@@ -5,14 +5,14 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, procfs, ptrace, tiny_elf
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, refused, syscall
-from postcopy.kernel.prctl import PR_SET_CHILD_SUBREAPER
+from postcopy.kernel.prctl import PR_GET_CHILD_SUBREAPER, PR_SET_CHILD_SUBREAPER
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.restore_side.root import HERE, Root
 
@@ -72,10 +72,12 @@ def kill(newborns: Iterable[Newborn]) -> None:
 
 def take_back(newborns: Sequence[Newborn]) -> None:
     """End them and see to it that their PIDs can be had again. Raises RestoreError where that takes too long."""
-    # Who has lost his parent by this is ours to wait for: nobody knows when the host's init does. As long as one of
-    # them is a zombie, the number of its process group is taken, too.
-    _be_subreaper(True)
-    try:
+    with contextlib.ExitStack() as stack:
+        for newborn in newborns:
+            stack.callback(newborn.close)
+        # Who has lost his parent by this is ours to wait for: nobody knows when the host's init does. As long as one of
+        # them is a zombie, the number of its process group is taken, too.
+        stack.enter_context(_as_subreaper())
         kill(newborns)
         deadline = time.monotonic() + _MOST_SECONDS
         left = [newborn.pid for newborn in newborns]
@@ -83,10 +85,6 @@ def take_back(newborns: Sequence[Newborn]) -> None:
             if time.monotonic() > deadline:
                 raise RestoreError(f"process {left[0]}, which was made too early, does not end")
             time.sleep(_BETWEEN_LOOKS)
-    finally:
-        _be_subreaper(False)
-        for newborn in newborns:
-            newborn.close()
 
 
 def _is_gone(pid: int) -> bool:
@@ -95,8 +93,15 @@ def _is_gone(pid: int) -> bool:
     return not procfs.exists(pid)
 
 
-def _be_subreaper(on: bool) -> None:
-    syscall("becoming a subreaper", NUMBERS["prctl"], PR_SET_CHILD_SUBREAPER, int(on))
+@contextlib.contextmanager
+def _as_subreaper() -> Iterator[None]:
+    what, before = "becoming a subreaper", bytearray(4)
+    syscall(what, NUMBERS["prctl"], PR_GET_CHILD_SUBREAPER, address_of(before))
+    syscall(what, NUMBERS["prctl"], PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        syscall(what, NUMBERS["prctl"], PR_SET_CHILD_SUBREAPER, before[0])
 
 
 def give_birth(number: int, mount_namespace: int | None, init: bool = False, root: Root = HERE) -> Newborn:

@@ -80,6 +80,8 @@ class Begun:
         self, family: Family, root: Newborn, newborns: dict[int, Newborn], inherited: Mapping[str, int] | None = None
     ) -> None:
         """Have them born. Raises RestoreError; all of them are then to be killed."""
+        if next(iter(family.relatives), 0) != root.number:
+            raise RestoreError("the state is not that of the process which the manifest announced")
         self.family = family
         self.root = root
         self.newborns = newborns

@@ -13,7 +13,7 @@ from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.state import Clocks, LateSignal, Manifest, decode, encode
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"POSTCOPY"
 HEADER = struct.Struct("<8sHHI")  # magic, protocol version, kind, length of the body in bytes
 GREETING_LIMIT = 64 * 1024
