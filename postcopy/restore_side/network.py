@@ -1,10 +1,9 @@
 """What sockets need beside the calls that make them: before the process is built, when it is, at commit, on failure."""
 
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import neighbours, pidfd, socket_address, tcp_repair
@@ -39,6 +38,8 @@ class Network:
             for number, one in enumerate(descriptions)
             if one.inet and one.inet.connection and number in where
         ]
+        # Duplicates, from when they have been made until they speak.
+        self._held: list[tuple[socket.socket, InetSocket, TcpConnection]] = []
         self._lock = NetworkLock(lock, f"postcopy-{os.getpid()}") if self._connections else None
 
     def prepare(self, leftovers: Leftovers) -> None:
@@ -55,7 +56,10 @@ class Network:
 
         Raises RestoreError.
         """
-        for own, one, connection in self._held(built):
+        for (pid, fd), one, connection in self._connections:
+            kind = one.socket.family, one.socket.type, one.socket.protocol
+            own = socket.socket(*kind, fileno=pidfd.getfd(built[pid], fd))
+            self._held.append((own, one, connection))
             try:
                 if self._lock is not None:
                     tcp_connections.finish(own, one, connection, self._lock.mark)
@@ -64,7 +68,7 @@ class Network:
                 where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
                 raise RestoreError(f"the connection {where}: {error}") from None
 
-    def settle(self, built: Mapping[int, int]) -> None:
+    def settle(self) -> None:
         """After commit, before the tree runs: names are put in place, connections speak again.
 
         What the system refuses is logged: there is no way back.
@@ -75,7 +79,7 @@ class Network:
         self._announce()
         if self._lock is not None:
             self._lock.close()
-        for own, one, connection in self._held(built):
+        for own, one, connection in self._held:
             try:
                 # The peer is asked for its acknowledgement, which moves what waits here. Each time that takes the
                 # network's whole way down and up: so not where nothing waits.
@@ -87,6 +91,7 @@ class Network:
                     own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
             except OSError as error:
                 log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
+        self._let_go()
 
     def _announce(self) -> None:
         """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
@@ -97,16 +102,16 @@ class Network:
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""
+        self._let_go()
         with self._root.entered():
             unix_names.clear_away(self._unix)
         if self._lock is not None:
             self._lock.close()
 
-    def _held(self, built: Mapping[int, int]) -> Iterator[tuple[socket.socket, InetSocket, TcpConnection]]:
-        """A duplicate of each connection's socket for a while."""
-        for (pid, fd), one, connection in self._connections:
-            with contextlib.closing(socket.socket(fileno=pidfd.getfd(built[pid], fd))) as own:
-                yield own, one, connection
+    def _let_go(self) -> None:
+        for own, _, _ in self._held:
+            own.close()
+        self._held.clear()
 
 
 def _end(address: bytes) -> tuple[bytes, int]:

@@ -450,7 +450,7 @@ class _Takeover:
             scripts, pid = self._options.scripts, self._built.root.pid
             scripts.report(Action.NETWORK_UNLOCK, pid)
             if self._network is not None:
-                self._network.settle(self._pidfds())
+                self._network.settle()
             scripts.report(Action.PRE_RESUME, pid)
             self._clocks.wait_for(self._stopped_at)
             self._built.resume(self._go.signals)
