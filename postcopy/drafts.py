@@ -57,8 +57,9 @@ def complete(state: State, draft: Draft, announced: list[FileIdentity]) -> Tree:
     """Put back what was left out. Raises ProtocolError where nobody has said it."""
     sketches = {sketch.pid: sketch for sketch in draft.processes}
     laid_out, tables = set(state.laid_out), set(state.tables)
-    if unknown := (laid_out | tables) - sketches.keys():
-        raise ProtocolError(f"state.laid_out: the draft has no process {min(unknown)}")
+    for name, known in (("draft", sketches.keys()), ("tree", {each.pid for each in state.tree.processes})):
+        if unknown := (laid_out | tables) - known:
+            raise ProtocolError(f"state.laid_out: the {name} has no process {min(unknown)}")
     processes = [
         replace(
             each,

@@ -141,7 +141,8 @@ def test_events_of_both_sides(empty: Pair, program: Program) -> None:
     empty.b.kill(PID, signal.SIGTERM)
     assert migration.restore.wait(SECONDS) == 0
     own, other = migration.dump_events, migration.restore_events
-    steps = ["listening", "connected", "surveyed", "prepared", "frozen", "collected", "state", "ready", "stopped"]
+    steps = ["listening", "connected", "surveyed", "prepared", "drafted"]
+    steps += ["frozen", "collected", "state", "ready", "stopped"]
     ends = ["resumed", "drained", "killed", "statistics"]
     assert [event["event"] for event in own if event["event"] != "progress"] == steps + ends
     steps = ["connected", "checked", "born", "received", "built", "running", "drained", "statistics", "exited"]

@@ -153,7 +153,7 @@ TO_RESTORE: dict[str, tuple[Change, str]] = {
     "half-a-state": (then_silence(on("restore", "STATE", half)), "took longer than 2 s"),
     "state-of-another-process": (
         on("restore", "STATE", edited(["tree", "processes", 0, "pid"], 77)),
-        "is not the pid 77",
+        "state.laid_out: the tree has no process",
     ),
     "lazy-pages-outside": (
         on("restore", "STATE", edited(["tree", "processes", 0, "memory", "lazy"], span((0, PAGE_SIZE)))),
