@@ -24,6 +24,7 @@ from postcopy.errors import DumpError
 from postcopy.kernel import cpu, procfs, ptrace
 from postcopy.kernel.calls import call
 from postcopy.reporting import Silent
+from postcopy.turns import by_turns
 from tests.hosts import wait_until
 
 # pbkdf2 lets go of the interpreter's lock: all the threads really run.
@@ -90,7 +91,7 @@ def test_no_thread_runs_between_the_freeze_and_the_durable_stop() -> None:
             frozen.freeze()
             try:
                 before = [ptrace.get_registers(thread.tid) for thread in frozen.threads]
-                frozen.stop_durably()
+                by_turns([frozen.stop_durably()])
                 assert [ptrace.get_registers(thread.tid) for thread in frozen.threads] == before
             finally:
                 frozen.thaw()
@@ -104,7 +105,7 @@ def test_thawed_process_runs_on(durably: bool) -> None:
         frozen = Frozen(process.pid)
         frozen.freeze()
         if durably:
-            frozen.stop_durably()
+            by_turns([frozen.stop_durably()])
         frozen.thaw()
         frozen.close()
         assert process.stdout is not None
@@ -119,7 +120,7 @@ def test_durably_stopped_process_stays_stopped_when_its_tracer_dies() -> None:
             with contextlib.suppress(BaseException):
                 frozen = Frozen(process.pid)
                 frozen.freeze()
-                frozen.stop_durably()
+                by_turns([frozen.stop_durably()])
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(1)
         assert os.waitpid(tracer, 0)[1] == signal.SIGKILL
@@ -273,7 +274,7 @@ def test_no_sigcont_wakes_a_process_that_has_been_let_go_after_commit() -> None:
     with program(SPINNING) as process:
         frozen = Frozen(process.pid)
         frozen.freeze()
-        frozen.stop_durably()
+        by_turns([frozen.stop_durably()])
         process.send_signal(signal.SIGCONT)
         before = [ptrace.get_registers(thread.tid) for thread in frozen.threads]
         tids = [thread.tid for thread in frozen.threads]
@@ -392,3 +393,34 @@ print(cpu.xsave_size())
 """
     found = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, check=True)
     assert int(found.stdout) == cpu.xsave_size()
+
+
+FORKING = """
+import os, time
+for _ in range(4):
+    if not os.fork():
+        while True:
+            time.sleep(0.001)
+print("ready", flush=True)
+while True:
+    time.sleep(0.001)
+"""
+
+
+def test_death_of_one_in_the_midst_of_the_durable_stop_keeps_nobody() -> None:
+    with program(FORKING) as process:
+        children = procfs.children(process.pid)
+        tree = FrozenTree(process.pid)
+        tree.freeze()
+        try:
+            assert len(tree.processes) == 5
+            os.kill(tree.processes[2].pid, signal.SIGKILL)
+            with pytest.raises((DumpError, OSError)):
+                tree.stop_durably()
+        finally:
+            tree.thaw()
+            tree.close()
+        left = {process.pid, *children} - {tree.processes[2].pid}
+        wait_until(lambda: all(state(pid) in "RS" for pid in left), 5, "all others run again")
+        for pid in left - {process.pid}:
+            os.kill(pid, signal.SIGKILL)

@@ -174,8 +174,9 @@ class Frozen:
         self.pagemap.close()
         os.close(self.pidfd)
 
-    def stop_durably(self) -> None:
-        """Put the process into a group-stop under the tracer: from now on not even our death wakes it.
+    def stop_durably(self) -> Iterator[None]:
+        """Put the process into a group-stop under the tracer: from now on not even our death wakes it. In steps: after
+        each the process is busy on its own.
 
         No instruction of the program runs: the leader goes from its trap straight into the stop, and only then,
         with the stop pending for all of them, are the other threads let into it (ptrace(2), "Group-stop").
@@ -191,14 +192,17 @@ class Frozen:
         if blocks:
             ptrace.set_signal_mask(leader.tid, _ALL)
         ptrace.cont(leader.tid)
+        yield
         self._expect(leader.tid, lambda stop: stop.signal == signal.SIGSTOP and not stop.event)
         if blocks:
             ptrace.set_signal_mask(leader.tid, leader.signal_mask)
         ptrace.cont(leader.tid, signal.SIGSTOP)
+        yield
         # Only when the leader has arrived is the stop pending for the others: let go before, they would run on.
         self._expect(leader.tid, _is_group_stop)
         for thread in others:
             ptrace.cont(thread.tid)
+        yield
         for thread in others:
             self._expect(thread.tid, _is_group_stop)
 
@@ -282,10 +286,12 @@ def _give_back(tid: int, signal_to_deliver: int = 0) -> None:
     try:
         ptrace.detach(tid, signal_to_deliver)
     except OSError:
-        # It has been killed meanwhile: nobody else is told of its end before we have waited for it.
+        # It has been killed meanwhile: nobody else is told of its end before we have waited for it. Or we have been
+        # interrupted while it was on its way to a stop.
         with contextlib.suppress(ChildProcessError):
-            while ptrace.wait(tid).ended is None:
-                pass
+            stop = ptrace.wait(tid)
+            if stop.ended is None:
+                _give_back(tid, stop.signal if not stop.event else 0)
 
 
 def _is_group_stop(stop: ptrace.Stop) -> bool:

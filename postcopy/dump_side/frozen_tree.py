@@ -8,6 +8,7 @@ from collections.abc import Callable
 from postcopy.dump_side.freeze import Frozen
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
+from postcopy.turns import by_turns
 
 _PF_EXITING = 0x4  # include/linux/sched.h
 _LAST_STEPS = 0.0005  # seconds between two looks at a process that is ending
@@ -143,8 +144,7 @@ class FrozenTree:
 
     def stop_durably(self) -> None:
         """Put all of them into a group-stop that our death does not end."""
-        for frozen in self.processes:
-            frozen.stop_durably()
+        by_turns(frozen.stop_durably() for frozen in self.processes)
 
     def stay_stopped(self) -> None:
         """See to it that no SIGCONT from anywhere undoes the durable stop of any of them."""

@@ -26,7 +26,7 @@ The code, with rip-relative places for what healing needs::
 import errno
 import signal
 import struct
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from postcopy.kernel import ptrace
@@ -372,28 +372,33 @@ def lone_syscall(tid: int, at: int, made: Call) -> int:
     """
     _set_up(tid, at, made)
     for _ in ("entry", "exit"):
-        _to_syscall_stop(tid)
+        ptrace.cont_to_syscall(tid)
+        _await_syscall_stop(tid)
     return _signed(ptrace.get_registers(tid)["rax"])
 
 
-def last_syscall(tid: int, at: int, made: Call) -> int:
-    """The same, but for where it leaves the thread: see `make_and_interrupt`. It must be a call that nothing
+def last_syscall(tid: int, at: int, made: Call) -> Generator[None, None, int]:
+    """The same in steps, but for where it leaves the thread: see `make_and_interrupt`. It must be a call that nothing
     interrupts."""
     _set_up(tid, at, made)
-    make_and_interrupt(tid)
+    yield from make_and_interrupt(tid)
     return _signed(ptrace.get_registers(tid)["rax"])
 
 
-def make_and_interrupt(tid: int) -> None:
+def make_and_interrupt(tid: int) -> Iterator[None]:
     """Let a stopped thread, whose next instruction is ``syscall``, make its call, which is interrupted if it waits.
 
-    Leaves it in get_signal(), the one place where the kernel restarts interrupted calls.
+    Leaves it in get_signal(), the one place where the kernel restarts interrupted calls. In steps: after each the
+    thread is busy on its own.
     """
-    _to_syscall_stop(tid)
+    ptrace.cont_to_syscall(tid)
+    yield
+    _await_syscall_stop(tid)
     while True:
         # Asked for within the call, the stop is the next thing that comes; any other takes it away (ptrace_stop).
         ptrace.interrupt(tid)
         ptrace.cont(tid)
+        yield
         stop = ptrace.wait(tid)
         if stop.ended is not None:
             raise ptrace.ended(stop, tid)
@@ -408,14 +413,11 @@ def _set_up(tid: int, at: int, made: Call) -> None:
     ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
 
 
-def _to_syscall_stop(tid: int) -> None:
-    while True:
-        ptrace.cont_to_syscall(tid)
-        stop = ptrace.wait(tid)
+def _await_syscall_stop(tid: int) -> None:
+    while not (stop := ptrace.wait(tid)).is_syscall:
         if stop.ended is not None:
             raise ptrace.ended(stop, tid)
-        if stop.is_syscall:
-            return
+        ptrace.cont_to_syscall(tid)
 
 
 def _signed(result: int) -> int:

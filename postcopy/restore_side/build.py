@@ -177,7 +177,7 @@ class _Builder:
         """What must come last."""
         pid, state = self._newborn.pid, self._state
         self._await_children()
-        self._fall_asleep()
+        yield from self._fall_asleep()
         # What is touched from here on must be present: the boot set is, and the executor's memory is not armed.
         self._arm()
         if seccomp.is_confined(state.threads):
@@ -186,7 +186,7 @@ class _Builder:
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             scheduling.apply(thread.scheduling, tid)
         attributes.write_files(state.attributes, pid)
-        self._remove()
+        yield from self._remove()
         for tid, thread in zip(self._built.tids, state.threads, strict=True):
             threads.finish(tid, thread, tid in self._asleep)
         if state.leader_ended is not None:
@@ -229,10 +229,10 @@ class _Builder:
         """PID and TID as the thread itself sees them."""
         return self._nesting.own(self._state.pid), self._nesting.own(tid)
 
-    def _remove(self) -> None:
+    def _remove(self) -> Iterator[None]:
         """Unmap the executor's memory by the vdso's own ``syscall``; stop the leader where calls are restarted."""
         pid, arena = self._newborn.pid, self._groundwork.arena
-        result = last_syscall(pid, self._vdso_syscall(), call("munmap", arena.start, len(arena)))
+        result = yield from last_syscall(pid, self._vdso_syscall(), call("munmap", arena.start, len(arena)))
         if result:
             raise RestoreError(f"unmapping the executor: {errno.errorcode.get(-result, result)}")
 
@@ -362,14 +362,14 @@ class _Builder:
             if batch.calls:
                 self._checked(executor.run(batch))
 
-    def _fall_asleep(self) -> None:
+    def _fall_asleep(self) -> Iterator[None]:
         for executor, thread in zip(self._executors, self._state.threads, strict=True):
             if thread.sleep is not None and thread.sleep.left:
                 time = divmod(thread.sleep.left, 1_000_000_000)
                 batch = executor.batch()
                 place = batch.place(struct.pack("<qq", *time))
                 self._newborn.memory.write(place, struct.pack("<qq", *time))
-                if threads.fall_asleep(executor.tid, thread, executor.syscall_at, place):
+                if (yield from threads.fall_asleep(executor.tid, thread, executor.syscall_at, place)):
                     self._asleep.add(executor.tid)
 
     def _arm(self) -> None:

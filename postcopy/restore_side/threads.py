@@ -1,6 +1,7 @@
 """Threads: made by the leader's own clone3, each given what the kernel keeps for it, registers last."""
 
 import struct
+from collections.abc import Generator
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace
@@ -82,8 +83,8 @@ def rebuild(state: Thread, own: tuple[int, int], current: Credentials, parent_st
         batch.add(call("prctl", PR_SET_PDEATHSIG, state.parent_death_signal), "setting the parent-death signal")
 
 
-def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> bool:
-    """Let a thread begin its interrupted call again, with the time that was left, and interrupt it.
+def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> Generator[None, None, bool]:
+    """Let a thread begin its interrupted call again, with the time that was left, and interrupt it; in steps.
 
     The kernel keeps the end of an interrupted call where nobody can write it (the restart block of the task); it is
     set by calling. ``timespec_at`` holds the time. False where the call came to its end at once: then it is to be
@@ -102,7 +103,7 @@ def fall_asleep(tid: int, state: Thread, syscall_at: int, timespec_at: int) -> b
         return False
     began = untrapped(registers).changed(rip=syscall_at, rax=number, orig_rax=_NO_CALL, **place[number])
     ptrace.set_registers(tid, began)
-    make_and_interrupt(tid)
+    yield from make_and_interrupt(tid)
     return interrupted(ptrace.get_registers(tid)) == ERESTART_RESTARTBLOCK
 
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,6 +24,7 @@ from postcopy.restore_side.unix_meetings import Meetings
 from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, spaces_of
 from postcopy.state import Draft, LateSignal, Tree
+from postcopy.turns import by_turns
 
 
 @dataclass
@@ -137,21 +137,12 @@ def build_tree(
     meetings.complete()
     for building in buildings:
         building.connect()
-    _by_turns(building.finish() for building in buildings)
+    by_turns(building.finish() for building in buildings)
     return BuiltTree([building.built for building in buildings], memory)
 
 
 def _owners_first(works: Mapping[int, Iterator[None]], family: Family) -> None:
     """By turns; but those that share a table use it for a while: one after the other, once its owner has done so."""
-    _by_turns(work for pid, work in works.items() if pid not in family.tables)
+    by_turns(work for pid, work in works.items() if pid not in family.tables)
     for work in (work for pid, work in works.items() if pid in family.tables):
-        _by_turns([work])
-
-
-def _by_turns(works: Iterable[Iterator[None]]) -> None:
-    """A step of one after that of another: while a process makes its calls, the next ones are given theirs."""
-    waiting = deque(works)
-    while waiting:
-        work = waiting.popleft()
-        if next(work, work) is None:
-            waiting.append(work)
+        by_turns([work])
