@@ -30,7 +30,7 @@ _MOST_MAPPED = 8 << 20
 class HandedObject:
     """Shared memory to fill: its number at the source, a descriptor of it, its size (bytes), the pages that it lacks.
 
-    ``first``: the tree does not run before it is complete.
+    ``first``: the tree does not run before it is complete. ``huge_shift``: of hugetlb memory.
     """
 
     space: int
@@ -38,6 +38,7 @@ class HandedObject:
     size: int
     lazy: PageRanges
     first: bool
+    huge_shift: int = 0
 
 
 class Part(NamedTuple):
@@ -113,6 +114,9 @@ class SharedObject:
     stuck = False
 
     def __post_init__(self) -> None:
+        self.is_huge = bool(self.handed.huge_shift) and not self.handed.first
+        self.page_size = 1 << self.handed.huge_shift if self.is_huge else PAGE_SIZE
+        self._zeros = mmap.mmap(-1, self.page_size) if self.is_huge else None
         self.residency = AddressSpace(self.handed.space, self.handed.lazy)
         self._mapping = mmap.mmap(self.handed.fd, self.handed.size)
         self._at = address_of(self._mapping)
@@ -132,7 +136,7 @@ class SharedObject:
         else:
             done = uffdio.copy(self.uffd, self._at + offset, data, length)
         self._mapped += done
-        if self._mapped > _MOST_MAPPED:
+        if self._mapped > _MOST_MAPPED and not self.handed.huge_shift:
             self._mapped = 0
             self._mapping.madvise(mmap.MADV_DONTNEED)
         return done
@@ -142,7 +146,11 @@ class SharedObject:
         if offset >= page_up(self.handed.size):
             return False
         try:
-            uffdio.zeropage(self.uffd, self._at + offset, PAGE_SIZE)
+            if self._zeros is not None:
+                # For hugetlb memory there is no UFFDIO_ZEROPAGE.
+                uffdio.copy(self.uffd, self._at + (offset & -self.page_size), address_of(self._zeros), self.page_size)
+            else:
+                uffdio.zeropage(self.uffd, self._at + offset, PAGE_SIZE)
         except OSError as error:
             if error.errno != errno.EEXIST:
                 raise
