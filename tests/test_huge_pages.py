@@ -91,7 +91,7 @@ def statistics(migration: Migration) -> dict[str, Any]:
     return next(event for event in migration.restore_events if event["event"] == "statistics")
 
 
-@pytest.mark.parametrize("step", [each for each in huge_arena.STEPS if each not in ("poor_fork", "remove")])
+@pytest.mark.parametrize("step", [each for each in huge_arena.STEPS if each not in ("poor_fork", "family")])
 def test_program_runs_before_its_huge_pages_have_come(hosts: Pair, tmp_path: Path, step: str) -> None:
     # Room for the copies of children, too.
     with huge_pages(6 * huge_arena.PAGES):
@@ -117,6 +117,19 @@ def test_huge_pages_follow_while_the_program_uses_them(hosts: Pair, tmp_path: Pa
         arena.does_it(migration.restore)
         migration.wait_drained()
         arena.stop(migration.restore)
+
+
+@pytest.mark.parametrize("background", ["eager", "off"])
+def test_huge_pages_that_processes_share_since_a_fork_come_to_each(
+    hosts: Pair, tmp_path: Path, background: str
+) -> None:
+    with huge_pages(5 * huge_arena.PAGES):
+        arena = Arena.start(hosts.a, tmp_path, "family")
+        migration = move(hosts.a, hosts.b, PID, restore_options=("--background", background))
+        assert migration.restore is not None
+        arena.does_it(migration.restore)
+        arena.stop(migration.restore)
+        migration.wait_drained()
 
 
 def test_huge_pages_of_an_idle_program_follow(hosts: Pair, tmp_path: Path) -> None:

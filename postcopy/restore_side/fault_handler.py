@@ -297,6 +297,7 @@ class FaultHandler:
 
     def _read_messages(self, mm: Mm) -> None:
         """Apply what is queued."""
+        self._filling.note_holes()
         self._apply(mm, uffdio.read_messages(mm.uffd))
 
     def _apply(self, mm: Mm, messages: Sequence[uffdio.Message]) -> None:
@@ -309,6 +310,8 @@ class FaultHandler:
             else:
                 self._retries = 0
                 self._change_layout(mm, message)
+        if len(faults) < len(messages):
+            self._filling.note_holes()
         if faults:
             self._faults += len(faults)
             self._last_fault = now
@@ -384,7 +387,7 @@ class FaultHandler:
                 elif state == ABSENT:
                     self._request(shared, ordinal, self._fault_around(shared, ordinal), now)
                 return True
-            if ordinal < 0 and filling.zero_in_object(shared, offset):
+            if state == REMOVED and filling.zero_in_object(shared, offset):
                 uffdio.wake(mm.uffd, address, PAGE_SIZE)
                 return True
         done = filling.share(mm, address)
@@ -431,8 +434,11 @@ class FaultHandler:
                     uffdio.wake(mm.uffd, old, length)
                     uffdio.wake(mm.uffd, new, length)
             case uffdio.Remove(start, end):
-                # Of shared memory nothing is dropped as long as pages are missing: see `HoleLock`.
-                self._hurry = self._hurry or (mm.parts is not None and mm.parts.overlaps(start, end))
+                if mm.parts is not None:
+                    # Of shared memory nothing is dropped as long as pages are missing: see `HoleLock`, `HoleWatch`.
+                    self._hurry = self._hurry or mm.parts.overlaps(start, end)
+                    for part in mm.parts.within(start, end):
+                        self._filling.doubt(part, monotonic_ns())
                 mm.residency.remove(start, end)
                 uffdio.wake(mm.uffd, start, end - start)
             case uffdio.Unmap(start, end):

@@ -20,9 +20,10 @@ from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.restore_side.arrivals import Arrivals
+from postcopy.restore_side.hole_watch import HoleWatch, Undecided
 from postcopy.restore_side.populating import populating
 from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace, Run
-from postcopy.restore_side.shared_filling import Parts, SharedObject
+from postcopy.restore_side.shared_filling import Part, Parts, SharedObject
 
 _OUT_OF_MEMORY_NS = 10_000_000_000
 # EAGAIN ends when the thread that changes the layout has run and its event has been read; that is a matter of 10 us.
@@ -95,6 +96,7 @@ class Filling:
         self.huge: dict[int, HugeAreas] = {}
         self.arrivals = Arrivals()
         self._huge_sizes: list[int] = []
+        self._holes: HoleWatch | None = None
         self._zeros = mmap.mmap(-1, PAGE_SIZE)
         self.filled = dict.fromkeys(Cause, 0)
         self.waits_for_memory = False
@@ -170,8 +172,36 @@ class Filling:
         self.objects[shared.residency.source] = shared
         self.incomplete.add(shared)
         if shared.is_huge:
+            self._holes = self._holes or HoleWatch()
+            shared.watch = self._holes.add(shared.handed.fd)
             area = HugeArea(0, shared.handed.size, shared.handed.huge_shift)
             self._add_huge(shared.residency.source, HugeAreas([area]))
+
+    def doubt(self, part: Part, now: int) -> None:
+        """Pages of shared memory may be about to be dropped, by MADV_REMOVE, or else by nobody."""
+        shared = self.objects[part.space]
+        if shared.is_huge and shared.open:
+            shared.doubts.add(part.offset, part.offset + part.end - part.start, now)
+
+    def note_holes(self) -> None:
+        """Find out what has been dropped of hugetlb memory. Not between the reading of an event and its `doubt`."""
+        if self._holes is None:
+            return
+        told = self._holes.changed()
+        for shared in self.objects.values():
+            if shared.open and (shared.doubts.ranges or shared.watch in told):
+                self._note_holes_in(shared, shared.watch in told)
+
+    def _note_holes_in(self, shared: SharedObject, told: bool) -> None:
+        try:
+            dropped = shared.doubts.decide(told, monotonic_ns())
+        except Undecided:
+            raise Lost("nobody can tell which missing pages the program has dropped (MADV_REMOVE)") from None
+        for start, end in dropped:
+            shared.residency.remove(start, end)
+            shared.wake(start, end)
+        if not shared.residency.absent_pages:
+            self._close_object(shared)
 
     def _add_huge(self, space: int, areas: HugeAreas) -> None:
         self.huge[space] = areas
@@ -192,6 +222,9 @@ class Filling:
     def _close_object(self, shared: SharedObject) -> None:
         self.incomplete.discard(shared)
         shared.close()
+        if self._holes is not None and not self._lacks_shared_huge:
+            self._holes.close()
+            self._holes = None
 
     def forget(self, mm: Mm) -> None:
         """The process of this address space has ended or executed another program."""
@@ -276,8 +309,12 @@ class Filling:
 
     def _fill_object(self, shared: SharedObject, offset: int, pages: int, data: int, cause: Cause) -> bool:
         residency = shared.residency
+        if shared.is_huge:
+            self.note_holes()
         if shared not in self.incomplete:
             return True
+        if shared.is_huge and shared.doubts.overlap(offset, offset + (pages << PAGE_SHIFT)):
+            return False
         for run in residency.missing_runs(offset, pages):
             at, end = run.address, run.address + (run.pages << PAGE_SHIFT)
             while at < end:

@@ -17,6 +17,7 @@ from postcopy.kernel.libc import address_of, memory_at
 from postcopy.kernel.page import PAGE_SIZE, page_up
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.hole_lock import HoleLock
+from postcopy.restore_side.hole_watch import Doubts
 from postcopy.restore_side.residency import AddressSpace
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Parts:
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any of it is in start-end."""
-        return any(True for _ in self._within(start, end))
+        return any(True for _ in self.within(start, end))
 
     def unmap(self, start: int, end: int) -> None:
         """start-end is no longer mapped."""
@@ -84,7 +85,7 @@ class Parts:
 
     def remap(self, old: int, new: int, length: int) -> None:
         """mremap(2) has moved ``length`` bytes; 0: it has mapped the same again, nobody says how much of it."""
-        moved = list(self._within(old, old + length if length else 1 << 63))
+        moved = list(self.within(old, old + length if length else 1 << 63))
         if not length:
             moved = [each for each in moved if each.start == old][:1]
         else:
@@ -93,7 +94,8 @@ class Parts:
             self.unmap(new, new + moved[-1].end - old)
         self._parts += [each._replace(start=each.start - old + new, end=each.end - old + new) for each in moved]
 
-    def _within(self, start: int, end: int) -> Iterator[Part]:
+    def within(self, start: int, end: int) -> Iterator[Part]:
+        """What of it is in start-end."""
         for each in self._parts:
             low = max(each.start, start)
             if low < min(each.end, end):
@@ -123,6 +125,9 @@ class SharedObject:
         self._mapped = 0
         self.open = True
         self.lock: HoleLock | None = None
+        # Of hugetlb memory: the number of the watch, and what may be about to be dropped.
+        self.watch = -1
+        self.doubts = Doubts()
         if not self.handed.first:
             uffdio.register(self.uffd, self._at, page_up(self.handed.size), uffdio.UFFDIO_REGISTER_MODE_MISSING)
 

@@ -189,8 +189,14 @@ def unmap(private: Memory, shared: Memory) -> None:
     touch_all(private, shared)
 
 
+def family(private: Memory, shared: Memory) -> None:
+    """A child that was born before the move has the same pages."""
+    touch_all(private, shared)
+    assert os.wait()[1] == 0, "the child has found something else"
+
+
 STEPS: dict[str, Step] = {
-    each.__name__: each for each in (touch, touch_all, fork, poor_fork, discard, remove, remap, unmap)
+    each.__name__: each for each in (touch, touch_all, fork, poor_fork, discard, remove, remap, unmap, family)
 }
 
 
@@ -208,6 +214,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         private, shared = Memory(MAP_PRIVATE), Memory(MAP_SHARED)
+        if options.step == "family" and not os.fork():
+            wait_for(options.directory / "go")
+            touch_all(private, shared)
+            os._exit(0)
         (options.directory / "ready").touch()
         wait_for(options.directory / "go")
         STEPS[options.step](private, shared)
