@@ -60,9 +60,10 @@ class Arena:
     program: Process
 
     @classmethod
-    def start(cls, host: Host, directory: Path, step: str) -> "Arena":
+    def start(cls, host: Host, directory: Path, step: str, *options: str) -> "Arena":
         """Start it, and wait until its memory is written."""
-        command = [sys.executable, "-m", "tests.programs.huge_arena", "--directory", str(directory), "--step", step]
+        arguments = ["--directory", str(directory), "--step", step, *options]
+        command = [sys.executable, "-m", "tests.programs.huge_arena", *arguments]
         with open(directory / "stderr", "wb") as errors:
             arena = cls(directory, host.popen(command, pid=PID, stderr=errors))
         wait_until(lambda: (directory / "ready").exists() or arena.said(), 30, "the program is ready")
@@ -91,7 +92,9 @@ def statistics(migration: Migration) -> dict[str, Any]:
     return next(event for event in migration.restore_events if event["event"] == "statistics")
 
 
-@pytest.mark.parametrize("step", [each for each in huge_arena.STEPS if each not in ("poor_fork", "family")])
+@pytest.mark.parametrize(
+    "step", [each for each in huge_arena.STEPS if each not in ("poor_fork", "family", "look_twice")]
+)
 def test_program_runs_before_its_huge_pages_have_come(hosts: Pair, tmp_path: Path, step: str) -> None:
     # Room for the copies of children, too.
     with huge_pages(6 * huge_arena.PAGES):
@@ -132,6 +135,19 @@ def test_huge_pages_that_processes_share_since_a_fork_come_to_each(
         migration.wait_drained()
 
 
+def test_huge_pages_without_a_reserve_are_there_before_the_program_runs(hosts: Pair, tmp_path: Path) -> None:
+    with huge_pages(4 * huge_arena.PAGES):
+        arena = Arena.start(hosts.a, tmp_path, "touch_all", "--no-reserve")
+        migration = move(hosts.a, hosts.b, PID, restore_options=("--background", "off"))
+        assert migration.restore is not None
+        arena.does_it(migration.restore)
+        arena.stop(migration.restore)
+        migration.wait_drained()
+        written = huge_arena.PAGES * 3 // 4 * huge_arena.SIZE
+        assert next(each for each in migration.dump_events if each["event"] == "state")["boot_bytes"] > written
+        assert next(each for each in migration.restore_events if each["event"] == "filled")["pages"] == written >> 12
+
+
 def test_huge_pages_of_an_idle_program_follow(hosts: Pair, tmp_path: Path) -> None:
     with huge_pages(4 * huge_arena.PAGES):
         arena = Arena.start(hosts.a, tmp_path, "touch_all")
@@ -156,14 +172,26 @@ def test_child_that_no_huge_page_is_left_for_ends_alone(hosts: Pair, tmp_path: P
 
 def test_program_ends_before_it_reads_zeros_in_huge_pages(hosts: Pair, tmp_path: Path) -> None:
     with huge_pages(4 * huge_arena.PAGES):
-        arena = Arena.start(hosts.a, tmp_path, "touch_all")
+        arena = Arena.start(hosts.a, tmp_path, "look_twice")
         migration = move(hosts.a, hosts.b, PID, restore_options=("--background", "off"))
-        migration.dump.kill()
-        (tmp_path / "go").touch()
         assert migration.restore is not None
+        (tmp_path / "go").touch()
+        wait_until(lambda: (tmp_path / "looked").exists(), 60, "the program has looked")
+        # A huge page takes minutes.
+        hosts.set_rate("64kbit")
+        (tmp_path / "again").touch()
+        wait_until(lambda: (tmp_path / "looks").exists(), 60, "the program looks again")
+        wait_until(lambda: arena.said() or waits_for_a_page(hosts.b), 60, "it waits")
+        assert not arena.said()
+        migration.dump.kill()
         assert migration.restore.wait(30) == 8
         wait_until(lambda: not hosts.b.alive(PID), 10, "the program has ended")
         assert not arena.said()
+
+
+def waits_for_a_page(host: Host) -> bool:
+    """Whether the program does."""
+    return (host.proc / str(PID) / "wchan").read_text() == "handle_userfault"
 
 
 @pytest.mark.parametrize("lazily", [True, False])

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,16 @@ PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_HUGETLB = 1, 2, 0x10, 0x20 | 0x40000 | 21 << 26
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+MAP_NORESERVE = 0x4000
+SYS_FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1
+WAITED_FOR = 13 * SIZE + 100 * PAGE  # where the words are that are waited for
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *(3 * [ctypes.c_int]), ctypes.c_long]
 libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.syscall.restype = ctypes.c_long
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -40,12 +45,19 @@ def required(result: int | None, what: str) -> int:
     return result
 
 
+class Given:
+    """Where the files are that tell the program what to do; whether huge pages are reserved for its memory."""
+
+    directory = Path()
+    reserved = True
+
+
 class Memory:
     """Hugetlb memory and what it must hold."""
 
     def __init__(self, kind: int) -> None:
         self.kind = kind
-        flags = kind | MAP_HUGETLB
+        flags = kind | MAP_HUGETLB | (0 if Given.reserved else MAP_NORESERVE)
         self.base = required(libc.mmap(None, PAGES * SIZE, PROT_READ | PROT_WRITE, flags, -1, 0), "mmap")
         # What is in the small pages that are not zero, by (huge page, small page).
         self.expected: dict[tuple[int, int], bytes] = {}
@@ -195,8 +207,35 @@ def family(private: Memory, shared: Memory) -> None:
     assert os.wait()[1] == 0, "the child has found something else"
 
 
+def waiters(private: Memory, shared: Memory) -> None:
+    """Threads that have waited since before the move for words in these pages are still there to be woken."""
+    touch_all(private, shared)
+    for memory in (private, shared):
+        word = ctypes.c_uint32.from_address(memory.base + WAITED_FOR)
+        assert word.value == 0
+        word.value = 1
+        while futex(memory.base + WAITED_FOR, FUTEX_WAKE, 1) != 1:
+            time.sleep(0.005)
+
+
+def look_twice(private: Memory, shared: Memory) -> None:
+    """At a page of each, and at one more when ``again`` is there; ``looked`` and ``looks`` tell of it."""
+    for memory in (private, shared):
+        memory.check(0)
+    (Given.directory / "looked").touch()
+    wait_for(Given.directory / "again")
+    (Given.directory / "looks").touch()
+    private.check(1)
+
+
+def futex(place: int, operation: int, value: int) -> int:
+    """futex(2) without a time-out; restarted."""
+    return int(libc.syscall(*map(ctypes.c_long, (SYS_FUTEX, place, operation, value, 0, 0, 0))))
+
+
 STEPS: dict[str, Step] = {
-    each.__name__: each for each in (touch, touch_all, fork, poor_fork, discard, remove, remap, unmap, family)
+    each.__name__: each
+    for each in (touch, touch_all, fork, poor_fork, discard, remove, remap, unmap, family, waiters, look_twice)
 }
 
 
@@ -206,18 +245,32 @@ def wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
+def sleeping() -> int:
+    """How many threads of this process wait in futex(2) for one of the words."""
+    calls = [Path(f"/proc/self/task/{tid}/syscall").read_text().split() for tid in os.listdir("/proc/self/task")]
+    return sum(call[0] == str(SYS_FUTEX) and int(call[1], 16) % SIZE == WAITED_FOR % SIZE for call in calls)
+
+
 def main() -> None:
     """Set up, wait, do it, tell."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--step", choices=STEPS, required=True)
+    parser.add_argument("--no-reserve", action="store_true")
     options = parser.parse_args()
+    Given.directory, Given.reserved = options.directory, not options.no_reserve
     try:
         private, shared = Memory(MAP_PRIVATE), Memory(MAP_SHARED)
         if options.step == "family" and not os.fork():
             wait_for(options.directory / "go")
             touch_all(private, shared)
             os._exit(0)
+        if options.step == "waiters":
+            for memory in (private, shared):
+                place = memory.base + WAITED_FOR
+                threading.Thread(target=futex, args=(place, FUTEX_WAIT, 0), daemon=True).start()
+            while sleeping() < 2:
+                time.sleep(0.005)
         (options.directory / "ready").touch()
         wait_for(options.directory / "go")
         STEPS[options.step](private, shared)
