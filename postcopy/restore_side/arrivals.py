@@ -16,7 +16,7 @@ _Key = tuple[int, int]  # the space, and where the huge page begins at the sourc
 class _Arrival:
     def __init__(self, key: _Key, size: int) -> None:
         self.key = key
-        self.content = mmap.mmap(-1, size)
+        self.content = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.bytes = 0
 
 

@@ -5,7 +5,6 @@ change fails with EAGAIN and is put off until the loop has read the change.
 """
 
 import errno
-import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,7 @@ from postcopy.restore_side.arrivals import Arrivals
 from postcopy.restore_side.hole_watch import HoleWatch, Undecided
 from postcopy.restore_side.populating import populating
 from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace, Run
-from postcopy.restore_side.shared_filling import Part, Parts, SharedObject
+from postcopy.restore_side.shared_filling import Part, Parts, SharedObject, never_written
 
 _OUT_OF_MEMORY_NS = 10_000_000_000
 # EAGAIN ends when the thread that changes the layout has run and its event has been read; that is a matter of 10 us.
@@ -97,7 +96,7 @@ class Filling:
         self.arrivals = Arrivals()
         self._huge_sizes: list[int] = []
         self._holes: HoleWatch | None = None
-        self._zeros = mmap.mmap(-1, PAGE_SIZE)
+        self._zeros = never_written(PAGE_SIZE)
         self.filled = dict.fromkeys(Cause, 0)
         self.waits_for_memory = False
         self._forgotten = forgotten
@@ -206,8 +205,7 @@ class Filling:
     def _add_huge(self, space: int, areas: HugeAreas) -> None:
         self.huge[space] = areas
         self._huge_sizes = sorted({1 << area.shift for each in self.huge.values() for area in each.areas})
-        # Of it nothing is ever written, and so nothing is there.
-        self._zeros = mmap.mmap(-1, self._huge_sizes[-1])
+        self._zeros = never_written(self._huge_sizes[-1])
 
     def huge_page(self, residency: AddressSpace, ordinal: int) -> PageRange | None:
         """The huge page, by its addresses at the source, that a lazy page is part of."""

@@ -102,6 +102,11 @@ class Parts:
                 yield Part(low, min(each.end, end), each.space, each.offset + low - each.start)
 
 
+def never_written(size: int) -> mmap.mmap:
+    """Zeros that take no memory: to read private memory that was never written makes no pages."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 @dataclass(eq=False)
 class SharedObject:
     """Shared memory that lacks pages; the addresses of its residency are offsets."""
@@ -118,7 +123,7 @@ class SharedObject:
     def __post_init__(self) -> None:
         self.is_huge = bool(self.handed.huge_shift) and not self.handed.first
         self.page_size = 1 << self.handed.huge_shift if self.is_huge else PAGE_SIZE
-        self._zeros = mmap.mmap(-1, self.page_size) if self.is_huge else None
+        self._zeros = never_written(self.page_size) if self.is_huge else None
         self.residency = AddressSpace(self.handed.space, self.handed.lazy)
         self._mapping = mmap.mmap(self.handed.fd, self.handed.size)
         self._at = address_of(self._mapping)
