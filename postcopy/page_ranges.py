@@ -171,6 +171,10 @@ class PageRanges:
                 ends.append(each.end)
         return PageRanges._of(starts, ends)
 
+    def union(self, other: "PageRanges") -> "PageRanges":
+        """The pages of both sets."""
+        return PageRanges.from_pairs([*self, *other])
+
     def pack(self) -> bytes:
         """The set as bytes: a count, the starts, the ends; all of them little-endian 64-bit numbers."""
         starts, ends = self._starts, self._ends

@@ -15,6 +15,7 @@ from typing import Any
 
 from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
+from postcopy.huge_pages import is_lazy, is_lazy_object
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SHIFT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
@@ -506,7 +507,7 @@ def _pages(memory: Memory) -> Iterator[str]:
             yield f"{name}: {error.message}"
             return
     try:
-        lazy = _places(v for v in memory.vmas if v.backing in _LAZY_BACKINGS and "wf" not in v.flags)
+        lazy = _places(v for v in memory.vmas if (v.backing in _LAZY_BACKINGS and "wf" not in v.flags) or is_lazy(v))
         others = _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS)
     except ValueError:
         return  # a vma that is misaligned, which is said of the vma
@@ -516,6 +517,8 @@ def _pages(memory: Memory) -> Iterator[str]:
     for name, other in (("lazy", "sent"), ("guards", "sent"), ("guards", "lazy")):
         for both in _common(sets[name], sets[other]):
             yield f"{name}: {both.start:#x}-{both.end:#x} is in {other} as well"
+    for vma in filter(is_lazy, memory.vmas):
+        yield from _whole(sets["lazy"].clip(vma.start, vma.end), vma.huge_shift)
     total = sum(each.total_pages for each in sets.values()) * PAGE_SIZE
     if total > _MOST_MEMORY:
         yield f"lazy: {total} bytes of memory are more than any host has"
@@ -536,6 +539,12 @@ def _huge(shift: int, kind: str, places: Iterable[int]) -> Iterator[str]:
         yield f"huge_shift: {shift} for memory that is {kind}"
     elif kind == "huge" and any(place % (1 << shift) for place in places):
         yield f"huge_shift: memory that is not made of whole pages of {1 << shift} bytes"
+
+
+def _whole(lazy: PageRanges, shift: int) -> Iterator[str]:
+    for each in lazy:
+        if (each.start | each.end) % (1 << shift):
+            yield f"lazy: {each.start:#x}-{each.end:#x} is not made of whole pages of {1 << shift} bytes"
 
 
 def _shared_memory(memory: SharedMemory) -> Iterator[str]:
@@ -562,6 +571,8 @@ def _shared_memory(memory: SharedMemory) -> Iterator[str]:
                 yield f"{name}: {each.start:#x}-{each.end:#x} is behind the end, {memory.size:#x}"
     for both in _common(sets["lazy"], sets["sent"]):
         yield f"lazy: {both.start:#x}-{both.end:#x} is in sent as well"
+    if is_lazy_object(memory):
+        yield from _whole(sets["lazy"], memory.huge_shift)
 
 
 def _seccomp(seccomp: Seccomp) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from postcopy.huge_pages import HugeArea, HugeAreas, is_lazy, is_lazy_object
 from postcopy.page_ranges import PageRanges
 from postcopy.state import Tree
 
@@ -50,7 +51,7 @@ def filled_first(tree: Tree) -> frozenset[int]:
     """
     first = {each.memory.memory for each in tree.descriptors.descriptions if each.memory is not None}
     for number, each in enumerate(tree.shared_memory):
-        if each.system_v is not None or each.seals & _SEALED or each.huge_shift:
+        if each.system_v is not None or each.seals & _SEALED or (each.huge_shift and not is_lazy_object(each)):
             first.add(number)
     for process in tree.processes:
         for vma in process.memory.vmas:
@@ -64,3 +65,17 @@ def pushed(tree: Tree) -> dict[int, PageRanges]:
     """The lazy pages, by space, that the bulk stream brings: all but those that are `filled_first`, on demand."""
     first = filled_first(tree)
     return {space.number: space.lazy for space in spaces_of(tree) if space.number not in first}
+
+
+def huge_areas(tree: Tree) -> dict[int, HugeAreas]:
+    """The lazy hugetlb memory of the spaces that have any."""
+    found = {
+        process.space: HugeAreas(HugeArea(v.start, v.end, v.huge_shift) for v in process.memory.vmas if is_lazy(v))
+        for process in tree.processes
+        if any(map(is_lazy, process.memory.vmas))
+    }
+    first = filled_first(tree)
+    for each in tree.shared_memory:
+        if is_lazy_object(each) and each.space not in first:
+            found[each.space] = HugeAreas([HugeArea(0, each.size, each.huge_shift)])
+    return found

@@ -292,6 +292,11 @@ SENSELESS: list[tuple[str, Any, str]] = [
     ("shared_memory", [memory("memfd", HUGE, 12)], "shared_memory[0].huge_shift: 12 for memory that is"),
     (
         "shared_memory",
+        [memory("huge", HUGE, 21) | {"lazy": span((0, PAGE_SIZE))}],
+        "shared_memory[0].lazy: 0x0-0x1000 is not made of whole pages of 2097152 bytes",
+    ),
+    (
+        "shared_memory",
         [memory("system_v", HUGE, 21, HUGE + 1)],
         "shared_memory[0].system_v.size: 2097153 bytes in memory",
     ),
@@ -469,6 +474,21 @@ def test_page_that_is_lazy_where_no_fault_can_be_caught_is_refused(taken: Taken)
     ]
     for change, expected in wrong:
         tree["processes"][0]["memory"] = {**memory, **change}
+        with pytest.raises(ProtocolError, match=expected):
+            check(decode(Tree, packed(tree)), taken.manifest)
+
+
+def test_part_of_a_huge_page_and_a_huge_page_without_a_reserve_are_not_lazy(taken: Taken) -> None:
+    tree = plain(encode(taken.tree))
+    memory = tree["processes"][0]["memory"]
+    anonymous = next(vma for vma in memory["vmas"] if vma["backing"] == "anonymous")
+    huge = {**anonymous, "backing": "huge", "huge_shift": 21, "start": HUGE, "end": 2 * HUGE}
+    for lazy, flags, expected in (
+        ((HUGE, HUGE + PAGE_SIZE), [], "lazy: 0x200000-0x201000 is not made of whole pages"),
+        ((HUGE, 2 * HUGE), ["nr"], "lazy: 0x200000-0x400000 is outside"),
+    ):
+        vmas = [{**huge, "flags": flags}, *memory["vmas"]]
+        tree["processes"][0]["memory"] = {**memory, "vmas": vmas, "lazy": span(lazy)}
         with pytest.raises(ProtocolError, match=expected):
             check(decode(Tree, packed(tree)), taken.manifest)
 

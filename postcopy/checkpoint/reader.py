@@ -97,13 +97,15 @@ class Checkpoint:
         """The lazy pages that are held here, by address space."""
         return dict(self._plan)
 
-    def verified_runs(self, space: int, share: int, shares: int) -> Iterator[tuple[int, int, int]]:
-        """The lazy pages of ``space`` that fall to worker ``share`` (from 0) of ``shares``, read and verified.
+    def verified_runs(
+        self, space: int, share: int, shares: int, but: PageRanges | None = None
+    ) -> Iterator[tuple[int, int, int]]:
+        """The lazy pages of ``space``, but those, that fall to worker ``share`` (from 0) of ``shares``: read, verified.
 
         Each run is its address in the process, the address of its bytes in this process, and its length in bytes. The
         bytes are only good until the next run is asked for. Raises CheckpointError.
         """
-        return self._pages[space].verified_runs(self._plan[space], share, shares)
+        return self._pages[space].verified_runs(self._plan[space].subtract(but or PageRanges()), share, shares)
 
     def close(self) -> None:
         """Give the files back."""

@@ -26,7 +26,7 @@ from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.sent_pages import SentPages
-from postcopy.spaces import spaces_of
+from postcopy.spaces import huge_areas, spaces_of
 from postcopy.state import LateSignal, Tree
 
 
@@ -140,6 +140,15 @@ class Capture:
             for state, frozen in pairs
         }
         return {**processes, **self._shared.sources}
+
+    def to_write(self, space: int) -> tuple[PageRanges, PageRanges]:
+        """Which pages are written whatever they hold, and which unless they are zero.
+
+        No parts of huge pages, which can only be filled whole.
+        """
+        huge = huge_areas(self.tree).get(space)
+        whole = huge.of(self.lazy[space]) if huge else PageRanges()
+        return self.sent[space].union(whole), self.lazy[space].subtract(whole)
 
     def sent_pages(self) -> SentPages:
         """The content of the pages that travel with the state."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from types import MappingProxyType
 
 from postcopy.dump_side.page_source import FrozenProcess, PageSource
+from postcopy.huge_pages import HugeAreas
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
 
@@ -13,8 +15,10 @@ Run = tuple[int, tuple[int, ...]]
 class CommonPages:
     """Who has a page in common with whom, at the same address: so it is after a fork."""
 
-    def __init__(self, sources: Mapping[int, PageSource]) -> None:
-        """``sources``: the memory by space."""
+    def __init__(self, sources: Mapping[int, PageSource], huge: Mapping[int, HugeAreas] = MappingProxyType({})) -> None:
+        """``sources``: the memory by space; ``huge``: what of it is of huge pages, which are left out: the destination
+        would have to hold one for each process."""
+        self._huge = huge
         self._pagemaps = {
             space: source.pagemap
             for space, source in sources.items()
@@ -28,6 +32,9 @@ class CommonPages:
     def runs(self, space: int, address: int, pages: int) -> list[Run]:
         """Some pages of ``space`` in order, as runs: how many, and which other spaces have the same ones there."""
         pagemap = self._pagemaps.get(space)
+        huge = self._huge.get(space)
+        if huge is not None and huge.overlap(address, address + pages * PAGE_SIZE):
+            return [(pages, ())]
         if pagemap is None or pagemap.are_exclusive(address, pages):
             return [(pages, ())]
         own = pagemap.frames(address, pages)

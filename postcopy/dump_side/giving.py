@@ -11,6 +11,7 @@ from postcopy.drafts import shorten
 from postcopy.dump_side.page_source import PageSource
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
+from postcopy.huge_pages import HugeAreas
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.poll import readable
 from postcopy.page_ranges import PageRanges
@@ -84,15 +85,17 @@ class Giving:
             self.control.send_pages(pages)
             self._boot_bytes = len(pages.content)
 
-    def start_servers(self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource]) -> None:
+    def start_servers(
+        self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource], huge: Mapping[int, HugeAreas]
+    ) -> None:
         """Fork the demand server and the bulk streamer of the pages of ``plan``, by address space."""
         demand, bulk, board = self._channels.demand.socket, self._channels.bulk.socket, self._board
 
         def demand_body() -> None:
-            serve_demand(demand, sources, board, plan)
+            serve_demand(demand, sources, board, plan, huge)
 
         def bulk_body() -> None:
-            stream_bulk(bulk, plan, sources, board)
+            stream_bulk(bulk, plan, sources, board, huge)
 
         # Each keeps its own connection and the board; the tree dies with none of them.
         self._servers = [

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from postcopy.dump_side import names, shared_memory
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.shared_memory import DELETED, SharedObjects
+from postcopy.huge_pages import HugeArea, HugeAreas, is_lazy
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
@@ -231,7 +232,8 @@ class Pages:
 def scan(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Pages:
     """Walk the page tables of a frozen process.
 
-    Missing-mode userfaultfd covers private anonymous memory; of private mappings of files the copied pages are sent.
+    Missing-mode userfaultfd covers private anonymous memory, of huge pages too; of private mappings of files the copied
+    pages are sent.
     """
     anonymous: list[tuple[int, int]] = []
     copied: list[tuple[int, int]] = []
@@ -240,9 +242,10 @@ def scan(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Pages:
         place = max(line.start, region.start), min(line.end, region.end)
         if region.categories & PAGE_IS_GUARD:
             guards.append(place)
-        elif line.inode and not region.categories & PAGE_IS_FILE:
-            copied.append(place)
-        elif not line.inode and not region.categories & PAGE_IS_PFNZERO:
+        elif line.inode and not _is_huge(line):
+            if not region.categories & PAGE_IS_FILE:
+                copied.append(place)
+        elif not region.categories & PAGE_IS_PFNZERO:
             anonymous.append(place)
     return Pages(
         lazy=PageRanges.from_pairs(anonymous),
@@ -292,16 +295,29 @@ def _regions_of(pagemap: Pagemap, lines: Sequence[MapsLine]) -> Iterator[tuple[M
                 yield line, region
 
 
+def _is_huge(line: MapsLine) -> bool:
+    """Whether a private mapping is of hugetlb memory; of those that can be moved, all are anonymous."""
+    return line.name.startswith("/anon_hugepage") and os.makedev(*line.device) in shared_memory.huge_devices()
+
+
 def _is_private(line: MapsLine) -> bool:
     return not line.shared and line.name not in _KERNEL_MAPPINGS
 
 
 def keep_together(pages: Pages, found: Layout) -> Pages:
-    """Send the pages of mappings that fork must wipe along: a page fetched later would be there in the child."""
-    wiped = PageRanges.from_pairs([(vma.start, vma.end) for vma in found.vmas if "wf" in vma.flags])
-    if not wiped.total_pages:
+    """Send what is not to be fetched later along with the state.
+
+    Mappings that fork must wipe: a page fetched later would be there in the child. Hugetlb memory that is not lazy. And
+    huge pages of which a part is sent, for they can be filled only whole.
+    """
+    whole = [(v.start, v.end) for v in found.vmas if "wf" in v.flags or (v.backing == "huge" and not is_lazy(v))]
+    huge = HugeAreas(HugeArea(v.start, v.end, v.huge_shift) for v in found.vmas if is_lazy(v))
+    if huge.areas:
+        parts = (part for each in pages.sent for part in huge.parts(*each))
+        whole += [(page.start, page.end) for _, page in parts if page]
+    if not whole:
         return pages
-    return _sent_too(pages, pages.lazy.subtract(pages.lazy.subtract(wiped)))
+    return _sent_too(pages, pages.lazy.subtract(pages.lazy.subtract(PageRanges.from_pairs(whole))))
 
 
 def _sent_too(pages: Pages, more: PageRanges) -> Pages:

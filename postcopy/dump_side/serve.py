@@ -5,13 +5,17 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Mapping
+from array import array
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from struct import Struct
+from types import MappingProxyType
 
 from postcopy.dump_side.common_pages import CommonPages, Spared
 from postcopy.dump_side.page_source import PageSource
 from postcopy.errors import ConnectionLost, PostcopyError, ProtocolError
+from postcopy.huge_pages import HugeAreas
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
@@ -32,6 +36,8 @@ _MOST_ASKED = 16
 # tc-pfifo_fast(8): packets of the interactive band overtake those of the bulk band.
 _PRIORITY_BULK = 2
 _PRIORITY_INTERACTIVE = 6
+
+_NONE_HUGE: Mapping[int, HugeAreas] = MappingProxyType({})
 
 
 class Board:
@@ -135,10 +141,11 @@ def serve_demand(
     sources: Mapping[int, PageSource],
     board: Board,
     plan: Mapping[int, PageRanges] | None = None,
+    huge: Mapping[int, HugeAreas] = _NONE_HUGE,
 ) -> None:
     """Answer requests until the destination says FINISH; the body of a process of its own.
 
-    ``plan``: the pages that processes may have in common.
+    ``plan``: the pages that processes may have in common; ``huge``: which of them are huge.
 
     Raises ConnectionLost, ProtocolError, DumpError; the destination has then been told, if it can still be reached.
     """
@@ -146,7 +153,7 @@ def serve_demand(
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _PRIORITY_INTERACTIVE)
     try:
-        _answer_requests(sock, Spared(plan or {}), sources, board)
+        _answer_requests(sock, Spared(plan or {}), CommonPages(sources, huge), sources, board)
     except OSError as error:
         raise ConnectionLost(f"demand channel: {error.strerror}") from error
     except PostcopyError as error:
@@ -155,13 +162,14 @@ def serve_demand(
         raise
 
 
-def _answer_requests(sock: socket.socket, spared: Spared, sources: Mapping[int, PageSource], board: Board) -> None:
+def _answer_requests(
+    sock: socket.socket, spared: Spared, common: CommonPages, sources: Mapping[int, PageSource], board: Board
+) -> None:
     answer = memoryview(bytearray(wire.HEADER_SIZE + wire.MOST_DEMAND_PAGES * PAGE_SIZE))
     # A slice of a memoryview takes an allocation; the sizes repeat, so they are made once.
     payloads = [answer[wire.HEADER_SIZE : wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
     frames = [answer[: wire.HEADER_SIZE + n * PAGE_SIZE] for n in range(wire.MOST_DEMAND_PAGES + 1)]
     received = b""
-    common = CommonPages(sources)
     while True:
         more = sock.recv(1 << 14)
         if not more:
@@ -198,9 +206,15 @@ def _answer_requests(sock: socket.socket, spared: Spared, sources: Mapping[int, 
 
 
 def stream_bulk(
-    sock: socket.socket, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource], board: Board
+    sock: socket.socket,
+    plan: Mapping[int, PageRanges],
+    sources: Mapping[int, PageSource],
+    board: Board,
+    huge: Mapping[int, HugeAreas] = _NONE_HUGE,
 ) -> None:
     """Send every page of the plan once while the background is on, then END; the body of a process of its own.
+
+    Those that are ``huge`` are sent whole, one after the other, since they can only be filled so.
 
     Ends early, without END, when the board says that the destination has every page. Raises ConnectionLost, DumpError.
     """
@@ -211,7 +225,7 @@ def stream_bulk(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BULK_SEND_BUFFER)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _PRIORITY_BULK)
     try:
-        _stream_chunks(sock, _Chunks(plan), sources, board)
+        _stream_chunks(sock, _Chunks(plan, huge), CommonPages(sources, huge), sources, board)
     except OSError as error:
         if not board.finishes():
             raise ConnectionLost(f"bulk channel: {error.strerror}") from error
@@ -221,9 +235,15 @@ def stream_bulk(
         raise
 
 
-def _stream_chunks(sock: socket.socket, chunks: "_Chunks", sources: Mapping[int, PageSource], board: Board) -> None:
+def _stream_chunks(
+    sock: socket.socket,
+    chunks: "_Chunks",
+    common: CommonPages,
+    sources: Mapping[int, PageSource],
+    board: Board,
+) -> None:
     frames = memoryview(bytearray(CHUNK_PAGES * (wire.HEADER_SIZE + PAGE_SIZE)))
-    common, spared = CommonPages(sources), Spared(chunks.plan)
+    spared = Spared(chunks.plan)
     demands_seen = 0
     while True:
         while not board.background and not board.finished:
@@ -238,11 +258,11 @@ def _stream_chunks(sock: socket.socket, chunks: "_Chunks", sources: Mapping[int,
         if chunk is None:
             sock.sendall(wire.end())
             return
-        space, ranges, first = chunk
+        space, ranges, first, count = chunk
         source = sources[space]
         at = 0
         sent_pages = spared_pages = 0
-        for part in ranges.stretches(first, CHUNK_PAGES):
+        for part in ranges.stretches(first, count):
             for each in spared.rest(space, part, first):
                 start = each.start
                 for pages, others in common.runs(space, start, each.pages):
@@ -263,14 +283,19 @@ def _stream_chunks(sock: socket.socket, chunks: "_Chunks", sources: Mapping[int,
 
 
 class _Chunks:
-    """Which chunks have been sent: one byte for each. A chunk is `CHUNK_PAGES` ordinals of one address space."""
+    """Which chunks have been sent: one byte for each. A chunk is `CHUNK_PAGES` ordinals of one address space, or those
+    of a huge page."""
 
-    def __init__(self, plan: Mapping[int, PageRanges]) -> None:
+    def __init__(self, plan: Mapping[int, PageRanges], huge: Mapping[int, HugeAreas]) -> None:
         self.plan = plan
         self._plan = {space: ranges for space, ranges in plan.items() if ranges.total_pages}
-        self._sent = {space: bytearray(-(-ranges.total_pages // CHUNK_PAGES)) for space, ranges in self._plan.items()}
+        # With which ordinal each begins.
+        self._firsts = {space: _chunks(ranges, huge.get(space)) for space, ranges in self._plan.items()}
+        self._sent = {space: bytearray(len(firsts)) for space, firsts in self._firsts.items()}
         self._space = next(iter(self._plan), 0)
         self._next = 0
+        # What is left of a chunk that is sent in pieces: nothing comes in between.
+        self._left: tuple[int, PageRanges, range] = (0, PageRanges(), range(0))
 
     def promote(self, space: int, address: int) -> None:
         """Go on with the chunk that has this page, if it is still to be sent, and with those after it."""
@@ -278,12 +303,20 @@ class _Chunks:
         ordinal = -1 if ranges is None else ranges.ordinal(address)
         if ordinal < 0:
             return
-        chunk = ordinal // CHUNK_PAGES
+        chunk = bisect_right(self._firsts[space], ordinal) - 1
         if not self._sent[space][chunk]:
             self._space, self._next = space, chunk
 
-    def take(self) -> tuple[int, PageRanges, int] | None:
-        """The chunk to send next as (space, its ranges, first ordinal); None when all have been sent."""
+    def take(self) -> tuple[int, PageRanges, int, int] | None:
+        """What to send next as (space, its ranges, first ordinal, how many); None when all has been sent."""
+        if not self._left[2] and not self._take_chunk():
+            return None
+        space, ranges, left = self._left
+        piece = left[:CHUNK_PAGES]
+        self._left = space, ranges, left[CHUNK_PAGES:]
+        return space, ranges, piece.start, len(piece)
+
+    def _take_chunk(self) -> bool:
         while self._plan:
             sent = self._sent[self._space]
             chunk = sent.find(0, self._next)
@@ -292,7 +325,25 @@ class _Chunks:
             if chunk >= 0:
                 sent[chunk] = 1
                 self._next = chunk + 1
-                return self._space, self._plan[self._space], chunk * CHUNK_PAGES
+                firsts, ranges = self._firsts[self._space], self._plan[self._space]
+                until = firsts[chunk + 1] if chunk + 1 < len(firsts) else ranges.total_pages
+                self._left = self._space, ranges, range(firsts[chunk], until)
+                return True
             del self._plan[self._space]
             self._space, self._next = next(iter(self._plan), 0), 0
-        return None
+        return False
+
+
+def _chunks(ranges: PageRanges, huge: HugeAreas | None) -> Sequence[int]:
+    """The ordinals with which chunks begin."""
+    if huge is None:
+        return range(0, ranges.total_pages, CHUNK_PAGES)
+    firsts = array("Q")
+    at = 0
+    for area in huge.areas:
+        for part, ordinal in ranges.overlapping(area.start, area.end):
+            firsts.extend(range(at, ordinal, CHUNK_PAGES))
+            at = ordinal + part.pages
+            firsts.extend(range(ordinal, at, 1 << (area.shift - PAGE_SHIFT)))
+    firsts.extend(range(at, ranges.total_pages, CHUNK_PAGES))
+    return firsts

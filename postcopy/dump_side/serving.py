@@ -14,7 +14,7 @@ from postcopy.errors import ConnectionLost, PostcopyError
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter, Silent
 from postcopy.roles import Role
-from postcopy.spaces import filled_first
+from postcopy.spaces import filled_first, huge_areas
 from postcopy.state import Draft
 from postcopy.transport import Channels, Listener
 from postcopy.wire import control
@@ -128,7 +128,8 @@ def give(
         with giving.in_time("waiting for the destination to build the tree"):
             if not has_state:
                 giving.send_state(checkpoint.tree, checkpoint.sent_content)
-            giving.start_servers(pushed, {space: checkpoint.source(space) for space in plan})
+            sources = {space: checkpoint.source(space) for space in plan}
+            giving.start_servers(pushed, sources, huge_areas(checkpoint.tree))
             giving.await_ready()
         giving.go(control.Go(checkpoint.tree.late_signals))
         giving.await_resumed()

@@ -27,7 +27,7 @@ from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.spaces import pushed
+from postcopy.spaces import huge_areas, pushed
 from postcopy.state import Draft, LateSignal, Manifest
 from postcopy.transport import Listener
 from postcopy.wire import control
@@ -115,7 +115,7 @@ def dump_to_directory(
             capture.take()
             capture.verify()
             for space, source in capture.sources.items():
-                writer.write_space(space, source, capture.sent[space], capture.lazy[space])
+                writer.write_space(space, source, *capture.to_write(space))
             late = capture.late_signals()
             writer.finish(manifest, replace(capture.tree, late_signals=late))
             reporter.event("written", directory=str(directory), bytes=writer.bytes_written)
@@ -218,7 +218,7 @@ def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Repo
                     scripts.run(Action.POST_DUMP, options.pid)
                     giving.send_state(capture.tree, capture.sent_pages)
                     # Forked while the destination builds: this costs no stand-still.
-                    giving.start_servers(pushed(capture.tree), capture.sources)
+                    giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
                     go = _await_go(capture, giving, reporter)
                 _commit(options, capture, giving, go)
     except (ConnectionLost, LostAfterCommit):
@@ -246,7 +246,7 @@ def _offer(
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
                 giving.send_state(capture.tree, capture.sent_pages)
-            giving.start_servers(pushed(capture.tree), capture.sources)
+            giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
             go = _await_go(capture, giving, reporter)
         _commit(options, capture, giving, go)
     except (LostAfterCommit, Interrupted):

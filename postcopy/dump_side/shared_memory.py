@@ -224,7 +224,8 @@ def _collect(each: Found, space: int, fd: int, most_sent: int) -> SharedMemory:
     existing = _huge_data(fd, status, each.huge_shift) if each.huge_shift else _data(fd, status.st_size)
     lazy = PageRanges()
     if existing.total_pages * PAGE_SIZE > most_sent:
-        boot_set = PageRanges.from_pairs((page, page + PAGE_SIZE) for page in each.boot_set)
+        size = 1 << each.huge_shift if each.huge_shift else PAGE_SIZE
+        boot_set = PageRanges.from_pairs((page & -size, (page & -size) + size) for page in each.boot_set)
         lazy = existing.subtract(boot_set)
     segment = system_v.stat(each.key[1]) if each.kind == "system_v" else None
     return SharedMemory(

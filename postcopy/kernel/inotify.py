@@ -5,12 +5,26 @@ import os
 import struct
 import termios
 
+from postcopy.kernel._libc import ffi
+from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
 
+IN_MODIFY = 0x00000002
 IN_DONT_FOLLOW = 0x02000000
 INOTIFY_IOC_SETNEXTWD = 0x40044900  # include/uapi/linux/inotify.h
 
 _NR_OPEN_BY_HANDLE_AT = 304
+
+
+def make(flags: int) -> int:
+    """inotify_init1(2): a descriptor; the flags are O_CLOEXEC and O_NONBLOCK."""
+    return syscall("making an inotify instance", NUMBERS["inotify_init1"], flags)
+
+
+def add_watch(fd: int, path: str, mask: int) -> int:
+    """inotify_add_watch(2): the number of the watch."""
+    name = ffi.from_buffer(path.encode() + b"\0")
+    return syscall(f"watching {path}", NUMBERS["inotify_add_watch"], fd, int(ffi.cast("uintptr_t", name)), mask)
 
 
 def unread(fd: int) -> int:

@@ -3,15 +3,16 @@
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.errors import RestoreError
 from postcopy.kernel import userfaultfd
-from postcopy.kernel.libc import memory_at
+from postcopy.kernel.libc import address_of, memory_at
 from postcopy.kernel.page import PAGE_SHIFT
+from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.shared_filling import HandedObject
 from postcopy.roles import Role
@@ -46,14 +47,27 @@ def _fill_share(
     checkpoint: Checkpoint, spaces: Sequence[HandedSpace], objects: Sequence[HandedObject], share: int, shares: int
 ) -> None:
     for each in spaces:
-        for address, data, length in checkpoint.verified_runs(each.space, share, shares):
+        huge = list(_huge_pages(each))
+        apart = PageRanges.from_pairs(huge)
+        for address, data, length in checkpoint.verified_runs(each.space, share, shares, apart):
             _copy(each.uffd, address, data, length)
+        for page in huge[share::shares]:
+            content = memoryview(bytearray(page.end - page.start))
+            checkpoint.source(each.space).read_into(page.start, content)
+            _copy(each.uffd, page.start, address_of(content), len(content))
     for shared in objects:
         # Not by write(2), which files of huge pages have not.
         with mmap.mmap(shared.fd, shared.size) as mapping:
             for offset, data, length in checkpoint.verified_runs(shared.space, share, shares):
                 end = min(offset + length, shared.size)
                 mapping[offset:end] = memory_at(data, end - offset)
+
+
+def _huge_pages(space: HandedSpace) -> Iterator[PageRange]:
+    """Those that it lacks: they can only be filled whole."""
+    for area in space.huge.areas if space.huge else ():
+        for part, _ in space.lazy.overlapping(area.start, area.end):
+            yield from (PageRange(at, at + (1 << area.shift)) for at in range(part.start, part.end, 1 << area.shift))
 
 
 def _copy(uffd: int, address: int, data: int, length: int) -> None:

@@ -22,11 +22,12 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import msgpack
 
 from postcopy.errors import PostcopyError, ProtocolError
+from postcopy.huge_pages import HugeAreas
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE, page_down
 from postcopy.kernel.sched import scheduling
-from postcopy.page_ranges import PageRanges
+from postcopy.page_ranges import PageRange, PageRanges
 from postcopy.restore_side.filling import Cause, Filling, Lost, Mm
 from postcopy.restore_side.hole_lock import HoleLock
 from postcopy.restore_side.latency import LatencyHistogram
@@ -49,6 +50,10 @@ _PROBE_NS = 1_000_000_000
 _HOT_RETRIES = 20
 _STREAMS = 16
 _FIRST_REQUESTS = 8
+# Requests for pieces of huge pages that are on their way: other faults wait behind them.
+_PIECES_AHEAD = 4
+# While so many answers are put off, no more huge pages are asked for.
+_MOST_PUT_OFF = 8
 # Spaces that have one page in common: a tree has not as many processes.
 _MOST_ALSO = 1 << 16
 
@@ -56,13 +61,14 @@ _MOST_ALSO = 1 << 16
 @dataclass(frozen=True, slots=True)
 class HandedSpace:
     """An address space to fill: its number at the source, its userfaultfd, the pages that it lacks, where shared memory
-    is in it that lacks pages, and what is registered (see `AddressSpace`)."""
+    is in it that lacks pages, what is registered (see `AddressSpace`), and its own lazy hugetlb memory."""
 
     space: int
     uffd: int
     lazy: PageRanges
     shared: Sequence[Part] = ()
     registered: PageRanges | None = None
+    huge: HugeAreas | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,7 @@ class FaultHandler:
         self._filling = Filling(self._forgotten)
         for each in spaces:
             parts = Parts(each.shared) if each.shared else None
-            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy, each.registered), parts)
+            self._filling.adopt(each.uffd, AddressSpace(each.space, each.lazy, each.registered), parts, each.huge)
         self._objects = objects
         self.own_uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK) if objects else -1
 
@@ -131,6 +137,9 @@ class FaultHandler:
 
         # Faulted pages that have been asked for, by (space, source address): when the fault was read.
         self._waiting: dict[tuple[int, int], int] = {}
+        # Of huge pages that are wanted: (space, address, pages) to be asked for, and what has been asked for.
+        self._pieces: deque[tuple[int, int, int]] = deque()
+        self._pieces_asked: deque[tuple[int, int]] = deque()
         self._put_off: deque[_Answer] = deque()
         self._put_off_faults: dict[tuple[Mm, int], int] = {}
         self._retries = 0
@@ -194,6 +203,8 @@ class FaultHandler:
                 self._latency = LatencyHistogram()
                 self._report({"event": "filled first"})
             for shared in self._filling.objects.values():
+                if shared.is_huge:
+                    continue
                 if shared.open:
                     self._fetch(shared, 1)
                 if shared.open:
@@ -286,6 +297,7 @@ class FaultHandler:
 
     def _read_messages(self, mm: Mm) -> None:
         """Apply what is queued."""
+        self._filling.note_holes()
         self._apply(mm, uffdio.read_messages(mm.uffd))
 
     def _apply(self, mm: Mm, messages: Sequence[uffdio.Message]) -> None:
@@ -298,6 +310,8 @@ class FaultHandler:
             else:
                 self._retries = 0
                 self._change_layout(mm, message)
+        if len(faults) < len(messages):
+            self._filling.note_holes()
         if faults:
             self._faults += len(faults)
             self._last_fault = now
@@ -311,7 +325,9 @@ class FaultHandler:
         ordinal = residency.lookup(address)
         state = residency.states[ordinal] if ordinal >= 0 else REMOVED
         if state == ABSENT:
-            if (residency.source, residency.lazy.address(ordinal)) in self._waiting:
+            if self._filling.huge and (page := self._filling.huge_page(residency, ordinal)):
+                self._request_huge(mm, page, now)
+            elif (residency.source, residency.lazy.address(ordinal)) in self._waiting:
                 residency.mark(ordinal, 1, REQUESTED)
             else:
                 self._request(mm, ordinal, self._fault_around(mm, ordinal), now)
@@ -325,6 +341,29 @@ class FaultHandler:
         residency.mark(ordinal, pages, REQUESTED)
         self._send(wire.request(residency.source, source_address, pages))
 
+    def _request_huge(self, of: Mm | SharedObject, page: PageRange, now: int) -> tuple[int, int]:
+        """Ask for a huge page; gives (space, address) of the last answer. ``now`` is 0 where nobody waits for it."""
+        residency = of.residency
+        source = residency.source
+        pages = min(page.pages, wire.MOST_DEMAND_PAGES)
+        last = source, page.end - (pages << PAGE_SHIFT)
+        residency.mark(residency.lazy.ordinal(page.start), page.pages, REQUESTED)
+        if last not in self._waiting:
+            self._waiting[last] = now
+            self._filling.arrivals.expect(source, page)
+            self._pieces.extend((source, each, pages) for each in range(page.start, page.end, pages << PAGE_SHIFT))
+            self._request_pieces()
+        return last
+
+    def _request_pieces(self) -> None:
+        """Ask for what is wanted of huge pages, as long as little is on its way."""
+        while self._pieces and len(self._pieces_asked) < _PIECES_AHEAD:
+            if len(self._put_off) >= _MOST_PUT_OFF and not self._filling.others_wait():
+                return
+            space, address, pages = self._pieces.popleft()
+            self._pieces_asked.append((space, address))
+            self._send(wire.request(space, address, pages))
+
     def _fault_elsewhere(self, mm: Mm, address: int, now: int) -> bool:
         """A fault that is none on a missing page of the process's own memory; False when it has to be put off.
 
@@ -336,17 +375,19 @@ class FaultHandler:
         filling = self._filling
         if mm.parts is None or not filling.lacks_shared:
             # Never at the source, dropped since, or filled since the fault: in the last case it is there (EEXIST).
-            return filling.zero(mm, address)
+            return filling.zero(mm, address) is not False
         if part := mm.parts.at(address):
             shared, offset = filling.objects[part.space], address - part.start + part.offset
             ordinal = shared.residency.lookup(offset) if shared.open else -1
             state = shared.residency.states[ordinal] if ordinal >= 0 else REMOVED
             if state in (ABSENT, REQUESTED):
                 shared.wait(offset, mm, address)
-                if state == ABSENT:
+                if state == ABSENT and (page := filling.huge_page(shared.residency, ordinal)):
+                    self._request_huge(shared, page, now)
+                elif state == ABSENT:
                     self._request(shared, ordinal, self._fault_around(shared, ordinal), now)
                 return True
-            if ordinal < 0 and filling.zero_in_object(shared, offset):
+            if state == REMOVED and filling.zero_in_object(shared, offset):
                 uffdio.wake(mm.uffd, address, PAGE_SIZE)
                 return True
         done = filling.share(mm, address)
@@ -362,11 +403,21 @@ class FaultHandler:
             return 1
         streams = of.streams
         wanted = min(streams.pop(ordinal, 0) * 4 or 1, wire.MOST_DEMAND_PAGES)
-        pages = of.residency.window(ordinal, wanted)
+        pages = self._window(of.residency, ordinal, wanted)
         streams[ordinal + pages] = pages
         if len(streams) > _STREAMS:
             del streams[next(iter(streams))]
         return pages
+
+    def _window(self, residency: AddressSpace, ordinal: int, most: int) -> int:
+        """See `AddressSpace.window`; up to the next huge page."""
+        pages = residency.window(ordinal, most)
+        huge = self._filling.huge.get(residency.source)
+        if huge is None or pages < 2:
+            return pages
+        address = residency.lazy.address(ordinal)
+        part, _ = next(huge.parts(address, address + (pages << PAGE_SHIFT)))
+        return part.pages
 
     def _change_layout(self, mm: Mm, message: uffdio.Message) -> None:
         """Threads blocked in a range that changed try again: a fault may be older or younger than the event."""
@@ -383,8 +434,11 @@ class FaultHandler:
                     uffdio.wake(mm.uffd, old, length)
                     uffdio.wake(mm.uffd, new, length)
             case uffdio.Remove(start, end):
-                # Of shared memory nothing is dropped as long as pages are missing: see `HoleLock`.
-                self._hurry = self._hurry or (mm.parts is not None and mm.parts.overlaps(start, end))
+                if mm.parts is not None:
+                    # Of shared memory nothing is dropped as long as pages are missing: see `HoleLock`, `HoleWatch`.
+                    self._hurry = self._hurry or mm.parts.overlaps(start, end)
+                    for part in mm.parts.within(start, end):
+                        self._filling.doubt(part, monotonic_ns())
                 mm.residency.remove(start, end)
                 uffdio.wake(mm.uffd, start, end - start)
             case uffdio.Unmap(start, end):
@@ -459,6 +513,9 @@ class FaultHandler:
             if asked:
                 self._latency.add(monotonic_ns() - asked)
         self._also_demand.clear()
+        if self._pieces_asked and self._pieces_asked[0] == (header.space, address):
+            self._pieces_asked.popleft()
+            self._request_pieces()
 
     def _fill_piece(self) -> None:
         """Fill the next piece of the bulk stream."""
@@ -514,6 +571,7 @@ class FaultHandler:
                 self._put_off.append(answer)
         if self._bulk_stalled:
             self._fill_piece()
+        self._request_pieces()
         if not self._waits_for_event:
             self._filling.nothing_put_off()
 
@@ -540,7 +598,10 @@ class FaultHandler:
                 continue
             ordinal = mm.residency.next_absent()
             if ordinal >= 0:
-                pages = mm.residency.window(ordinal, wire.MOST_DEMAND_PAGES)
+                if page := self._filling.huge_page(mm.residency, ordinal):
+                    self._asked_rest = self._request_huge(mm, page, 0)
+                    return
+                pages = self._window(mm.residency, ordinal, wire.MOST_DEMAND_PAGES)
                 address = mm.residency.lazy.address(ordinal)
                 self._asked_rest = (mm.residency.source, address)
                 mm.residency.mark(ordinal, pages, REQUESTED)

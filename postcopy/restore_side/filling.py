@@ -13,12 +13,16 @@ from enum import Enum
 from time import monotonic_ns
 
 from postcopy.errors import ProtocolError
+from postcopy.huge_pages import HugeArea, HugeAreas
 from postcopy.kernel import userfaultfd as uffdio
+from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
-from postcopy.page_ranges import PageRanges
+from postcopy.page_ranges import PageRange, PageRanges
+from postcopy.restore_side.arrivals import Arrivals
+from postcopy.restore_side.hole_watch import HoleWatch, Undecided
 from postcopy.restore_side.populating import populating
-from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace
-from postcopy.restore_side.shared_filling import Parts, SharedObject
+from postcopy.restore_side.residency import PRESENT, REMOVED, AddressSpace, Run
+from postcopy.restore_side.shared_filling import Part, Parts, SharedObject, never_written
 
 _OUT_OF_MEMORY_NS = 10_000_000_000
 # EAGAIN ends when the thread that changes the layout has run and its event has been read; that is a matter of 10 us.
@@ -59,6 +63,10 @@ class Mm:
     # The parent's layout changes since the fork was told, and what the child itself has told meanwhile.
     later: list[tuple[int, int, int]] = field(default_factory=list)
     early: list[uffdio.Message] = field(default_factory=list)
+    # Forked here: nothing keeps huge pages in reserve for its private memory.
+    forked: bool = False
+    # Private hugetlb memory that no layout change has been about.
+    untouched: PageRanges = field(default_factory=PageRanges)
     # Pages that were taken out of the userfaultfd's hands, to be given back with the next event.
     unregistered: list[int] = field(default_factory=list)
 
@@ -83,15 +91,26 @@ class Filling:
         # Those that lack pages.
         self.incomplete: set[Mm | SharedObject] = set()
         self.newborns: list[Mm] = []
+        # Where hugetlb memory is in the spaces of the source.
+        self.huge: dict[int, HugeAreas] = {}
+        self.arrivals = Arrivals()
+        self._huge_sizes: list[int] = []
+        self._holes: HoleWatch | None = None
+        self._zeros = never_written(PAGE_SIZE)
         self.filled = dict.fromkeys(Cause, 0)
         self.waits_for_memory = False
         self._forgotten = forgotten
         self._families: dict[int, list[Mm]] = {}
         self._out_of_memory_since = 0
 
-    def adopt(self, uffd: int, residency: AddressSpace, parts: Parts | None = None) -> Mm:
-        """One more address space."""
+    def adopt(
+        self, uffd: int, residency: AddressSpace, parts: Parts | None = None, huge: HugeAreas | None = None
+    ) -> Mm:
+        """One more address space; ``huge``: where it has lazy hugetlb memory of its own."""
         mm = self.mms[uffd] = Mm(uffd, residency, parts)
+        if huge is not None:
+            self._add_huge(residency.source, huge)
+            mm.untouched = PageRanges.from_pairs((area.start, area.end) for area in huge.areas)
         self._families.setdefault(residency.source, []).append(mm)
         if residency.absent_pages:
             self.incomplete.add(mm)
@@ -102,14 +121,22 @@ class Filling:
         residency = parent.residency
         child = self.adopt(uffd, residency.fork(), parent.parts.fork() if parent.parts is not None else None)
         child.parent = parent
+        child.forked = True
+        child.untouched = parent.untouched
         child.stalled_since = monotonic_ns()
         self.newborns.append(child)
 
     def moved(self, mm: Mm, first: int, second: int, length: int = 0) -> None:
         """A layout change of ``mm`` has been read, as `AddressSpace.born` takes them."""
+        told = [mm]
         for child in self.newborns:
             if child.parent is mm:
                 child.later.append((first, second, length))
+                told.append(child)
+        if mm.untouched:
+            places = [(first, first + length), (second, second + length)] if length else [(first, second)]
+            for each in told:
+                each.untouched = each.untouched.subtract(PageRanges.from_pairs(places))
 
     def born(self, child: Mm) -> bool:
         """Whether it is certain which of the parent's layout changes the child was born with.
@@ -143,6 +170,47 @@ class Filling:
         """Shared memory, which lacks pages."""
         self.objects[shared.residency.source] = shared
         self.incomplete.add(shared)
+        if shared.is_huge:
+            self._holes = self._holes or HoleWatch()
+            shared.watch = self._holes.add(shared.handed.fd)
+            area = HugeArea(0, shared.handed.size, shared.handed.huge_shift)
+            self._add_huge(shared.residency.source, HugeAreas([area]))
+
+    def doubt(self, part: Part, now: int) -> None:
+        """Pages of shared memory may be about to be dropped, by MADV_REMOVE, or else by nobody."""
+        shared = self.objects[part.space]
+        if shared.is_huge and shared.open:
+            shared.doubts.add(part.offset, part.offset + part.end - part.start, now)
+
+    def note_holes(self) -> None:
+        """Find out what has been dropped of hugetlb memory. Not between the reading of an event and its `doubt`."""
+        if self._holes is None:
+            return
+        told = self._holes.changed()
+        for shared in self.objects.values():
+            if shared.open and (shared.doubts.ranges or shared.watch in told):
+                self._note_holes_in(shared, shared.watch in told)
+
+    def _note_holes_in(self, shared: SharedObject, told: bool) -> None:
+        try:
+            dropped = shared.doubts.decide(told, monotonic_ns())
+        except Undecided:
+            raise Lost("nobody can tell which missing pages the program has dropped (MADV_REMOVE)") from None
+        for start, end in dropped:
+            shared.residency.remove(start, end)
+            shared.wake(start, end)
+        if not shared.residency.absent_pages:
+            self._close_object(shared)
+
+    def _add_huge(self, space: int, areas: HugeAreas) -> None:
+        self.huge[space] = areas
+        self._huge_sizes = sorted({1 << area.shift for each in self.huge.values() for area in each.areas})
+        self._zeros = never_written(self._huge_sizes[-1])
+
+    def huge_page(self, residency: AddressSpace, ordinal: int) -> PageRange | None:
+        """The huge page, by its addresses at the source, that a lazy page is part of."""
+        areas = self.huge.get(residency.source)
+        return None if areas is None else areas.page(residency.lazy.address(ordinal))
 
     @property
     def lacks_shared(self) -> bool:
@@ -152,6 +220,9 @@ class Filling:
     def _close_object(self, shared: SharedObject) -> None:
         self.incomplete.discard(shared)
         shared.close()
+        if self._holes is not None and not self._lacks_shared_huge:
+            self._holes.close()
+            self._holes = None
 
     def forget(self, mm: Mm) -> None:
         """The process of this address space has ended or executed another program."""
@@ -188,8 +259,25 @@ class Filling:
     def fill(self, space: int, address: int, pages: int, data: int, cause: Cause) -> bool:
         """Put pages where they are missing, in every descendant; False when some have to be put off.
 
-        ``address`` is where they were at the source, ``data`` where they are in this process.
+        ``address`` is where they were at the source, ``data`` where they are in this process. What is part of a huge
+        page is kept until all of that is there.
         """
+        huge = self.huge.get(space) if self.huge else None
+        if huge is None:
+            return self._fill(space, address, pages, data, cause)
+        complete, streamed = True, cause is Cause.BULK
+        for part, page in huge.parts(address, address + (pages << PAGE_SHIFT)):
+            at = data + part.start - address
+            if page is None:
+                complete = self._fill(space, part.start, part.pages, at, cause) and complete
+            elif whole := self.arrivals.take(space, page, part, at, streamed=streamed):
+                if self._fill(space, page.start, page.pages, whole, cause, huge=True):
+                    self.arrivals.done(space, page, streamed=streamed)
+                else:
+                    complete = False
+        return complete
+
+    def _fill(self, space: int, address: int, pages: int, data: int, cause: Cause, *, huge: bool = False) -> bool:
         if (shared := self.objects.get(space)) is not None:
             return self._fill_object(shared, address, pages, data, cause)
         family = self._families.get(space)
@@ -205,7 +293,12 @@ class Filling:
                 continue
             for run in residency.missing_runs(address, pages):
                 offset = residency.lazy.address(run.ordinal) - address
-                if not self._copy(mm, run.address, run.ordinal, run.pages, data + offset, cause):
+                if huge:
+                    if run.pages != pages:
+                        raise Lost(f"only a part of the huge page from {address:#x} on is missing")
+                    if not self._copy_huge(mm, run, data, cause):
+                        complete = False
+                elif not self._copy(mm, run.address, run.ordinal, run.pages, data + offset, cause):
                     complete = False
                     break
             if not residency.absent_pages:
@@ -214,8 +307,12 @@ class Filling:
 
     def _fill_object(self, shared: SharedObject, offset: int, pages: int, data: int, cause: Cause) -> bool:
         residency = shared.residency
+        if shared.is_huge:
+            self.note_holes()
         if shared not in self.incomplete:
             return True
+        if shared.is_huge and shared.doubts.overlap(offset, offset + (pages << PAGE_SHIFT)):
+            return False
         for run in residency.missing_runs(offset, pages):
             at, end = run.address, run.address + (run.pages << PAGE_SHIFT)
             while at < end:
@@ -246,13 +343,13 @@ class Filling:
                 raise Lost(f"UFFDIO_ZEROPAGE in shared memory at {offset:#x}: {error.strerror}") from error
             return False
         if made:
-            self.filled[Cause.ZERO] += PAGE_SIZE
+            self.filled[Cause.ZERO] += shared.page_size
         return made
 
     def share(self, mm: Mm, address: int) -> bool | None:
         """Let who waits at ``address`` go on, whatever is there, without making a page of shared memory.
 
-        None when shared memory is there that has no such page (yet); False when it has to be put off.
+        None when shared memory is there that has no such page (yet), or may be; False when it has to be put off.
         """
         try:
             uffdio.continue_(mm.uffd, address, PAGE_SIZE)
@@ -341,8 +438,11 @@ class Filling:
             raise Lost(f"UFFDIO_COPY to {address:#x}: {error.strerror}") from error
         return True
 
-    def zero(self, mm: Mm, address: int) -> bool:
-        """Put a page of zeros, if there is none, and wake who waits for it; False when it has to be put off."""
+    def zero(self, mm: Mm, address: int) -> bool | None:
+        """Put a page of zeros, if there is none, and wake who waits for it; False when it has to be put off.
+
+        None: see `share`; only while shared memory lacks pages.
+        """
         try:
             uffdio.zeropage(mm.uffd, address, PAGE_SIZE)
         except OSError as error:
@@ -353,6 +453,8 @@ class Filling:
                 uffdio.wake(mm.uffd, address, PAGE_SIZE)
             elif error.errno == errno.ESRCH:
                 self.forget(mm)
+            elif error.errno == errno.EINVAL and self._huge_sizes:
+                return self._zero_huge(mm, address)
             elif self._out_of_memory(error):
                 return False
             else:
@@ -361,6 +463,101 @@ class Filling:
         if mm.stalled_since:
             mm.end_stall()
         self.filled[Cause.ZERO] += PAGE_SIZE
+        return True
+
+    def _zero_huge(self, mm: Mm, address: int) -> bool | None:
+        """The same for hugetlb memory, which UFFDIO_ZEROPAGE refuses; the kernel does not tell the size of its pages.
+
+        Nor does it tell private memory from shared memory whose page is missing (UFFDIO_CONTINUE: EFAULT). Before the
+        last of the latter has come, private memory is that which was private when the tree was made, unless a layout
+        change was about it; and a copy that is not refused with EAGAIN proves that none has begun that we do not know.
+        """
+        certain = mm.parts is None or not self._lacks_shared_huge or mm.untouched.contains(address)
+        for size in self._huge_sizes:
+            try:
+                if certain:
+                    uffdio.copy(mm.uffd, address, address_of(self._zeros), size)
+                else:
+                    uffdio.continue_(mm.uffd, address, size)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    continue
+                if error.errno == errno.EFAULT and not certain:
+                    return None
+                return self._zero_refused(mm, address, size, error)
+            mm.end_stall()
+            self.filled[Cause.ZERO] += size if certain else 0
+            return True
+        raise Lost(f"a page of unknown size is missing at {address:#x}")
+
+    @property
+    def _lacks_shared_huge(self) -> bool:
+        return any(shared.is_huge and shared in self.incomplete for shared in self.objects.values())
+
+    def _zero_refused(self, mm: Mm, address: int, size: int, error: OSError) -> bool:
+        """Whether the huge page needs nothing more."""
+        if error.errno == errno.EAGAIN:
+            mm.stalled_since = mm.stalled_since or monotonic_ns()
+            return False
+        if error.errno == errno.ESRCH:
+            self.forget(mm)
+        elif error.errno == errno.ENOENT:
+            uffdio.wake(mm.uffd, address, size)
+        elif error.errno in (errno.EEXIST, errno.ENOMEM):
+            return self._none_left(mm, address, size) is not None
+        else:
+            raise Lost(f"filling a huge page at {address:#x}: {error.strerror}") from error
+        return True
+
+    def _copy_huge(self, mm: Mm, run: Run, data: int, cause: Cause) -> bool:
+        """UFFDIO_COPY of a huge page; False when it has to be put off."""
+        size = run.pages << PAGE_SHIFT
+        try:
+            uffdio.copy(mm.uffd, run.address, data, size)
+        except OSError as error:
+            if mm.forked and error.errno in (errno.EEXIST, errno.ENOMEM):
+                left = self._none_left(mm, run.address, size)
+                if left is None:
+                    return False
+                if not left:
+                    mm.residency.mark(run.ordinal, run.pages, PRESENT)
+                    return True
+            if not self._copy_refused(mm, run.address, run.ordinal, error):
+                return False
+            if error.errno == errno.ENOENT:
+                mm.residency.mark(run.ordinal, run.pages, REMOVED)
+            return True
+        mm.end_stall()
+        mm.residency.mark(run.ordinal, run.pages, PRESENT)
+        self.filled[cause] += size
+        return True
+
+    def _none_left(self, mm: Mm, address: int, size: int) -> bool | None:
+        """Whether a huge page is there; where none is, since the host has none left, whoever touches it gets SIGBUS.
+
+        As the kernel has it where a child needs a copy of a private page and there is none. UFFDIO_COPY says EEXIST
+        then (mm/hugetlb.c, hugetlb_mfill_atomic_pte), as it does where the page is there; UFFDIO_POISON fails with
+        EEXIST only there. But it looks at the page table alone, which may not have a page yet that shared memory has.
+        None when it has to be put off.
+        """
+        for made, attempt in ((True, uffdio.continue_), (False, uffdio.poison)):
+            try:
+                attempt(mm.uffd, address, size)
+            except OSError as error:
+                match error.errno:
+                    case errno.EFAULT if made:
+                        continue
+                    case errno.EAGAIN:
+                        mm.stalled_since = mm.stalled_since or monotonic_ns()
+                        return None
+                    case errno.EEXIST | errno.ENOENT:
+                        uffdio.wake(mm.uffd, address, size)
+                        return True
+                    case errno.ESRCH:
+                        self.forget(mm)
+                        return True
+                raise Lost(f"no huge page is left for {address:#x}: {error.strerror}") from error
+            return made
         return True
 
     def _populated(self, mm: Mm, address: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgpack
 
+from postcopy.huge_pages import HugeArea, HugeAreas
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.shared_filling import HandedObject, Part
@@ -29,8 +30,11 @@ class Handover:
 
     def send(self, connection: socket.socket) -> None:
         """Pass it on by a Unix seqpacket socket; ranges by a memfd, since they may be many. Raises OSError."""
-        spaces = [[s.space, s.lazy.pack(), s.shared, (s.registered or s.lazy).pack()] for s in self.spaces]
-        objects = [[o.space, o.size, o.lazy.pack(), o.first] for o in self.objects]
+        spaces = [
+            [s.space, s.lazy.pack(), s.shared, (s.registered or s.lazy).pack(), s.huge.areas if s.huge else []]
+            for s in self.spaces
+        ]
+        objects = [[o.space, o.size, o.lazy.pack(), o.first, o.huge_shift] for o in self.objects]
         content = msgpack.packb([[pid for pid, _ in self.processes], spaces, objects])
         with os.fdopen(os.memfd_create("postcopy-handover"), "wb") as memory:
             memory.write(content)
@@ -65,12 +69,13 @@ class Handover:
                     PageRanges.unpack(lazy),
                     [Part(*part) for part in shared],
                     PageRanges.unpack(registered),
+                    HugeAreas(HugeArea(*area) for area in huge) if huge else None,
                 )
-                for space, lazy, shared, registered in spaces
+                for space, lazy, shared, registered, huge in spaces
             ],
             [
-                HandedObject(space, next(left), size, PageRanges.unpack(lazy), first)
-                for space, size, lazy, first in objects
+                HandedObject(space, next(left), size, PageRanges.unpack(lazy), first, huge_shift)
+                for space, size, lazy, first, huge_shift in objects
             ],
             processes,
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from postcopy.errors import RestoreError
+from postcopy.huge_pages import is_lazy
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.executor import Answers, Batch
@@ -247,7 +248,7 @@ def lazy_vmas(memory: Memory, shared: SharedObjects) -> list[range]:
     for vma in memory.vmas:
         of_shared = vma.backing == "object" and vma.file in shared.lazy
         # What fork must wipe has come whole: a page filled later would be there in the child.
-        if not of_shared and (vma.backing not in ("anonymous", "stack") or "wf" in vma.flags):
+        if not of_shared and not is_lazy(vma) and (vma.backing not in ("anonymous", "stack") or "wf" in vma.flags):
             continue
         if joined and joined[-1].stop == vma.start:
             joined[-1] = range(joined[-1].start, vma.end)

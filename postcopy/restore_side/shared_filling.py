@@ -17,6 +17,7 @@ from postcopy.kernel.libc import address_of, memory_at
 from postcopy.kernel.page import PAGE_SIZE, page_up
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side.hole_lock import HoleLock
+from postcopy.restore_side.hole_watch import Doubts
 from postcopy.restore_side.residency import AddressSpace
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _MOST_MAPPED = 8 << 20
 class HandedObject:
     """Shared memory to fill: its number at the source, a descriptor of it, its size (bytes), the pages that it lacks.
 
-    ``first``: the tree does not run before it is complete.
+    ``first``: the tree does not run before it is complete. ``huge_shift``: of hugetlb memory.
     """
 
     space: int
@@ -38,6 +39,7 @@ class HandedObject:
     size: int
     lazy: PageRanges
     first: bool
+    huge_shift: int = 0
 
 
 class Part(NamedTuple):
@@ -68,7 +70,7 @@ class Parts:
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any of it is in start-end."""
-        return any(True for _ in self._within(start, end))
+        return any(True for _ in self.within(start, end))
 
     def unmap(self, start: int, end: int) -> None:
         """start-end is no longer mapped."""
@@ -83,7 +85,7 @@ class Parts:
 
     def remap(self, old: int, new: int, length: int) -> None:
         """mremap(2) has moved ``length`` bytes; 0: it has mapped the same again, nobody says how much of it."""
-        moved = list(self._within(old, old + length if length else 1 << 63))
+        moved = list(self.within(old, old + length if length else 1 << 63))
         if not length:
             moved = [each for each in moved if each.start == old][:1]
         else:
@@ -92,11 +94,17 @@ class Parts:
             self.unmap(new, new + moved[-1].end - old)
         self._parts += [each._replace(start=each.start - old + new, end=each.end - old + new) for each in moved]
 
-    def _within(self, start: int, end: int) -> Iterator[Part]:
+    def within(self, start: int, end: int) -> Iterator[Part]:
+        """What of it is in start-end."""
         for each in self._parts:
             low = max(each.start, start)
             if low < min(each.end, end):
                 yield Part(low, min(each.end, end), each.space, each.offset + low - each.start)
+
+
+def never_written(size: int) -> mmap.mmap:
+    """Zeros that take no memory: to read private memory that was never written makes no pages."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 @dataclass(eq=False)
@@ -113,12 +121,18 @@ class SharedObject:
     stuck = False
 
     def __post_init__(self) -> None:
+        self.is_huge = bool(self.handed.huge_shift) and not self.handed.first
+        self.page_size = 1 << self.handed.huge_shift if self.is_huge else PAGE_SIZE
+        self._zeros = never_written(self.page_size) if self.is_huge else None
         self.residency = AddressSpace(self.handed.space, self.handed.lazy)
         self._mapping = mmap.mmap(self.handed.fd, self.handed.size)
         self._at = address_of(self._mapping)
         self._mapped = 0
         self.open = True
         self.lock: HoleLock | None = None
+        # Of hugetlb memory: the number of the watch, and what may be about to be dropped.
+        self.watch = -1
+        self.doubts = Doubts()
         if not self.handed.first:
             uffdio.register(self.uffd, self._at, page_up(self.handed.size), uffdio.UFFDIO_REGISTER_MODE_MISSING)
 
@@ -132,7 +146,7 @@ class SharedObject:
         else:
             done = uffdio.copy(self.uffd, self._at + offset, data, length)
         self._mapped += done
-        if self._mapped > _MOST_MAPPED:
+        if self._mapped > _MOST_MAPPED and not self.handed.huge_shift:
             self._mapped = 0
             self._mapping.madvise(mmap.MADV_DONTNEED)
         return done
@@ -142,7 +156,11 @@ class SharedObject:
         if offset >= page_up(self.handed.size):
             return False
         try:
-            uffdio.zeropage(self.uffd, self._at + offset, PAGE_SIZE)
+            if self._zeros is not None:
+                # For hugetlb memory there is no UFFDIO_ZEROPAGE.
+                uffdio.copy(self.uffd, self._at + (offset & -self.page_size), address_of(self._zeros), self.page_size)
+            else:
+                uffdio.zeropage(self.uffd, self._at + offset, PAGE_SIZE)
         except OSError as error:
             if error.errno != errno.EEXIST:
                 raise

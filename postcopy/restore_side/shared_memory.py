@@ -81,7 +81,9 @@ class SharedObjects:
     def to_fill(self) -> list[HandedObject]:
         """What of it lacks pages; the descriptors stay ours."""
         return [
-            HandedObject(state.space, self._segment_fds.get(n, fd), state.size, lazy, first=n not in self.lazy)
+            HandedObject(
+                state.space, self._segment_fds.get(n, fd), state.size, lazy, n not in self.lazy, state.huge_shift
+            )
             for n, (state, fd) in enumerate(zip(self.states, self.fds, strict=True))
             if (lazy := PageRanges.unpack(state.lazy))
         ]

@@ -22,7 +22,7 @@ from postcopy.restore_side.shared_descriptors import Shared
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.unix_meetings import Meetings
 from postcopy.sent_pages import SentPages
-from postcopy.spaces import filled_first, spaces_of
+from postcopy.spaces import filled_first, huge_areas, spaces_of
 from postcopy.state import Draft, LateSignal, Tree
 from postcopy.turns import by_turns
 
@@ -31,6 +31,7 @@ from postcopy.turns import by_turns
 class BuiltTree:
     """A tree that is ready to go on; it dies with us until `resume`. The root is the first."""
 
+    tree: Tree
     processes: list[Built]
     memory: SharedObjects
 
@@ -41,6 +42,7 @@ class BuiltTree:
 
     def spaces(self) -> list[HandedSpace]:
         """Its address spaces, with the pages that are missing."""
+        huge = huge_areas(self.tree)
         return [
             HandedSpace(
                 built.state.space,
@@ -48,6 +50,7 @@ class BuiltTree:
                 PageRanges.unpack(built.state.memory.lazy),
                 lazy_parts(built.state.memory, self.memory),
                 PageRanges.from_pairs((r.start, r.stop) for r in lazy_vmas(built.state.memory, self.memory)),
+                huge.get(built.state.space),
             )
             for built in self.processes
         ]
@@ -138,7 +141,7 @@ def build_tree(
     for building in buildings:
         building.connect()
     by_turns(building.finish() for building in buildings)
-    return BuiltTree([building.built for building in buildings], memory)
+    return BuiltTree(tree, [building.built for building in buildings], memory)
 
 
 def _owners_first(works: Mapping[int, Iterator[None]], family: Family) -> None:
