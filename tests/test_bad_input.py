@@ -274,7 +274,7 @@ WRONG = {
     "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), "does not speak the postcopy protocol"),
     "random": (random.Random(1).randbytes(4096), "does not speak the postcopy protocol"),
     "one-byte": (b"\0", "does not speak the postcopy protocol"),
-    "another-version": (hello(CONTROL, version=9), "speaks protocol version 9, this side 1"),
+    "another-version": (hello(CONTROL, version=9), f"speaks protocol version 9, this side {PROTOCOL_VERSION}"),
     "oversized": (hello(b"", length=(1 << 32) - 1), "a HELLO message of 4294967295 bytes"),
     "another-message": (HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.GO, 0), "it began with GO instead of HELLO"),
     "unknown-message": (HEADER.pack(MAGIC, PROTOCOL_VERSION, 999, 0), "unknown message 999"),

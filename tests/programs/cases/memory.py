@@ -403,11 +403,12 @@ class FileMappings(Snapshot):
     def take(self) -> dict[str, object]:
         """Every named mapping whose size is not the process's own to change.
 
-        Neighbours that go on where the other ends count as one: where the kernel splits them is not the program's.
+        Neighbours that go on where the other ends count as one: where the kernel splits them is not the program's. Nor
+        is at which offset of a file that nobody can open anonymous huge pages lie.
         """
         joined: list[Mapping] = []
         for mapping in mappings():
-            ours = ("[heap]", "[stack", "[anon", "/memfd:", "/dev/zero", "/SYSV", str(self.directory))
+            ours = ("[heap]", "[stack", "[anon", "/anon_hugepage", "/memfd:", "/dev/zero", "/SYSV", str(self.directory))
             if not mapping.name or mapping.name.startswith(ours):
                 continue
             if joined and continues(joined[-1], mapping):
