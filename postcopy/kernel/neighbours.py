@@ -1,6 +1,7 @@
 """arp(7), icmp6(7): telling everybody on a link that an address is here now."""
 
 import array
+import contextlib
 import fcntl
 import socket
 import struct
@@ -19,18 +20,21 @@ _ALL_NODES = socket.inet_pton(socket.AF_INET6, "ff02::1")
 _ALL_NODES_LINK = bytes.fromhex("333300000001")
 
 
-def announce(addresses: Iterable[bytes]) -> None:
+def announce(addresses: Iterable[bytes], told_by: contextlib.ExitStack) -> None:
     """Tell the neighbours that these addresses of this host (4 or 16 bytes each) are here: by a gratuitous ARP request
     (RFC 5227, 3) or an unsolicited neighbor advertisement (RFC 4861, 7.2.6), on those devices that have them and where
-    there is anybody to be told. Raises OSError."""
+    there is anybody to be told. Raises OSError.
+
+    The sockets are closed with ``told_by``: to close one takes an RCU grace period, some ten milliseconds.
+    """
     wanted = set(addresses)
     for device, address in {*_of_ipv4(), *_of_ipv6()}:
         if address in wanted:
-            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as own:
-                own.bind((device, 0))
-                *_, kind, mac = own.getsockname()
-                if kind == _ARPHRD_ETHER:
-                    own.send(_request(mac, address) if len(address) == 4 else _advertisement(mac, address))
+            own = told_by.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+            own.bind((device, 0))
+            *_, kind, mac = own.getsockname()
+            if kind == _ARPHRD_ETHER:
+                own.send(_request(mac, address) if len(address) == 4 else _advertisement(mac, address))
 
 
 def _of_ipv4() -> Iterator[tuple[str, bytes]]:

@@ -1,5 +1,6 @@
 """What sockets need beside the calls that make them: before the process is built, when it is, at commit, on failure."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -38,6 +39,7 @@ class Network:
             for number, one in enumerate(descriptions)
             if one.inet and one.inet.connection and number in where
         ]
+        self._told_by = contextlib.ExitStack()
         # Duplicates, from when they have been made until they speak.
         self._held: list[tuple[socket.socket, InetSocket, TcpConnection]] = []
         self._lock = NetworkLock(lock, f"postcopy-{os.getpid()}") if self._connections else None
@@ -96,9 +98,13 @@ class Network:
     def _announce(self) -> None:
         """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
         try:
-            neighbours.announce({_end(one.local)[0] for _, one, _ in self._connections})
+            neighbours.announce({_end(one.local)[0] for _, one, _ in self._connections}, self._told_by)
         except OSError as error:
             log.warning("nobody could be told that the addresses of the program are here now: %s", error.strerror)
+
+    def close(self) -> None:
+        """Give back what need not be waited for before the tree runs."""
+        self._told_by.close()
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""

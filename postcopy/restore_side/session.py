@@ -463,6 +463,8 @@ class _Takeover:
             # Before anybody is told that the program runs: who ends us from here on means the program.
             self._leave_signals_to_the_program()
         self._channels.control.close()
+        if self._network is not None:
+            self._network.close()
         gc.enable()
         if self._options.pidfile:
             try:
