@@ -68,6 +68,9 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
                 except (Refused, OSError) as reason:
                     if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
                         break
+                    if isinstance(reason, FileNotFoundError) and not looks_left and not table.frozen:
+                        # It was closed at each look, and something else is open there now: that is looked at later.
+                        break
                     if not looks_left:
                         problems.append(f"descriptor {fd}: {reason}")
                     continue
