@@ -215,8 +215,3 @@ def lender_number() -> int:
     """The descriptor by which a new process has the directory of our descriptors, which it can open anew there."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(_LENDER, hard - 1) if hard != resource.RLIM_INFINITY else _LENDER
-
-
-def ranges_in_use(pid: int) -> list[range]:
-    """The address ranges that a new process occupies."""
-    return [range(line.start, line.end) for line in procfs.for_each_vma(pid)]

@@ -86,7 +86,6 @@ class Begun:
         if next(iter(family.relatives), 0) != root.number:
             raise RestoreError("the state is not that of the process which the manifest announced")
         self.family = family
-        self.root = root
         self.newborns = newborns
         self.inherited = inherited or {}
         ptys.set_up(family.ptys, root.pidfd, self.inherited)
