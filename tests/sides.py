@@ -53,11 +53,8 @@ class Side:
 
     def await_event(self, name: str) -> None:
         """Wait until it tells of an event."""
-        out = self.errors.with_suffix(".out")
-        wait_until(
-            lambda: f'"event": "{name}"' in out.read_text() or self.process.poll() is not None, SECONDS, f"event {name}"
-        )
-        assert f'"event": "{name}"' in out.read_text(), f"ended with {self.process.poll()}: {self.text}"
+        wait_until(lambda: self.last(name) or self.process.poll() is not None, SECONDS, f"event {name}")
+        assert self.last(name), f"ended with {self.process.poll()}: {self.text}"
 
     def await_pause(self, step: str) -> None:
         """Wait until it has stopped itself at the step it was told."""

@@ -75,8 +75,10 @@ class Work:
 
     def ended(self, program: Process, directory: Path | None = None) -> None:
         """It comes to its end, and all is right."""
-        assert program.wait(4 * SECONDS) == 0, self.complaints(directory or self.directory)
-        self.check(directory or self.directory)
+        files = directory or self.directory
+        end = program.wait(4 * SECONDS)
+        assert end == 0, f"ended with {end}: {self.complaints(files)}"
+        self.check(files)
 
 
 class DictChurn(Work):
@@ -151,6 +153,9 @@ class Witness(Work):
 
     def done(self, directory: Path) -> int:
         return len(witness.records(directory / "log"))
+
+    def complaints(self, directory: Path) -> str:
+        return f"{super().complaints(directory)} {witness.records(directory / 'log')[-1:]}"
 
     def check(self, directory: Path) -> None:
         found = witness.records(directory / "log")

@@ -1,6 +1,5 @@
 """Jobs of a shell go on at the terminal of ``restore``, and as jobs of its shell."""
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -10,12 +9,15 @@ import signal
 import struct
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn, Self, cast
 
 import pytest
 
+from postcopy.restore_side.build import Built
+from postcopy.restore_side.job import ShellJob
 from tests.hosts import postcopy_command, wait_until
 
 PORT = "27127"
@@ -25,12 +27,25 @@ COMMAND = " ".join(postcopy_command())
 class Shell:
     """An interactive shell with job control on a terminal of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, main: Callable[[], NoReturn] | None = None) -> None:
+        """``main``: what it does instead."""
         self._shown = ""
         self.pid, self.terminal = pty.fork()
         if not self.pid:
             os.closerange(3, 4096)
+            if main:
+                main()
             os.execvpe("bash", ["bash", "--norc", "-i"], {**os.environ, "PS1": "$ ", "TERM": "ansi"})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End it, and its jobs with it."""
+        os.kill(self.pid, signal.SIGHUP)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.terminal)
 
     def type(self, line: str) -> None:
         """Type a line."""
@@ -66,19 +81,6 @@ class Shell:
         return before + found
 
 
-@contextlib.contextmanager
-def shell() -> Iterator[Shell]:
-    """A shell that ends with the scope, and its jobs with it."""
-    found = Shell()
-    try:
-        yield found
-    finally:
-        os.kill(found.pid, signal.SIGHUP)
-        os.kill(found.pid, signal.SIGKILL)
-        os.waitpid(found.pid, 0)
-        os.close(found.terminal)
-
-
 def child_named(parent: int, name: str) -> int:
     """The PID of the child with this name; 0 for none."""
     with open(f"/proc/{parent}/task/{parent}/children") as stream:
@@ -106,7 +108,7 @@ def move_cat(source: Shell, dumper: Shell, destination: Shell) -> None:
 
 
 def test_job_of_a_shell_reads_on_from_the_terminal_of_restore() -> None:
-    with shell() as source, shell() as dumper, shell() as destination:
+    with Shell() as source, Shell() as dumper, Shell() as destination:
         move_cat(source, dumper, destination)
         destination.type("after")
         destination.read_until("after\r\nafter\r\n")
@@ -116,7 +118,7 @@ def test_job_of_a_shell_reads_on_from_the_terminal_of_restore() -> None:
 
 
 def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
-    with shell() as source, shell() as dumper, shell() as destination:
+    with Shell() as source, Shell() as dumper, Shell() as destination:
         move_cat(source, dumper, destination)
         destination.press("\x1a")
         destination.read_until("Stopped")
@@ -141,11 +143,48 @@ def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
         destination.read_until("$ ")
 
 
+def put_in_front_while_it_stops() -> NoReturn:
+    """A shell, its job and the job's program, which reads the terminal from behind: the job follows it into the stop,
+    and in the middle of that the shell puts it in front, and continues it.
+    """
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    kill = os.kill
+
+    def put_in_front_and_kill(pid: int, number: int) -> None:
+        if number == signal.SIGTSTP:
+            os.tcsetpgrp(0, pid)
+            kill(pid, signal.SIGCONT)
+        kill(pid, number)
+
+    if not (job_pid := os.fork()):
+        os.setpgid(0, 0)
+        if not (pid := os.fork()):
+            os.setpgid(0, 0)
+            os.write(1, b"read: " + os.read(0, 100))
+            os._exit(0)
+        lineage = SimpleNamespace(foreground=True, process_group=pid, session=0)
+        root = SimpleNamespace(pid=pid, state=SimpleNamespace(pid=pid, lineage=lineage))
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        os.kill = put_in_front_and_kill
+        ShellJob(cast(Built, root), b"").follow()
+        os.waitpid(pid, 0)
+        os._exit(0)
+    _, status = os.waitpid(job_pid, os.WUNTRACED)
+    os.write(1, f"job: {status}\n".encode())
+    os._exit(0)
+
+
+def test_job_that_is_put_in_front_while_it_stops_goes_on() -> None:
+    with Shell(put_in_front_while_it_stops) as here:
+        here.type("a line")
+        assert "read: a line" in here.read_until("job: 0")
+
+
 def test_editor_goes_on_with_the_next_key(tmp_path: Path) -> None:
     if shutil.which("vi") is None:
         pytest.skip("vi is not installed (Debian package vim-tiny)")
     text = tmp_path / "text"
-    with shell() as source, shell() as dumper, shell() as destination:
+    with Shell() as source, Shell() as dumper, Shell() as destination:
         destination.resize(33, 77)
         source.type(f"vi -u NONE -n {text}")
         pid = wait_until(lambda: child_named(source.pid, "vi"), 10, "vi runs")
@@ -171,7 +210,7 @@ def test_editor_goes_on_with_the_next_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["dump", "restore"])
 def test_shell_job_is_refused_where_nobody_asks_for_it(lacking: str) -> None:
-    with shell() as source, shell() as dumper, shell() as destination:
+    with Shell() as source, Shell() as dumper, Shell() as destination:
         source.type("cat")
         pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
         option = "" if lacking == "dump" else "-j"
@@ -187,7 +226,7 @@ def test_shell_job_is_refused_where_nobody_asks_for_it(lacking: str) -> None:
 
 
 def test_shell_job_is_refused_where_restore_has_no_terminal() -> None:
-    with shell() as source, shell() as dumper, shell() as destination:
+    with Shell() as source, Shell() as dumper, Shell() as destination:
         source.type("cat")
         pid = wait_until(lambda: child_named(source.pid, "cat"), 10, "cat runs")
         dumper.type(f"{COMMAND} dump --lazy-pages -j -t {pid} --port {PORT}; echo dump=$?")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 
 from postcopy.kernel import pty
 from postcopy.restore_side.build import Built
@@ -71,9 +72,10 @@ class ShellJob:
         if stop is None or stop.si_status not in _BY_TERMINAL:
             return
         # What the shell has put in front while we ran is put in front without a word to us.
-        if stop.si_status == signal.SIGTSTP or not self._is_ours():
+        by_key = stop.si_status == signal.SIGTSTP
+        if by_key or not self._is_ours():
             self.take_back()
-            if not _stop() and stop.si_status != signal.SIGTSTP:
+            if not _stop(lambda: not by_key and self._is_ours()) and not by_key:
                 return  # it would be stopped again, and again
         self.lend()
         with contextlib.suppress(ProcessLookupError):
@@ -85,10 +87,18 @@ class ShellJob:
         return False
 
 
-def _stop() -> bool:
-    """Stop until we are continued; False where that cannot be, since no shell is there to continue us (setpgid(2))."""
+def _stop(is_needless: Callable[[], bool]) -> bool:
+    """Stop until we are continued; False where that cannot be, since no shell is there to continue us (setpgid(2)).
+
+    ``is_needless``: asked when the stop is on its way; whoever continues us after that takes it back (signal(7)).
+    """
     continued: list[int] = []
     previous = signal.signal(signal.SIGCONT, lambda number, frame: continued.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
     os.kill(os.getpid(), signal.SIGTSTP)
+    if needless := is_needless():
+        # To ignore a pending signal discards it.
+        signal.signal(signal.SIGTSTP, signal.signal(signal.SIGTSTP, signal.SIG_IGN))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
     signal.signal(signal.SIGCONT, previous)
-    return bool(continued)
+    return needless or bool(continued)

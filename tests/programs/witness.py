@@ -204,8 +204,9 @@ class Witness:
             self._pages.check_all()
         except Wrong as wrong:
             self._wrong = str(wrong)
-        # The interpreter takes its handlers away when it ends.
+        # The interpreter takes its handlers away when it ends, and one may be on its way to another thread.
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         if self._wrong:
             self._record(self._wrong)
         return int(bool(self._wrong))
