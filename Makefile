@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Else each of a thousand commands would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench lint
 
 demo: $(READY)
@@ -35,12 +38,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# A new pyproject.toml may name new dependencies, so it makes the environment stale.
+# A new pyproject.toml may name new dependencies, so it makes the environment stale. An editable install of the usual
+# kind adds an import hook to each start of the interpreter.
 $(READY): pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "'$(PYTHON) -m venv' does not work here: installing the package python3-venv with apt-get"; \
 		apt-get update -q && apt-get install -y -q python3-venv && $(PYTHON) -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
+		-e '.[test]'
 	@touch $@
 
 # need COMMAND,PACKAGES: the command, or the Debian packages it comes in.

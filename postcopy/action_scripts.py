@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from postcopy import roles
 from postcopy.errors import PostcopyError
@@ -40,8 +41,7 @@ class Action(enum.StrEnum):
     POST_RESUME = "post-resume"
 
 
-@dataclass(frozen=True)
-class ActionScripts:
+class ActionScripts(Struct, frozen=True):
     """``paths``: the programs, in the order in which they are run; ``timeout``: seconds for each run.
 
     ``directory``: the checkpoint directory, if any. ``failure``: what is raised where one of them fails.

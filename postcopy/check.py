@@ -5,7 +5,8 @@ import os
 import platform
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy import capabilities
 from postcopy.kernel import cpu, pidfd, procfs, ptrace, userfaultfd
@@ -26,8 +27,7 @@ _FEATURES = {
 _ENOUGH_DESCRIPTORS = 4096
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing a host needs: ``roles`` (source, destination), whether it is there, and what its lack costs.
 
     ``vital``: without it the role cannot be played at all.

@@ -5,8 +5,10 @@ there it is the very same object, by which is seen what has been begun already.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Pid, Unsigned
@@ -15,8 +17,7 @@ from postcopy.state import Draft, FileIdentity, MappedFile, Memory, Tree, Vma
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """What is new in ``tree``.
 
     ``laid_out``, ``tables``: the processes whose layout or descriptor table is that of the draft. ``descriptions``: of
@@ -115,8 +116,7 @@ def _same(memory: Memory, drafted: Memory) -> bool:
     return same and (memory.exe, memory.auxv, memory.vdso) == (drafted.exe, drafted.auxv, drafted.vdso)
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(Struct, frozen=True):
     """What of `Memory` is left out."""
 
     vmas: list[Vma]

@@ -7,7 +7,8 @@ or by a brother of its own in the right session (CLONE_PARENT, clone(2)); a lead
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 OUTSIDE = 0
 _SIGCHLD = 17
@@ -17,8 +18,7 @@ class Unrelated(Exception):
     """These processes cannot be made in any order known here; the text says which and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Relative:
+class Relative(Struct, frozen=True):
     """A process: ``parent`` is `OUTSIDE` for the root, ``session`` and ``group`` for those that the root came from."""
 
     pid: int
@@ -28,8 +28,7 @@ class Relative:
     exit_signal: int
 
 
-@dataclass(slots=True)
-class Making:
+class Making(Struct):
     """What one process does while the tree is made, in this order; ``births``: pids.
 
     ``early`` are born before setsid and before the process makes its own group, ``middle`` after setsid, ``late`` after
@@ -39,12 +38,12 @@ class Making:
 
     relative: Relative
     lasting: bool = True
-    early: list[int] = field(default_factory=list)
+    early: list[int] = []
     makes_session: bool = False
-    middle: list[int] = field(default_factory=list)
+    middle: list[int] = []
     makes_group: bool = False
-    late: list[int] = field(default_factory=list)
-    siblings: list[int] = field(default_factory=list)
+    late: list[int] = []
+    siblings: list[int] = []
     joins_group: bool = False
 
     @property

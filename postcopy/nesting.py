@@ -5,7 +5,8 @@ the root, or the one around it where the root is an init itself.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.integers import Pid, Unsigned
 from postcopy.kinship import Making, Unrelated
@@ -13,8 +14,7 @@ from postcopy.kinship import Making, Unrelated
 COMMON = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PidNamespace:
+class PidNamespace(Struct, frozen=True):
     """One of them, named after its init; ``parent``: the init of the one around it, or `COMMON`.
 
     ``names``: of every task, session and group in it, or in one within it, the common number and the one here.

@@ -8,7 +8,8 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.errors import CannotRun
 from postcopy.kernel.nftables import Address, DropTable
@@ -17,8 +18,7 @@ _COMMANDS = {"iptables-restore": 4, "ip6tables-restore": 16}  # for addresses of
 MODES = ("nftables", "iptables", "skip")
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(Struct, frozen=True):
     """What is to be dropped: connections (local and remote end), and listening sockets (an empty address: any)."""
 
     connections: Sequence[tuple[Address, Address]]

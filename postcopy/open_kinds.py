@@ -3,13 +3,12 @@
 Part of `postcopy.state`, which see. ``flags`` are the status flags that F_GETFL tells, where F_SETFL can set them.
 """
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from postcopy.integers import Fd, Pid, Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class EventCounter:
+class EventCounter(Struct, frozen=True):
     """eventfd(2)."""
 
     count: Unsigned
@@ -17,8 +16,7 @@ class EventCounter:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class TimerDescriptor:
+class TimerDescriptor(Struct, frozen=True):
     """timerfd_create(2): ``set_with`` are the flags of timerfd_settime; times in nanoseconds.
 
     ``left`` until the next expiration (0: disarmed), ``at`` the clock's time of it; ``ticks`` that nobody has read yet.
@@ -33,16 +31,14 @@ class TimerDescriptor:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class SignalDescriptor:
+class SignalDescriptor(Struct, frozen=True):
     """signalfd(2): bit 0 of ``mask`` is signal 1."""
 
     mask: Unsigned
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class EpollTarget:
+class EpollTarget(Struct, frozen=True):
     """What an epoll instance watches: the ``description`` that was registered under number ``fd``.
 
     ``events`` as ``/proc`` shows them (a one-shot target that has fired has lost all but EPOLLONESHOT and its like).
@@ -56,16 +52,14 @@ class EpollTarget:
     pending: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Epoll:
+class Epoll(Struct, frozen=True):
     """epoll(7): the targets in the order in which they are registered again."""
 
     targets: list[EpollTarget]
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """One watch of an inotify instance, by its number. ``ghost``: of a file without a name, which this description has
     open; ``path`` was its last name. -1: of the file at ``path``."""
 
@@ -75,16 +69,14 @@ class Watch:
     ghost: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Inotify:
+class Inotify(Struct, frozen=True):
     """inotify(7)."""
 
     watches: list[Watch]
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class FanotifyMark:
+class FanotifyMark(Struct, frozen=True):
     """One mark of a fanotify group: on the inode, the mount or the filesystem (``kind``) that ``path`` leads to.
 
     ``flags``: FAN_MARK_ bits as ``/proc`` shows them; ``ignored``: the events that are left out.
@@ -97,8 +89,7 @@ class FanotifyMark:
     ignored: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Fanotify:
+class Fanotify(Struct, frozen=True):
     """fanotify(7): a group made ``made_with`` FAN_ bits, whose events bring files opened with ``event_flags``."""
 
     made_with: Unsigned
@@ -107,16 +98,14 @@ class Fanotify:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class PidDescriptor:
+class PidDescriptor(Struct, frozen=True):
     """pidfd_open(2): of a process (or thread, with PIDFD_THREAD in ``flags``) of the tree; ``pid`` as that sees it."""
 
     pid: Pid
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class EndedProcess:
+class EndedProcess(Struct, frozen=True):
     """A pidfd of a process that has ended and been waited for: ``status`` as wait(2) gave it. ``identity``: which one,
     for several descriptors may stand for the same."""
 
@@ -125,16 +114,14 @@ class EndedProcess:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """Bytes of a file at ``offset``; what lies between extents is a hole."""
 
     offset: Unsigned
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ghost:
+class Ghost(Struct, frozen=True):
     """A file without a name that travels whole: deleted, or made by O_TMPFILE.
 
     ``kind``: regular, directory (empty, as removed ones are) or temporary (O_TMPFILE, with the flags ``made_with``).
@@ -153,8 +140,7 @@ class Ghost:
     made_with: Unsigned = 0
 
 
-@dataclass(frozen=True, slots=True)
-class GhostOpening:
+class GhostOpening(Struct, frozen=True):
     """An open file description of a ghost; ``ghost`` indexes ``Descriptors.ghosts``."""
 
     ghost: Unsigned
@@ -162,8 +148,7 @@ class GhostOpening:
     position: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class PtyContent:
+class PtyContent(Struct, frozen=True):
     """What is in a pseudoterminal: ``output`` that its master has yet to read, and what is typed for its slave.
 
     ``lines``: as reads give them, where it collects lines (b"": VEOF alone); ``typed``: the line that is not complete,
@@ -177,8 +162,7 @@ class PtyContent:
     stopped: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Pty:
+class Pty(Struct, frozen=True):
     """A pseudoterminal with its master in the tree: ``/dev/pts/INDEX``; struct termios2 and struct winsize.
 
     ``locked``: its slave cannot be opened yet; ``packets``: TIOCPKT. ``session``: of whose leader it is the controlling
@@ -196,8 +180,7 @@ class Pty:
     content: PtyContent | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PtyEnd:
+class PtyEnd(Struct, frozen=True):
     """One end of a pseudoterminal; ``pty`` indexes ``Descriptors.ptys``."""
 
     pty: Unsigned
@@ -205,15 +188,13 @@ class PtyEnd:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class External:
+class External(Struct, frozen=True):
     """Something outside of the tree, as ``/proc/PID/fd`` showed it; ``restore`` is given another in its place."""
 
     resource: str
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(Struct, frozen=True):
     """Signal-driven I/O of a description (F_SETOWN_EX, F_SETSIG, O_ASYNC): ``kind`` is F_OWNER_TID, _PID or _PGRP.
 
     ``owner`` 0: nobody; ``signal`` 0: SIGIO; ``flags``: the other status flags.
@@ -227,8 +208,7 @@ class Delivery:
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Lock:
+class Lock(Struct, frozen=True):
     """A lock on the file of a description: ``kind`` is posix, ofd, flock or lease; ``type`` F_RDLCK or F_WRLCK.
 
     From byte ``start``, ``length`` bytes (0: to the end of the file, wherever that will be). ``owner``: the process

@@ -1,7 +1,6 @@
 """What a migration tells its user: events, as log lines, as JSON, or as a progress bar on a terminal."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -9,8 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct, field, structs
 
 if TYPE_CHECKING:
     from postcopy.check import Finding
@@ -147,8 +147,7 @@ def _rows(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"bytes, {label}", f"{fields[f'bytes_{key}'] / MIB:.1f} MiB"
 
 
-@dataclass
-class _Bar:
+class _Bar(Struct):
     """A progress bar with pages left, MB/s and faults served."""
 
     _progress: Any = None
@@ -185,7 +184,7 @@ def show_findings(findings: "list[Finding]", as_json: bool) -> None:
     """What ``postcopy check`` found of this host, on standard output."""
     if as_json:
         for finding in findings:
-            print(json.dumps({"event": "finding", **dataclasses.asdict(finding)}))
+            print(json.dumps({"event": "finding", **structs.asdict(finding)}))
         return
     for finding in findings:
         word = "ok" if finding.present else "MISSING" if finding.vital else "lacking"

@@ -5,8 +5,9 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from postcopy.errors import ProtocolError
 from postcopy.kernel.page import PAGE_SIZE
@@ -22,8 +23,7 @@ class Readable(Protocol):
         """Fill ``buffer``, whole pages, from the page-aligned ``address`` on."""
 
 
-@dataclass(frozen=True)
-class SentPages:
+class SentPages(Struct, frozen=True):
     """``places``: for each page, in the order of `spaces_of`, which page of ``content`` it is.
 
     ``fd``: a file in memory that is ``content``, for others to read; -1 where there can be none.

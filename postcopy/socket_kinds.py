@@ -1,16 +1,15 @@
 """Sockets, as part of `postcopy.state`, which see."""
 
 import socket
-from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
+from msgspec import Struct
 
 from postcopy.integers import Pid, Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class SocketOption:
+class SocketOption(Struct, frozen=True):
     """A socket option as getsockopt(2) gave it."""
 
     level: Unsigned
@@ -18,8 +17,7 @@ class SocketOption:
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SocketDefaults:
+class SocketDefaults(Struct, frozen=True):
     """The options of a new socket at the source: what those of this family, type and protocol have where their own
     state says nothing else."""
 
@@ -29,8 +27,7 @@ class SocketDefaults:
     options: list[SocketOption]
 
 
-@dataclass(frozen=True, slots=True)
-class Socket:
+class Socket(Struct, frozen=True):
     """What sockets of all kinds have: socket(2)'s arguments, O_NONBLOCK, the owner (uid, gid), the options that differ
     from `SocketDefaults`.
 
@@ -48,8 +45,7 @@ class Socket:
     filter: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class UnixMessage:
+class UnixMessage(Struct, frozen=True):
     """What is queued in a Unix socket: a datagram, or a piece of a stream. ``sender``: the name of the socket it came
     from; ``credentials``: PID, UID and GID that came with it, if any; ``rights``: the descriptions (by number) of which
     it brings descriptors (SCM_RIGHTS)."""
@@ -57,11 +53,10 @@ class UnixMessage:
     content: bytes
     sender: bytes
     credentials: tuple[Pid, Unsigned, Unsigned] | None
-    rights: list[Unsigned] = field(default_factory=list)
+    rights: list[Unsigned] = []
 
 
-@dataclass(frozen=True, slots=True)
-class PeerCredentials:
+class PeerCredentials(Struct, frozen=True):
     """Who made a connection, as SO_PEERCRED and SO_PEERGROUPS tell its other end; ``pid`` as ``dump`` sees it."""
 
     pid: Unsigned
@@ -70,8 +65,7 @@ class PeerCredentials:
     groups: list[Unsigned]
 
 
-@dataclass(frozen=True, slots=True)
-class UnixSocket:
+class UnixSocket(Struct, frozen=True):
     """A Unix socket and what waits in it.
 
     ``name``: as bind(2) was given it, behind the family (a path ends with NUL; an abstract name begins with it).
@@ -98,7 +92,7 @@ class UnixSocket:
     maker: Unsigned = 0
     outside: bytes = b""
     accepted: bool = False
-    pending: list[Unsigned] = field(default_factory=list)
+    pending: list[Unsigned] = []
 
 
 def is_mutual(one: UnixSocket, peer: UnixSocket | None) -> bool:
@@ -108,8 +102,7 @@ def is_mutual(one: UnixSocket, peer: UnixSocket | None) -> bool:
     return one.socket.type != socket.SOCK_DGRAM or one.made_by is not None
 
 
-@dataclass(frozen=True, slots=True)
-class TcpConnection:
+class TcpConnection(Struct, frozen=True):
     """A TCP connection whose peer knows of it, as TCP_REPAIR (tcp(7)) takes it again.
 
     ``sent``: what the peer has not acknowledged; ``unsent``: what follows it; ``received``: what the program has not
@@ -135,8 +128,7 @@ class TcpConnection:
     deaf: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Membership:
+class Membership(Struct, frozen=True):
     """A multicast group that a socket has joined on an interface; ``sources``: the only ones it listens to, or (with
     ``excluding``) those it does not."""
 
@@ -146,8 +138,7 @@ class Membership:
     sources: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class InetSocket:
+class InetSocket(Struct, frozen=True):
     """An IPv4 or IPv6 socket: TCP, UDP, ICMP (ping) or raw. ``local``, ``remote``: struct sockaddr, empty where it has
     none.
 
@@ -165,8 +156,7 @@ class InetSocket:
     aborted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class NetlinkSocket:
+class NetlinkSocket(Struct, frozen=True):
     """A netlink(7) socket that talks to the kernel, with nothing in it: its ``port`` (0: not bound) and the multicast
     ``groups`` that it listens to, by number."""
 
@@ -175,8 +165,7 @@ class NetlinkSocket:
     groups: list[Unsigned]
 
 
-@dataclass(frozen=True, slots=True)
-class PacketMembership:
+class PacketMembership(Struct, frozen=True):
     """What a packet(7) socket asks of an interface: ``kind`` is PACKET_MR_MULTICAST, _PROMISC or the like."""
 
     interface: str
@@ -184,8 +173,7 @@ class PacketMembership:
     address: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PacketSocket:
+class PacketSocket(Struct, frozen=True):
     """A packet(7) socket: the ``receives`` protocol (0: none) of one ``interface`` (empty: of all)."""
 
     socket: Socket
@@ -194,8 +182,7 @@ class PacketSocket:
     memberships: list[PacketMembership]
 
 
-@dataclass(frozen=True, slots=True)
-class UnixName:
+class UnixName(Struct, frozen=True):
     """A name that a Unix socket of the tree has, and where its file lies (empty: abstract, or deleted)."""
 
     name: bytes

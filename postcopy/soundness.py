@@ -1,17 +1,17 @@
 """Whether a state makes sense: what is well-typed could still contradict itself or ask for what cannot be.
 
 Everything that comes from outside is checked here before any process is made of it. The tables say what single fields
-may hold, the functions what must hold between fields; a new dataclass of `postcopy.state` gets its lines in the tables
+may hold, the functions what must hold between fields; a new struct of `postcopy.state` gets its lines in the tables
 and, where that is not enough, a function in `_CHECKS`. `check` walks the whole state and finds both by type.
 """
 
-import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+from msgspec import Struct
 
 from postcopy import open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
@@ -195,7 +195,7 @@ _PLAIN_BACKINGS = frozenset({"anonymous"}) | _INDEXED_BACKINGS
 def check(tree: Tree, manifest: Manifest, known: Iterable[object] = ()) -> None:
     """Raises ProtocolError with the field, its value and what is wrong with it.
 
-    ``known``: dataclasses in the tree that have been checked already, and lists of these.
+    ``known``: structs in the tree that have been checked already, and lists of these.
     """
     passed = frozenset(map(id, known))
     for name, value in (("manifest", manifest), ("state", tree)):
@@ -211,7 +211,7 @@ def check(tree: Tree, manifest: Manifest, known: Iterable[object] = ()) -> None:
 
 
 def check_message(name: str, message: Any) -> None:
-    """The same of a single message, a dataclass, before anything of it is used. Raises ProtocolError."""
+    """The same of a single message, a struct, before anything of it is used. Raises ProtocolError."""
     if problem := _walk(message):
         raise ProtocolError(f"{name}.{problem}")
 
@@ -221,13 +221,11 @@ def prepare() -> None:
     remaining: list[Any] = [Manifest, Tree, Draft]
     for kind in remaining:
         hints = _hints(kind)
-        remaining += [
-            each for name in _rules(kind).inner for each in _dataclasses(hints[name]) if each not in remaining
-        ]
+        remaining += [each for name in _rules(kind).inner for each in _structs(hints[name]) if each not in remaining]
 
 
 def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
-    """The first problem of a dataclass and of all that are in it, with its path; empty where there is none.
+    """The first problem of a struct and of all that are in it, with its path; empty where there is none.
 
     ``passed``: what is sound, by its id, and lists of that.
     """
@@ -249,9 +247,8 @@ def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What is looked at in a dataclass: rules of its own, and the fields that hold dataclasses or lists of them."""
+class _Rules(Struct, frozen=True):
+    """What is looked at in a struct: rules of its own, and the fields that hold structs or lists of them."""
 
     own: tuple[Callable[[Any], Iterable[str]], ...]
     inner: tuple[str, ...]
@@ -262,7 +259,7 @@ def _rules(kind: type) -> _Rules:
     own: list[Callable[[Any], Iterable[str]]]
     own = [functools.partial(rule, table[kind]) for rule, table in _TABLES if kind in table]
     own += [_CHECKS[kind]] if kind in _CHECKS else []
-    fields = (name for name, hint in _hints(kind).items() if any(_is_looked_at(each) for each in _dataclasses(hint)))
+    fields = (name for name, hint in _hints(kind).items() if any(_is_looked_at(each) for each in _structs(hint)))
     return _Rules(tuple(own), tuple(fields))
 
 
@@ -272,17 +269,17 @@ def _is_looked_at(kind: Any) -> bool:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    found = {field.name: field.type for field in dataclasses.fields(kind)}
+    found: dict[str, Any] = kind.__annotations__
     # That resolves forward references, and takes ten times as long.
     return typing.get_type_hints(kind) if any(isinstance(each, str) for each in found.values()) else found
 
 
-def _dataclasses(hint: Any) -> Iterator[type]:
+def _structs(hint: Any) -> Iterator[type[Struct]]:
     """Those of which a field of this type may hold some."""
-    if dataclasses.is_dataclass(hint):
-        yield hint if isinstance(hint, type) else type(hint)
+    if isinstance(hint, type) and issubclass(hint, Struct):
+        yield hint
     for each in typing.get_args(hint):
-        yield from _dataclasses(each)
+        yield from _structs(each)
 
 
 def _numbers(table: Mapping[str, range], value: Any) -> Iterable[str]:
@@ -628,7 +625,7 @@ def _limits(limits: Limits) -> Iterator[str]:
 
 
 def _description(description: Description) -> Iterator[str]:
-    kinds = [field.name for field in dataclasses.fields(description) if getattr(description, field.name) is not None]
+    kinds = [name for name in description.__struct_fields__ if getattr(description, name) is not None]
     if len(kinds) != 1:
         yield f"kind: {' and '.join(kinds) or 'none'} where exactly one is due"
 

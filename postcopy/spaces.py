@@ -1,6 +1,6 @@
 """The spaces of a tree: what has pages, as the page protocol and checkpoint directories number it."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from postcopy.huge_pages import HugeArea, HugeAreas, is_lazy, is_lazy_object
 from postcopy.page_ranges import PageRanges
@@ -10,8 +10,7 @@ from postcopy.state import Tree
 _SEALED = 0x8 | 0x10
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(Struct, frozen=True):
     """A process's memory, or memory that processes may share: its number, whose it is, pages sent and left lazy."""
 
     number: int

@@ -1,6 +1,6 @@
-"""The state of a process tree: everything about it except its lazy pages. Plain frozen dataclasses, no I/O.
+"""The state of a process tree: everything about it except its lazy pages. Plain frozen structs (msgspec), no I/O.
 
-One dataclass for each kind of resource; the module of the same name in ``dump_side`` collects it and the one in
+One struct for each kind of resource; the module of the same name in ``dump_side`` collects it and the one in
 ``restore_side`` rebuilds it. `encode` and `decode` carry any of them through msgpack; `decode` checks every type, so
 what comes from outside can at worst be an error.
 
@@ -9,11 +9,11 @@ gave. Addresses and lengths are bytes unless the name says pages.
 """
 
 import contextlib
-from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import msgpack
 import msgspec
+from msgspec import Struct, field
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Address, Fd, Pid, Unsigned
@@ -39,8 +39,7 @@ from postcopy.open_kinds import (
 from postcopy.socket_kinds import InetSocket, NetlinkSocket, PacketSocket, SocketDefaults, UnixName, UnixSocket
 
 
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
+class FileIdentity(Struct, frozen=True):
     """A file that both hosts must have: absolute path, size in bytes, build id of an ELF object (else empty).
 
     ``changing``: open for writing at the source, so its size means something only once the tree is frozen. ``kind``:
@@ -63,8 +62,7 @@ class FileIdentity:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
+class Vma(Struct, frozen=True):
     """One vma: [start, end), PROT_ bits, and what backs it.
 
     ``backing`` is ``anonymous``, ``stack`` (grows down), ``huge`` (private hugetlb), ``file``, ``object``, ``vvar`` or
@@ -86,16 +84,14 @@ class Vma:
     huge_shift: Unsigned = 0
 
 
-@dataclass(frozen=True, slots=True)
-class MappedFile:
+class MappedFile(Struct, frozen=True):
     """A file that vmas map; ``writable`` when the mapping must be able to write to it."""
 
     path: str
     writable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """A process's memory: the layout, the mm fields (PR_SET_MM_MAP, prctl(2)), pages sent along and pages left lazy.
 
     ``sent``, ``lazy``, ``guards``: packed PageRanges; the content of ``sent`` follows the state, in order.
@@ -125,8 +121,7 @@ class Memory:
     guards: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SystemV:
+class SystemV(Struct, frozen=True):
     """What a System V segment has beyond its memory (shmget(2)).
 
     ``size`` in bytes, of which its memory may have more: whole pages; ``removed``: it ends with its last attachment.
@@ -138,8 +133,7 @@ class SystemV:
     removed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
+class SharedMemory(Struct, frozen=True):
     """Memory with an identity of its own: vmas and descriptors of any process refer to it by its index.
 
     ``kind``: ``anonymous`` (MAP_SHARED), ``huge`` (the same of hugetlb pages), ``memfd``, ``system_v`` or ``deleted``
@@ -167,16 +161,14 @@ class SharedMemory:
 # -- what a whole process has ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(Struct, frozen=True):
     """Signal actions (struct kernel_sigaction, 32 bytes, for signals 1 to 64) and the shared pending queue."""
 
     actions: list[bytes]
     pending: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class LateSignal:
+class LateSignal(Struct, frozen=True):
     """A signal that came after the state was collected: siginfo (128 bytes), to thread ``tid`` or (0) the process."""
 
     pid: Pid
@@ -184,8 +176,7 @@ class LateSignal:
     siginfo: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PosixTimer:
+class PosixTimer(Struct, frozen=True):
     """A timer of timer_create(2): its id, its clock as the kernel keeps it, whom it tells and how (SIGEV_ number).
 
     ``value`` is what its signal carries; ``tid`` the thread that gets it (0: the process); ``setting`` the interval and
@@ -202,23 +193,20 @@ class PosixTimer:
     raised: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Timers:
+class Timers(Struct, frozen=True):
     """ITIMER_REAL, ITIMER_VIRTUAL and ITIMER_PROF (struct itimerval, 32 bytes each); POSIX timers by their ids."""
 
     intervals: list[bytes]
     posix: list[PosixTimer]
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Resource limits by RLIMIT_ number: soft and hard, RLIM_INFINITY as 2**64 - 1."""
 
     limits: list[tuple[Unsigned, Unsigned]]
 
 
-@dataclass(frozen=True, slots=True)
-class Filesystem:
+class Filesystem(Struct, frozen=True):
     """Root, working directory (as the host sees them) and umask."""
 
     root: str
@@ -226,8 +214,7 @@ class Filesystem:
     umask: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(Struct, frozen=True):
     """Single values of a process: prctl(2) settings, personality(2), files of ``/proc/PID``.
 
     ``membarrier``: the bits of the commands that registered it (membarrier(2)); ``login_uid``: 2**32 - 1 is none.
@@ -244,8 +231,7 @@ class Attributes:
     memory_merge: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Lineage:
+class Lineage(Struct, frozen=True):
     """Parent (0: the process is the root), session and process group (0: those from which the root came), exit signal.
 
     ``foreground``: the group was in the foreground of its terminal.
@@ -265,8 +251,7 @@ class Lineage:
 # -- what each thread has --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Struct, frozen=True):
     """User and group ids (real, effective, saved, filesystem), groups, capability sets as bit masks."""
 
     uids: tuple[Unsigned, Unsigned, Unsigned, Unsigned]
@@ -298,8 +283,7 @@ class Credentials:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduling:
+class Scheduling(Struct, frozen=True):
     """struct sched_attr as sched_getattr(2) gave it, the nice value (which it tells only of normal policies), the CPUs
     of the affinity mask, the I/O priority, the timer slack (ns)."""
 
@@ -310,24 +294,21 @@ class Scheduling:
     timer_slack: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class SeccompFilter:
+class SeccompFilter(Struct, frozen=True):
     """A classic BPF program (8 bytes an instruction) and the SECCOMP_FILTER_FLAG_ bits that stay with it."""
 
     program: bytes
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Seccomp:
+class Seccomp(Struct, frozen=True):
     """How seccomp(2) confines a thread: SECCOMP_MODE_ (0: not at all), and its filters, oldest first."""
 
     mode: Annotated[int, msgspec.Meta(ge=0, le=2)]
     filters: list[SeccompFilter]
 
 
-@dataclass(frozen=True, slots=True)
-class Rseq:
+class Rseq(Struct, frozen=True):
     """The rseq registration; ``pointer`` 0: none."""
 
     pointer: Unsigned
@@ -335,8 +316,7 @@ class Rseq:
     signature: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
+class Sleep(Struct, frozen=True):
     """An interrupted call with a relative timeout: its number, and what is left of the time (ns; 0: make it
     again as it was, its timeout is a point in time)."""
 
@@ -344,8 +324,7 @@ class Sleep:
     left: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Thread:
+class Thread(Struct, frozen=True):
     """One thread. ``registers``: struct user_regs_struct; ``sleep``: the call it is to go on waiting in, if any.
 
     ``filesystem``: directories and umask that it does not share with its process (unshare(2)).
@@ -373,8 +352,7 @@ class Thread:
 # -- descriptors: what is open (a description) and where (a slot) ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFile:
+class OpenFile(Struct, frozen=True):
     """A regular file, directory or device, or only a path (O_PATH), that is opened again by its path.
 
     ``flags`` as open(2) takes them; ``position`` in bytes; ``kind``: regular, directory, device, path, or live (a file
@@ -387,8 +365,7 @@ class OpenFile:
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class OpenMemory:
+class OpenMemory(Struct, frozen=True):
     """A descriptor of a memfd; ``memory`` indexes ``Tree.shared_memory``, ``position`` is in bytes."""
 
     memory: Unsigned
@@ -396,16 +373,14 @@ class OpenMemory:
     position: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class PipeEnd:
+class PipeEnd(Struct, frozen=True):
     """One end of a pipe with both ends in the tree; ``pipe`` indexes ``Descriptors.pipes``."""
 
     pipe: int
     flags: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class StandardStream:
+class StandardStream(Struct, frozen=True):
     """A terminal that the process has not for itself: the destination's ``restore`` lends its own standard stream.
 
     ``settings``: struct termios2; empty for a terminal that was lost.
@@ -416,8 +391,7 @@ class StandardStream:
     settings: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Pipe:
+class Pipe(Struct, frozen=True):
     """What is in a pipe, and its capacity (bytes).
 
     ``packets``: the lengths of the packets that the content is made of; empty for a stream. ``path``: the name of a
@@ -426,13 +400,12 @@ class Pipe:
 
     content: bytes
     capacity: Unsigned
-    packets: list[Unsigned] = field(default_factory=list)
+    packets: list[Unsigned] = []
     path: str = ""
     untouched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(Struct, frozen=True):
     """One open file description: exactly one of the kinds."""
 
     file: OpenFile | None = None
@@ -456,8 +429,7 @@ class Description:
     packet: PacketSocket | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Struct, frozen=True):
     """One entry of a descriptor table: ``description`` indexes ``Descriptors.descriptions``."""
 
     fd: Fd
@@ -465,8 +437,7 @@ class Slot:
     description: int
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptors:
+class Descriptors(Struct, frozen=True):
     """What the descriptor tables of a tree refer to, the pipes between them, and the files without a name.
 
     A description that several processes have is built by the first of them that has it.
@@ -474,18 +445,17 @@ class Descriptors:
 
     descriptions: list[Description]
     pipes: list[Pipe]
-    ghosts: list[Ghost] = field(default_factory=list)
-    deliveries: list[Delivery] = field(default_factory=list)
-    locks: list[Lock] = field(default_factory=list)
-    ptys: list[Pty] = field(default_factory=list)
-    socket_defaults: list[SocketDefaults] = field(default_factory=list)
+    ghosts: list[Ghost] = []
+    deliveries: list[Delivery] = []
+    locks: list[Lock] = []
+    ptys: list[Pty] = []
+    socket_defaults: list[SocketDefaults] = []
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(Struct, frozen=True):
     """One process; ``space`` numbers its address space in the page protocol; threads[0] is the leader.
 
     ``stopped_by``: the signal of the job-control stop that it is in, 0 for none; ``stop_told``: its parent has waited
@@ -512,8 +482,7 @@ class Process:
     places_of: Unsigned = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Zombie:
+class Zombie(Struct, frozen=True):
     """A process that has ended, for which its parent has not waited yet; ``status`` as wait(2) gives it."""
 
     pid: Pid
@@ -526,16 +495,14 @@ class Zombie:
 Member = Process | Zombie
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
+class Clocks(Struct, frozen=True):
     """CLOCK_MONOTONIC and CLOCK_BOOTTIME as the program reads them (ns)."""
 
     monotonic: Unsigned
     boottime: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True):
     """A process tree, frozen; the root is the first, and every process comes after its parent.
 
     ``descriptors`` is what the entries of all descriptor tables refer to, ``shared_memory`` what vmas and descriptors
@@ -547,10 +514,10 @@ class Tree:
     zombies: list[Zombie]
     descriptors: Descriptors
     files: list[FileIdentity]
-    late_signals: list[LateSignal] = field(default_factory=list)
-    shared_memory: list[SharedMemory] = field(default_factory=list)
+    late_signals: list[LateSignal] = []
+    shared_memory: list[SharedMemory] = []
     clocks: Clocks = field(default_factory=lambda: Clocks(0, 0))
-    pid_namespaces: list[PidNamespace] = field(default_factory=list)
+    pid_namespaces: list[PidNamespace] = []
 
     @property
     def members(self) -> list[Member]:
@@ -558,8 +525,7 @@ class Tree:
         return [*self.processes, *self.zombies]
 
 
-@dataclass(frozen=True, slots=True)
-class Sketch:
+class Sketch(Struct, frozen=True):
     """What can be seen of a process while it runs: born of whom, laid out how. ``memory`` is without pages.
 
     ``threads``: how many; ``slots``: of `Draft.descriptions`; ``table_of``, ``places_of``: as of `Process`.
@@ -574,20 +540,18 @@ class Sketch:
     places_of: Unsigned = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(Struct, frozen=True):
     """A tree as it is seen to run, for the destination to begin with: most of it is the same once it is frozen.
 
     ``processes`` as of `Tree`; none where nothing is to be begun. ``descriptions``: of files that can be opened before
     the state is known, None for all others.
     """
 
-    processes: list[Sketch] = field(default_factory=list)
-    descriptions: list[Description | None] = field(default_factory=list)
+    processes: list[Sketch] = []
+    descriptions: list[Description | None] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """What the survey found before anything is frozen: what the destination must have.
 
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
@@ -603,12 +567,12 @@ class Manifest:
     xsave_size: Unsigned
     memory_bytes: Unsigned
     highest_fd: Fd
-    external: list[str] = field(default_factory=list)
-    ptys: list[Unsigned] = field(default_factory=list)
+    external: list[str] = []
+    ptys: list[Unsigned] = []
     shell_job: bool = False
-    unix_names: list[UnixName] = field(default_factory=list)
+    unix_names: list[UnixName] = []
     init: bool = False
-    huge_pages: list[tuple[Unsigned, Unsigned]] = field(default_factory=list)
+    huge_pages: list[tuple[Unsigned, Unsigned]] = []
     core_dumps: bool = False
 
 
@@ -616,7 +580,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> bytes:
-    """Any of the dataclasses as msgpack."""
+    """Any of the structs as msgpack."""
     # Lone surrogates in paths are how os.fsdecode keeps bytes that are not UTF-8.
     packed: bytes = msgpack.packb(msgspec.to_builtins(value, builtin_types=(bytes,)), unicode_errors="surrogateescape")
     return packed

@@ -8,8 +8,9 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import TypeVar
+
+from msgspec import Struct
 
 from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError, UsageError
 from postcopy.printable import printable
@@ -131,8 +132,7 @@ class PeerFailed(PostcopyError):
     exit_code = 10
 
 
-@dataclass
-class Channels:
+class Channels(Struct):
     """The three connections of one migration, by name."""
 
     control: Channel
@@ -168,23 +168,21 @@ class Channels:
             channel.close()
 
 
-@dataclass
-class _Caller:
+class _Caller(Struct):
     """A connection that has not introduced itself yet."""
 
     connection: socket.socket
     peer: str
     until: float
-    received: bytearray = field(default_factory=bytearray)
+    received: bytearray = bytearray()
 
 
-@dataclass
-class _Session:
+class _Session(Struct):
     """A destination whose channels are coming in; the greeting is that of its control channel."""
 
     greeting: Hello
     until: float
-    found: dict[str, Channel] = field(default_factory=dict)
+    found: dict[str, Channel] = {}
 
     def left(self) -> bool:
         """Whether one of its channels has been closed again, or the others have not come for too long."""

@@ -9,12 +9,12 @@ import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from postcopy import roles
 from postcopy.checkpoint import page_writer, writer

@@ -6,10 +6,10 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from postcopy.drafts import State, complete, shorten
 from postcopy.dump_side import collect as collecting
@@ -277,4 +277,4 @@ def test_what_no_draft_has_is_refused(holding: Holding, change: dict[str, list[i
     with frozen(holding.pid) as tree:
         said = shorten(state_of(tree, trusted), trusted.draft, manifest.files)
     with pytest.raises(ProtocolError, match=expected):
-        complete(replace(said, **change), trusted.draft, manifest.files)  # type: ignore[arg-type]
+        complete(replace(said, **change), trusted.draft, manifest.files)

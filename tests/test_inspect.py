@@ -12,11 +12,11 @@ import sys
 import termios
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from postcopy.checkpoint.format import About, Kind, pack_header, parse, parse_body
 from postcopy.checkpoint.inspect import inspect

@@ -1,8 +1,7 @@
 """PID namespaces that a tree has made: numbers at each level, who can make whom, what contradicts itself."""
 
-import dataclasses
-
 import pytest
+from msgspec import structs
 
 from postcopy.kinship import Relative, Unrelated, plan
 from postcopy.nesting import COMMON, Nesting, PidNamespace
@@ -45,14 +44,14 @@ def test_process_that_nobody_can_make(parents: dict[int, int], reason: str) -> N
 
 
 def test_mount_namespace_that_its_maker_has_not_begun() -> None:
-    nesting = Nesting([dataclasses.replace(OUTER, mounted_for=[11, 14]), INNER])
+    nesting = Nesting([structs.replace(OUTER, mounted_for=[11, 14]), INNER])
     with pytest.raises(Unrelated, match="12 is in another mount namespace than process 11"):
         check(nesting, PARENTS)
 
 
 def test_proc_that_nobody_can_mount() -> None:
     with pytest.raises(Unrelated, match="nobody in the PID namespace of process 11 has its /proc"):
-        check(Nesting([dataclasses.replace(OUTER, mounted_for=[10]), INNER]), {10: 0})
+        check(Nesting([structs.replace(OUTER, mounted_for=[10]), INNER]), {10: 0})
 
 
 @pytest.mark.parametrize(
@@ -60,14 +59,14 @@ def test_proc_that_nobody_can_mount() -> None:
     [
         ([INNER, OUTER], "parent: 11 is the init of none before it"),
         ([OUTER, OUTER], "init: 11 is no process, or has another one"),
-        ([dataclasses.replace(OUTER, init=99)], "init: 99 is no process"),
-        ([dataclasses.replace(OUTER, names=[(11, 1), (12, 1)])], "names: a number occurs twice"),
-        ([dataclasses.replace(OUTER, names=[(12, 1)])], "names: the init 11 is not called 1"),
-        ([OUTER, dataclasses.replace(INNER, names=[(13, 1), (10, 2)])], "names: somebody in it has no name"),
-        ([dataclasses.replace(OUTER, mounted_for=[99])], "mounted_for: 99 is no process"),
-        ([OUTER, dataclasses.replace(INNER, awaited_by=[10])], "in the awaited_by of two"),
-        ([OUTER, dataclasses.replace(INNER, awaited_by=[12, 11])], None),
-        ([dataclasses.replace(OUTER, awaited_by=[12])], "process 12 awaits children in a namespace that is not"),
+        ([structs.replace(OUTER, init=99)], "init: 99 is no process"),
+        ([structs.replace(OUTER, names=[(11, 1), (12, 1)])], "names: a number occurs twice"),
+        ([structs.replace(OUTER, names=[(12, 1)])], "names: the init 11 is not called 1"),
+        ([OUTER, structs.replace(INNER, names=[(13, 1), (10, 2)])], "names: somebody in it has no name"),
+        ([structs.replace(OUTER, mounted_for=[99])], "mounted_for: 99 is no process"),
+        ([OUTER, structs.replace(INNER, awaited_by=[10])], "in the awaited_by of two"),
+        ([OUTER, structs.replace(INNER, awaited_by=[12, 11])], None),
+        ([structs.replace(OUTER, awaited_by=[12])], "process 12 awaits children in a namespace that is not"),
     ],
 )
 def test_namespaces_that_contradict_themselves(namespaces: list[PidNamespace], problem: str | None) -> None:

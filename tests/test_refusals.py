@@ -1,6 +1,5 @@
 """What cannot be moved yet: one error lists all of it, with what to do, before anything is frozen."""
 
-import dataclasses
 import os
 import signal
 import struct
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from postcopy.dump_side import filesystem, lineage
 from postcopy.dump_side.survey import survey
@@ -273,18 +273,18 @@ def test_manifest_of_the_same_host_has_no_problems(manifest: Manifest) -> None:
 def test_another_vdso(manifest: Manifest) -> None:
     vdso = bytearray(manifest.vdso)
     vdso[0x600] ^= 1
-    (problem,) = manifests.problems(dataclasses.replace(manifest, vdso=bytes(vdso)), new_pid_namespace=True)
+    (problem,) = manifests.problems(structs.replace(manifest, vdso=bytes(vdso)), new_pid_namespace=True)
     assert problem == "this kernel's vdso differs from the source's: use the same kernel on both hosts"
 
 
 def test_tail_of_the_vdso_means_nothing(manifest: Manifest) -> None:
     # A dump that was killed may have left the executor's stub there.
     vdso = manifest.vdso[:-16] + b"\xcc" * 16
-    assert manifests.problems(dataclasses.replace(manifest, vdso=vdso), new_pid_namespace=True) == []
+    assert manifests.problems(structs.replace(manifest, vdso=vdso), new_pid_namespace=True) == []
 
 
 def test_another_register_state(manifest: Manifest) -> None:
-    other = dataclasses.replace(manifest, xsave_size=manifest.xsave_size + 64)
+    other = structs.replace(manifest, xsave_size=manifest.xsave_size + 64)
     (problem,) = manifests.problems(other, new_pid_namespace=True)
     assert "the CPU's register state" in problem
 
@@ -292,14 +292,14 @@ def test_another_register_state(manifest: Manifest) -> None:
 def test_file_of_another_build(manifest: Manifest) -> None:
     program = os.path.realpath("/bin/sleep")
     size = os.stat(program).st_size
-    other = dataclasses.replace(manifest, files=[FileIdentity(program, size, b"another", changing=False)])
+    other = structs.replace(manifest, files=[FileIdentity(program, size, b"another", changing=False)])
     (problem,) = manifests.problems(other, new_pid_namespace=True)
     assert problem == f"file {program} is of another build here: install the same package version"
 
 
 def test_pid_above_the_limit(manifest: Manifest) -> None:
     most = int(Path("/proc/sys/kernel/pid_max").read_text())
-    other = dataclasses.replace(manifest, pid=most, tids=[most])
+    other = structs.replace(manifest, pid=most, tids=[most])
     (problem,) = manifests.problems(other, new_pid_namespace=False)
     assert problem == f"PID {most} is above this host's pid_max of {most}: raise kernel.pid_max"
 

@@ -1,12 +1,13 @@
 """What is in a checkpoint, as plain data: all of the state, with what it means where only bytes are kept."""
 
-import dataclasses
 import datetime
 import signal
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.kernel.page import PAGE_SIZE
@@ -22,8 +23,7 @@ _TIMERS = ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")
 _SIGRTMIN = 34
 
 
-@dataclasses.dataclass(frozen=True)
-class Pages:
+class Pages(Struct, frozen=True):
     """The pages of a mapping: how many exist, and of these how many are zero, lazy, or sent with the state."""
 
     exist: int
@@ -102,9 +102,9 @@ def _memory(memory: Memory) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, bytes as hexadecimal text."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    """Structs as dictionaries, bytes as hexadecimal text."""
+    if isinstance(value, Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return value.hex() if isinstance(value, bytes) else value

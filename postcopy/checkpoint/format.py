@@ -6,11 +6,11 @@ import platform
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeVar
 
 import xxhash
+from msgspec import Struct, field
 
 from postcopy import __version__
 from postcopy.errors import CheckpointError, ProtocolError
@@ -65,8 +65,7 @@ def index_name(space: int) -> str:
     return f"pages-{space}.index"
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceInfo:
+class SpaceInfo(Struct, frozen=True):
     """What is held of one address space: bytes of page data, and pages that existed and were all zeros."""
 
     space: Unsigned
@@ -74,8 +73,7 @@ class SpaceInfo:
     zero_pages: Unsigned
 
 
-@dataclass(frozen=True, slots=True)
-class About:
+class About(Struct, frozen=True):
     """The body of ``manifest``: which checkpoint this is, when (ns since 1970) and where it was taken, what is in it.
 
     ``manifest``: what the survey found; ``pages_elsewhere``: the lazy pages stayed with the frozen tree.
@@ -93,8 +91,7 @@ class About:
     cpu_features: list[str] = field(default_factory=lambda: sorted(cpu.features()))
 
 
-@dataclass(frozen=True, slots=True)
-class PackedIndex:
+class PackedIndex(Struct, frozen=True):
     """The body of an index. ``held``, ``zero``: packed PageRanges; the rest has an entry for each piece, in order:
     the number of its pages (one byte) and the xxh3_64 of its bytes (little-endian)."""
 
@@ -196,7 +193,7 @@ def parse(name: str, content: bytes, kind: Kind, space: int = 0) -> tuple[bytes,
 
 
 def parse_body(name: str, kind: type[T], body: bytes | memoryview) -> T:
-    """The body as a dataclass. Raises CheckpointError with ``name`` and the field."""
+    """The body as a struct. Raises CheckpointError with ``name`` and the field."""
     try:
         return decode(kind, body)
     except ProtocolError as error:

@@ -7,8 +7,9 @@ import secrets
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from postcopy.checkpoint.format import (
     ID_SIZE,

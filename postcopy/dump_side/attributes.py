@@ -1,6 +1,6 @@
 """Single values of a process: prctl(2) settings, personality(2), and files of ``/proc/PID``."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from postcopy.kernel import membarrier, procfs
 from postcopy.kernel.calls import call
@@ -16,8 +16,7 @@ from postcopy.state import Attributes
 NO_LOGIN = 0xFFFF_FFFF
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """What files of ``/proc`` tell."""
 
     personality: int
@@ -36,8 +35,7 @@ def see(pid: int) -> Seen:
     )
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """Which calls of the batch tell what."""
 
     dumpable: int

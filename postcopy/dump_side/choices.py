@@ -1,6 +1,6 @@
 """What the user allows and asks for, beyond what is carried in any case."""
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from postcopy.action_scripts import ActionScripts
 
@@ -8,8 +8,7 @@ DEFAULT_GHOST_LIMIT = 1 << 20
 REFUSED, MOVED, CLOSED = "refused", "moved", "closed"
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(Struct, frozen=True):
     """Options of ``dump``. ``ghost_limit``: bytes of a file without a name that may travel with the state.
 
     ``file_locks``: locks are taken again at the destination, where somebody else may have been faster.

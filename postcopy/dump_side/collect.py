@@ -1,7 +1,8 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
 import contextlib
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from postcopy.dump_side import (
     attributes,

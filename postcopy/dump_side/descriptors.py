@@ -1,9 +1,10 @@
 """The descriptor tables: what is open, under which numbers, and what of it cannot be moved."""
 
 import contextlib
-import dataclasses
 import os
 from bisect import bisect_left
+
+from msgspec import structs
 
 from postcopy import in_flight
 from postcopy.dump_side import (
@@ -93,7 +94,7 @@ def collect_in_flight(table: Table, problems: list[str]) -> None:
             except (Refused, OSError) as reason:
                 problems.append(f"socket:[{inode}]: a descriptor is on its way in it (SCM_RIGHTS): {reason}")
                 rights = []
-            queue.append(dataclasses.replace(message, rights=rights))
+            queue.append(structs.replace(message, rights=rights))
         unix_peers.change(table, number, queue=queue)
 
 
@@ -137,7 +138,7 @@ def _as_before(table: Table, fd: int, known: Remembered) -> int:
     number, description = len(table.descriptors.descriptions), known.description
     if id(description) in table.reused:
         # What was one then are two now.
-        description = dataclasses.replace(description)
+        description = structs.replace(description)
     table.reused.add(id(description))
     table.descriptors.descriptions.append(description)
     if known.needed is not None:

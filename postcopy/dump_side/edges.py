@@ -5,7 +5,7 @@ all targets that it may have taken an event of are armed anew by the same list o
 program would be told of an event twice rather than never. Alive, we leave out what has not been told.
 """
 
-import dataclasses
+from msgspec import structs
 
 from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import Table
@@ -45,7 +45,7 @@ def find(table: Table, pid: int, executor: Executor) -> None:
     instances.sort(key=lambda each: -_depth(descriptions, each[0]))
     for number, fd, epoll in instances:
         if all(_can_be_armed_anew(target, numbers) for target in epoll.targets):
-            descriptions[number] = dataclasses.replace(descriptions[number], epoll=_find(fd, epoll, executor))
+            descriptions[number] = structs.replace(descriptions[number], epoll=_find(fd, epoll, executor))
 
 
 def _find(instance: int, epoll: Epoll, executor: Executor) -> Epoll:
@@ -70,11 +70,10 @@ def _find(instance: int, epoll: Epoll, executor: Executor) -> Epoll:
         answers = executor.go_on()
     for made, purpose, errno in answers.refusals():
         raise DumpError(f"epoll instance {instance}: {purpose}: {made} was refused with errno {errno}")
-    return dataclasses.replace(
+    return structs.replace(
         epoll,
         targets=[
-            dataclasses.replace(target, pending=target.data in told) if _is_edge(target) else target
-            for target in targets
+            structs.replace(target, pending=target.data in told) if _is_edge(target) else target for target in targets
         ],
     )
 

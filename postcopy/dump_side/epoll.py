@@ -1,10 +1,11 @@
 """epoll(7): the targets with what they are watched for; found again where they were duplicated and closed."""
 
 import contextlib
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+
+from msgspec import structs
 
 from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import kcmp, procfs
@@ -39,8 +40,8 @@ def complete(table: Table, problems: list[str]) -> None:
             if _is_epoll(pid, fd):
                 problems.append(f"descriptor {fd} of process {pid}: {reason}")
             continue
-        complete = dataclasses.replace(description.epoll, targets=found)
-        descriptions[number] = dataclasses.replace(description, epoll=complete)
+        complete = structs.replace(description.epoll, targets=found)
+        descriptions[number] = structs.replace(description, epoll=complete)
 
 
 def _targets(table: Table, pid: int, epoll: int, holders: dict[int, tuple[int, int]]) -> list[EpollTarget]:

@@ -10,7 +10,8 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
@@ -40,8 +41,7 @@ _LAST_LOOKS = 50  # of a millisecond each
 _BETWEEN_LOOKS = 0.0002  # seconds
 
 
-@dataclass
-class FrozenThread:
+class FrozenThread(Struct):
     """A stopped thread: what it was about to go on with."""
 
     tid: int

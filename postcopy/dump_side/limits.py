@@ -1,7 +1,8 @@
 """Resource limits, which the process tells itself: prlimit(2) on a process of another user needs CAP_SYS_RESOURCE."""
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
@@ -11,8 +12,7 @@ _COUNT = 16  # RLIM_NLIMITS
 _RLIMIT = struct.Struct("<QQ")
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """Where the answers about the limits will lie."""
 
     rooms: list[int]

@@ -8,8 +8,9 @@ import stat
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
+
+from msgspec import Struct
 
 from postcopy import roles
 from postcopy.dump_side import attributes, filesystem, lineage, memory, namespaces, threads, timers
@@ -29,8 +30,7 @@ _SOCKETS_AT_ONCE = 32
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Struct, frozen=True):
     """What is seen. ``maps``: its mappings, empty where they are as they were known; ``pages``: which pages exist.
 
     ``apart``: the directories of threads that do not share those of the process; ``threads``: by their TIDs.

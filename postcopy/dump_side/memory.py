@@ -6,9 +6,11 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MappingProxyType
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from postcopy.dump_side import names, shared_memory
 from postcopy.dump_side.freeze import Frozen
@@ -45,13 +47,12 @@ _SPECIAL_NAMES = {
 }
 
 
-@dataclass
-class Layout:
+class Layout(Struct):
     """The vmas of a process as they will be rebuilt, the files they map, and what cannot be moved."""
 
-    vmas: list[Vma] = field(default_factory=list)
-    files: list[MappedFile] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    vmas: list[Vma] = []
+    files: list[MappedFile] = []
+    problems: list[str] = []
 
     @property
     def has_objects(self) -> bool:
@@ -131,13 +132,11 @@ def _carried(flags: frozenset[str]) -> list[str]:
     return sorted(flags & _CARRIED_FLAGS)
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(Struct, frozen=True):
     text: str
 
 
-@dataclass(frozen=True)
-class _OtherName:
+class _OtherName(Struct, frozen=True):
     """A file that has lost the name that maps shows: sem_open(3) gives a semaphore its name by link and unlink."""
 
     path: str
@@ -220,8 +219,7 @@ def identities(found: Layout, known: Mapping[str, FileIdentity] = MappingProxyTy
 # -- what exists, once the process is frozen ---------------------------------------------------------------------------
 
 
-@dataclass
-class Pages:
+class Pages(Struct):
     """Which pages exist: those left behind, those sent along (ranges of addresses), and guard markers."""
 
     lazy: PageRanges
@@ -325,8 +323,7 @@ def _sent_too(pages: Pages, more: PageRanges) -> Pages:
     return Pages(pages.lazy.subtract(more), PageRanges.from_pairs(sent), pages.guards)
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """What the task itself must say of its mm: the exact end of the heap."""
 
     brk: int
@@ -356,8 +353,7 @@ def _locked(status: dict[str, str]) -> int:
     return int(status["VmLck"].split()[0]) * 1024
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """The mm fields as ``/proc`` tells them; ``places``: those of ``stat``, by their numbers (proc_pid_stat(5))."""
 
     exe: str

@@ -1,13 +1,13 @@
 """One open descriptor as ``/proc`` shows it, and the table that the kinds of descriptors fill."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field, structs
 
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
@@ -31,8 +31,7 @@ class Refused(Exception):
     """This descriptor cannot be moved; the text says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Remembered:
+class Remembered(Struct, frozen=True):
     """A file that has its name, as an earlier look has found it open.
 
     ``info``: its fdinfo; ``stat``: of the file at ``path``; ``description``: what it was found to be, ``needed``: what
@@ -61,8 +60,7 @@ class Remembered:
         return same and (found.st_ctime_ns == was.st_ctime_ns or self.needed is None or self.needed.changing)
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(Struct, frozen=True, dict=True):
     """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags as open(2) takes them.
 
     ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo. ``process``: a pidfd, if one is at hand.
@@ -95,7 +93,7 @@ class Opened:
         """
         if entries is None:
             with contextlib.closing(procfs.Entries(pid)) as own:
-                return dataclasses.replace(cls.look(pid, fd, own), process=-1)
+                return structs.replace(cls.look(pid, fd, own), process=-1)
         lines = (entries.info(fd) if info is None else info).decode(errors="surrogateescape").splitlines()
         # The first two lines are those of every kind (fs/proc/fd.c).
         flags = int(lines[1].partition(":")[2], 8)
@@ -191,8 +189,7 @@ def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | No
     return None
 
 
-@dataclass(frozen=True)
-class Trusted:
+class Trusted(Struct, frozen=True):
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
     memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
     what has been seen of the tree; ``sockets``: how many each process has; ``orders``: see
@@ -200,16 +197,15 @@ class Trusted:
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
-    ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    known: Mapping[int, Known] = field(default_factory=dict)
-    remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
+    ranks: Mapping[tuple[int, int], int] = {}
+    known: Mapping[int, Known] = {}
+    remembered: Mapping[tuple[int, int], Remembered] = {}
     draft: Draft = field(default_factory=Draft)
-    sockets: Mapping[int, int] = field(default_factory=dict)
-    orders: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    sockets: Mapping[int, int] = {}
+    orders: Mapping[int, Sequence[int]] = {}
 
 
-@dataclass
-class Table:
+class Table(Struct, dict=True):
     """What is found while the descriptor tables of a tree are collected.
 
     ``pids``: the processes of the tree; ``pid``: the one whose table is being collected. ``frozen``: contents are read,
@@ -236,35 +232,35 @@ class Table:
     frozen: bool = False
     pid: int = 0
     level: int = -1
-    slots: dict[int, list[Slot]] = field(default_factory=dict)
+    slots: dict[int, list[Slot]] = {}
     descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
-    pipe_numbers: dict[int, int] = field(default_factory=dict)
-    ghost_numbers: dict[tuple[int, int], int] = field(default_factory=dict)
-    watched_ghosts: list[tuple[Inotify, dict[int, tuple[int, int]]]] = field(default_factory=list)
+    pipe_numbers: dict[int, int] = {}
+    ghost_numbers: dict[tuple[int, int], int] = {}
+    watched_ghosts: list[tuple[Inotify, dict[int, tuple[int, int]]]] = []
     masters: dict[int, tuple[int, int]] | None = None
-    pty_numbers: dict[int, int] = field(default_factory=dict)
+    pty_numbers: dict[int, int] = {}
     has_lent_terminal: bool = False
-    external: list[str] = field(default_factory=list)
-    build_ids: dict[str, bytes] = field(default_factory=dict)
-    needed: list[FileIdentity] = field(default_factory=list)
+    external: list[str] = []
+    build_ids: dict[str, bytes] = {}
+    needed: list[FileIdentity] = []
     holders: dict[str, int] | None = None
-    ranks: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    remembered: Mapping[tuple[int, int], Remembered] = field(default_factory=dict)
-    found: dict[tuple[int, int], Remembered] = field(default_factory=dict)
-    reused: set[int] = field(default_factory=set)
-    identities: dict[int, FileIdentity | None] = field(default_factory=dict)
-    sockets: dict[int, int] = field(default_factory=dict)
+    ranks: Mapping[tuple[int, int], int] = {}
+    remembered: Mapping[tuple[int, int], Remembered] = {}
+    found: dict[tuple[int, int], Remembered] = {}
+    reused: set[int] = set()
+    identities: dict[int, FileIdentity | None] = {}
+    sockets: dict[int, int] = {}
     silence: Silence | None = None
-    loops: list[tuple[bytes, bytes]] = field(default_factory=list)
-    socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
-    socket_options: dict[tuple[object, object], list[SocketOption]] = field(default_factory=dict)
-    asked: dict[int, Iterator[tuple[int, Told]]] = field(default_factory=dict)
-    carrying: list[int] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
-    unix_names: list[UnixName] = field(default_factory=list)
-    _unix: dict[int, sock_diag.UnixDiag] = field(default_factory=dict)
-    _unix_waiting: dict[int, int] = field(default_factory=dict)
-    _packet: dict[int, sock_diag.PacketDiag] = field(default_factory=dict)
+    loops: list[tuple[bytes, bytes]] = []
+    socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = {}
+    socket_options: dict[tuple[object, object], list[SocketOption]] = {}
+    asked: dict[int, Iterator[tuple[int, Told]]] = {}
+    carrying: list[int] = []
+    received: list[int] = []
+    unix_names: list[UnixName] = []
+    _unix: dict[int, sock_diag.UnixDiag] = {}
+    _unix_waiting: dict[int, int] = {}
+    _packet: dict[int, sock_diag.PacketDiag] = {}
     _mapped: set[Key] | None = None
     alike: dict[tuple[str, int, int], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
 

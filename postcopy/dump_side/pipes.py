@@ -1,10 +1,11 @@
 """Pipes and FIFOs with both ends inside the tree, with what is in them."""
 
 import contextlib
-import dataclasses
 import os
 import select
 import stat
+
+from msgspec import structs
 
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
 from postcopy.kernel import pipe, procfs
@@ -36,7 +37,7 @@ def collect(table: Table, opened: Opened) -> Description | None:
     number = table.pipe_numbers[inode]
     found = table.descriptors.pipes[number]
     if opened.flags & os.O_DIRECT and found.content and not found.packets:
-        table.descriptors.pipes[number] = dataclasses.replace(found, packets=[len(found.content)])
+        table.descriptors.pipes[number] = structs.replace(found, packets=[len(found.content)])
     return Description(pipe=PipeEnd(number, opened.flags))
 
 

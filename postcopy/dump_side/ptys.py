@@ -1,7 +1,6 @@
 """Pseudoterminals whose master is in the tree: both ends, their settings, whose controlling terminal they are."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import select
@@ -10,6 +9,7 @@ import termios
 from collections.abc import Iterator
 
 import msgpack
+from msgspec import structs
 
 from postcopy import pty_queues, roles
 from postcopy.deadline import uninterrupted
@@ -191,7 +191,7 @@ def _look_into(master: int, slave: int, settings: bytes, packets: bool, name: st
         finally:
             pty.set_number(master, pty.TIOCPKT, int(packets))
         with contextlib.suppress(BrokenPipeError), open(writing, "wb") as stream:
-            stream.write(msgpack.packb(dataclasses.astuple(content)))
+            stream.write(msgpack.packb(structs.astuple(content)))
 
     # The tree must not run while it is at it.
     with uninterrupted():

@@ -3,8 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct
 
 from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
@@ -22,8 +23,7 @@ from postcopy.wire import control
 log = logging.getLogger("postcopy")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """Where to listen; ``timeout``: seconds without a sign of life after which a destination is given up."""
 
     address: str
@@ -31,11 +31,10 @@ class Options:
     timeout: float = 10.0
 
 
-@dataclass
-class _Customers:
+class _Customers(Struct):
     """The processes that serve one destination each."""
 
-    roles: list[Role] = field(default_factory=list)
+    roles: list[Role] = []
 
     def reap(self) -> None:
         """Give up what is left of those that have come to their end."""
@@ -48,8 +47,7 @@ class _Customers:
             role.kill()
 
 
-@dataclass(frozen=True)
-class _Named:
+class _Named(Struct, frozen=True):
     """A reporter that says of whom it speaks."""
 
     reporter: Reporter

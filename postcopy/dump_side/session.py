@@ -8,8 +8,10 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from postcopy.action_scripts import Action
 from postcopy.checkpoint.writer import Writer
@@ -38,8 +40,7 @@ log = logging.getLogger("postcopy")
 _LOOKS_AT_SIGNALS = 5
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """What the user asked for; ``timeout``: seconds from freeze to commit, and without a sign of life.
 
     ``choices``: what is moved only if asked for.

@@ -12,7 +12,8 @@ import stat
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from postcopy.dump_side.page_source import OpenMemory
 from postcopy.errors import DumpError
@@ -59,8 +60,7 @@ def huge_devices() -> dict[int, int]:
     return devices
 
 
-@dataclass
-class Found:
+class Found(Struct):
     """One such memory: ``path`` leads to it as long as its finder stays frozen; ``mapped``: for sharing.
 
     ``boot_set``: offsets of pages that are touched at once when the tree goes on. ``huge_shift``: of hugetlb memory,
@@ -73,21 +73,20 @@ class Found:
     path: str
     mapped: bool = False
     reserved: bool = True
-    boot_set: set[int] = field(default_factory=set)
+    boot_set: set[int] = set()
     huge_shift: int = 0
     huge_pages: int = 0
 
 
-@dataclass
-class SharedObjects:
+class SharedObjects(Struct):
     """All such memory of a process tree; its vmas and descriptors refer to it by the order of finding.
 
     ``sources``: where its pages come from, by its number in the page protocol.
     """
 
-    found: list[Found] = field(default_factory=list)
-    sources: dict[int, OpenMemory] = field(default_factory=dict)
-    _numbers: dict[Key, int] = field(default_factory=dict)
+    found: list[Found] = []
+    sources: dict[int, OpenMemory] = {}
+    _numbers: dict[Key, int] = {}
 
     def of_vma(self, pid: int, line: MapsLine, mapped: os.stat_result) -> int:
         """The number of what a vma maps; ``mapped``: as stat of its ``map_files`` entry shows it."""

@@ -3,7 +3,8 @@
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import ptrace
@@ -20,8 +21,7 @@ _SIGNALS = 64
 _PURPOSES = [f"reading the action of signal {number}" for number in range(1, _SIGNALS + 1)]
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """Where the answers about the signal actions will lie."""
 
     actions: int

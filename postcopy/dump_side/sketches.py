@@ -1,7 +1,8 @@
 """What can be seen of a tree while it runs, for the destination to begin with."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from postcopy.dump_side import lineage, memory
 from postcopy.dump_side.opened import Table

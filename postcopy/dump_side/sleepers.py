@@ -9,7 +9,8 @@ import contextlib
 import os
 import struct
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.dump_side.freeze import FrozenThread
 from postcopy.kernel import procfs
@@ -31,8 +32,7 @@ _CLOCK_IDS = 16
 _POLLFD_SIZE, _MOST_POLLED = 8, 512
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(Struct, frozen=True):
     """A thread that sleeps since ``since`` (CLOCK_MONOTONIC, ns) in a call made at this place."""
 
     since: int

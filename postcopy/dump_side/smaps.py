@@ -7,7 +7,8 @@ out meanwhile whether a flag has changed in between.
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy import roles
 from postcopy.dump_side.memory import Checked, Layout, layout
@@ -21,8 +22,7 @@ _ASKED = struct.Struct("=Q")
 _ANSWER = struct.Struct("=QQ?")
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(Struct, frozen=True):
     """The mappings of a process as they once were: what ``maps`` says, the same with flags, the layout made of that.
 
     ``told``: see `procfs.layout_in_smaps`.

@@ -8,7 +8,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from postcopy import capabilities
 from postcopy.dump_side import (
@@ -169,17 +170,16 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
     )
 
 
-@dataclass
-class _Findings:
+class _Findings(Struct):
     """What is found of one process after the other; ``tids``: of each its threads, as the tree numbers them."""
 
     root: int
     table: Table
-    problems: list[str] = field(default_factory=list)
-    files: dict[str, FileIdentity] = field(default_factory=dict)
-    checked: memory.Checked = field(default_factory=dict)
-    tids: dict[int, list[int]] = field(default_factory=dict)
-    known: dict[int, smaps.Known] = field(default_factory=dict)
+    problems: list[str] = []
+    files: dict[str, FileIdentity] = {}
+    checked: memory.Checked = {}
+    tids: dict[int, list[int]] = {}
+    known: dict[int, smaps.Known] = {}
     huge_pages: Counter[int] = field(default_factory=Counter)
     vdso: bytes = b""
     memory_bytes: int = 0

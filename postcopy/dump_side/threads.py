@@ -1,6 +1,7 @@
 """Threads: registers and everything the kernel keeps for one thread."""
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from postcopy.dump_side import scheduling, seccomp, sleepers
 from postcopy.dump_side.freeze import Frozen, FrozenThread
@@ -22,8 +23,7 @@ from postcopy.state import Credentials, Rseq, Scheduling, Seccomp, Thread
 _STACK_T_SIZE = 24
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """What can be seen of a thread from outside; the timer slack is not among it."""
 
     name: bytes
@@ -36,8 +36,7 @@ def see(pid: int, tid: int) -> Seen:
     return Seen(name, scheduling.collect(tid))
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """Where the answers of one thread will lie."""
 
     alternate_stack: int

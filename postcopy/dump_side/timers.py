@@ -2,7 +2,8 @@
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel import posix_timer, procfs
 from postcopy.kernel.calls import call
@@ -40,8 +41,7 @@ def _problems(pid: int) -> Iterator[str]:
             yield f"POSIX timer {timer.number} runs by the CPU time of process {timer.measures}, which is not moved"
 
 
-@dataclass
-class Question:
+class Question(Struct):
     """Where the answers about the timers will lie."""
 
     rooms: list[int]

@@ -5,12 +5,13 @@ make them, whoever has them now; where that is not the process that has both end
 """
 
 import contextlib
-import dataclasses
 import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+from msgspec import structs
 
 from postcopy.dump_side import pipes
 from postcopy.dump_side.opened import Table, common
@@ -36,8 +37,8 @@ def change(table: Table, number: int, **changes: Any) -> None:
     """Change what is known of a socket of the tree."""
     description = table.descriptors.descriptions[number]
     assert description.unix is not None
-    changed = dataclasses.replace(description.unix, **changes)
-    table.descriptors.descriptions[number] = dataclasses.replace(description, unix=changed)
+    changed = structs.replace(description.unix, **changes)
+    table.descriptors.descriptions[number] = structs.replace(description, unix=changed)
 
 
 class _Peers:

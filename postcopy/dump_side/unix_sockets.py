@@ -1,7 +1,6 @@
 """unix(7) sockets, with their names and with what is queued in them; `unix_peers` says who is connected to whom."""
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import os
@@ -11,6 +10,8 @@ import struct
 import termios
 import time
 from socket import SocketType
+
+from msgspec import structs
 
 from postcopy.dump_side import opened
 from postcopy.dump_side.opened import Refused, Table
@@ -173,8 +174,8 @@ def _stream(table: Table, own: SocketType, diag: UnixDiag) -> list[UnixMessage]:
             before = socket_queue.whole_pieces(own.fileno(), length - 1)
             own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, seen + length)
             if before:
-                found.append(dataclasses.replace(piece, content=piece.content[:before], rights=[]))
-                piece = dataclasses.replace(piece, content=piece.content[before:])
+                found.append(structs.replace(piece, content=piece.content[:before], rights=[]))
+                piece = structs.replace(piece, content=piece.content[before:])
         found.append(piece)
         left -= length
         seen += length

@@ -27,7 +27,8 @@ import errno
 import signal
 import struct
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel import ptrace
 from postcopy.kernel.calls import NUMBERS, Call, call
@@ -171,8 +172,7 @@ class Batch:
         return records + bytes(RECORD_SIZE), b"".join(reversed(self._pieces))
 
 
-@dataclass
-class Answers:
+class Answers(Struct):
     """What a batch gave back: the results, and the memory its calls filled."""
 
     batch: Batch

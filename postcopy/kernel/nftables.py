@@ -9,7 +9,8 @@ import functools
 import socket
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel.libc import refused
 
@@ -34,8 +35,7 @@ _SO_SNDBUFFORCE = 32
 Address = tuple[bytes, int]  # a packed IPv4 or IPv6 address (empty: any), and a port
 
 
-@dataclass(frozen=True)
-class _Family:
+class _Family(Struct, frozen=True):
     """Where a packet's header has its addresses (bytes)."""
 
     number: int
@@ -165,8 +165,7 @@ def _load_ends(family: _Family) -> tuple["_Loader", "_Loader"]:
     return _Loader(family, family.source, 0), _Loader(family, family.target, 2)
 
 
-@dataclass(frozen=True)
-class _Loader:
+class _Loader(Struct, frozen=True):
     """Loads one end of a packet, its source or its target, as the first or second part of the key."""
 
     family: _Family

@@ -8,7 +8,8 @@ import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel._libc import ffi
 from postcopy.kernel.libc import address_of, ioctl, refused
@@ -31,8 +32,7 @@ _PM_FRAME, _PM_EXCLUSIVE = (1 << 55) - 1, 1 << 56
 _PM_PRESENT, _PM_SWAPPED, _PM_FILE, _PM_GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 58
 
 
-@dataclass(frozen=True, slots=True)
-class PageRegion:
+class PageRegion(Struct, frozen=True):
     """Adjacent pages of the same categories (PAGE_IS_ bits); addresses in bytes."""
 
     start: int

@@ -3,7 +3,8 @@
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import NUMBERS
@@ -20,8 +21,7 @@ _NOTIFY = {"signal": SIGEV_SIGNAL, "none": SIGEV_NONE, "thread": SIGEV_THREAD}
 _ENTRY = re.compile(r"ID: (\d+)\nsignal: (\d+)/([0-9a-f]+)\nnotify: (\w+)/(pid|tid)\.(\d+)\nClockID: (-?\d+)\n")
 
 
-@dataclass(frozen=True, slots=True)
-class TimerEntry:
+class TimerEntry(Struct, frozen=True):
     """A timer as ``/proc/PID/timers`` shows it; ``tid`` (as we see it) is 0 where the process is told."""
 
     number: int

@@ -4,7 +4,8 @@ import functools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from postcopy.kernel import pidfd
 from postcopy.kernel.libc import refused
@@ -16,8 +17,7 @@ _MAPS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0
 _PROTECTIONS = {r + w + x: (r == "r") | (w == "w") << 1 | (x == "x") << 2 for r in "r-" for w in "w-" for x in "x-"}
 
 
-@dataclass(frozen=True, slots=True)
-class MapsLine:
+class MapsLine(Struct, frozen=True):
     """One vma as ``/proc/PID/smaps`` shows it; ``offset`` in bytes, ``flags`` the two-letter VmFlags."""
 
     start: int

@@ -3,7 +3,8 @@
 import errno
 import os
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, refused, syscall
@@ -94,8 +95,7 @@ class Registers(dict[str, int]):
         return Registers({**self, **values})
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """How a wait ended: a ptrace-stop (signal and event), or the end of the task (``ended``, the wait status)."""
 
     signal: int = 0
@@ -108,8 +108,7 @@ class Stop:
         return self.signal & 0x80 != 0
 
 
-@dataclass(frozen=True, slots=True)
-class RseqConfiguration:
+class RseqConfiguration(Struct, frozen=True):
     """Where a thread registered its rseq area (bytes) and with which signature; ``pointer`` 0: not registered."""
 
     pointer: int

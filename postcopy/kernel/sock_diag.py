@@ -4,7 +4,8 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel.libc import refused
 
@@ -29,8 +30,7 @@ _RECEIVE_SIZE = 1 << 20
 DEAD = -1  # in place of a peer's inode: that socket has been closed
 
 
-@dataclass(frozen=True, slots=True)
-class UnixDiag:
+class UnixDiag(Struct, frozen=True):
     """One Unix socket. ``name``: what follows the family in its address, as bind(2) was given it (a path with its NUL).
 
     ``vfs``: inode and device (st_dev) of the socket's file, where it has one. ``peer``: an inode, 0 or `DEAD`.
@@ -57,8 +57,7 @@ def unix_sockets() -> dict[int, UnixDiag]:
     return {found.inode: found for found in map(_unix, _dump(request))}
 
 
-@dataclass(frozen=True, slots=True)
-class PacketDiag:
+class PacketDiag(Struct, frozen=True):
     """One packet socket: what it ``asks`` of interfaces (index, kind, address), and whether it ``has_ring``."""
 
     asks: list[tuple[int, int, bytes]]

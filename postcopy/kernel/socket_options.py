@@ -9,8 +9,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from socket import SocketType
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
@@ -105,8 +106,7 @@ def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, in
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Struct, frozen=True):
     """What a socket tells: see `values`, `read_filter`, SO_LOCK_FILTER."""
 
     values: tuple[bytes | None, ...]

@@ -2,7 +2,8 @@
 
 import errno
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, refused, syscall
@@ -18,8 +19,7 @@ _SHMID_DS = struct.Struct("<iIIIIIHxx4x16xQ24xiiQ16x")
 _NEXT_ID = "/proc/sys/kernel/shm_next_id"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """What IPC_STAT tells of a segment.
 
     ``size`` in bytes; ``removed``: IPC_RMID has been called, it ends with its last attachment.

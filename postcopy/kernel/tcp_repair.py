@@ -9,8 +9,9 @@ import socket
 import struct
 import termios
 from collections.abc import Iterator
-from dataclasses import dataclass
 from socket import SocketType
+
+from msgspec import Struct
 
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 
@@ -43,8 +44,7 @@ CLOSED_HERE, CLOSED_THERE = (
 )
 
 
-@dataclass(frozen=True)
-class Info:
+class Info(Struct, frozen=True):
     """TCP_INFO, in part. ``waiting``, ``backlog``: of a listening socket."""
 
     state: int

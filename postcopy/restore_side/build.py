@@ -9,8 +9,9 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import accumulate
+
+from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, pidfd, ptrace, userfaultfd, vdso
@@ -58,8 +59,7 @@ _UFFD_FEATURES = (
 )
 
 
-@dataclass
-class Built:
+class Built(Struct):
     """A process that is ready to go on; it dies with us until it is detached.
 
     ``tids``: as we see them, leader first.
@@ -68,7 +68,7 @@ class Built:
     newborn: birth.Newborn
     state: Process
     uffd: int
-    tids: list[int] = field(default_factory=list)
+    tids: list[int] = []
 
     @property
     def pid(self) -> int:

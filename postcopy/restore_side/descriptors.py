@@ -6,8 +6,9 @@ for what refers to all of it, or must not notice how it was made (`connect`).
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Answers, Batch
@@ -46,8 +47,7 @@ _LENT_FROM = LENDER_AT + 1
 _PATH_ROOM = 8192
 
 
-@dataclass
-class Plan:
+class Plan(Struct):
     """Where descriptors lie while a table is being built: what is parked lies where the program has nothing.
 
     The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
@@ -61,20 +61,20 @@ class Plan:
     pid: int
     shared: Shared
     spaces: Iterator[int]
-    used: set[int] = field(default_factory=set)
+    used: set[int] = set()
     lowest: int = 0
-    parked: list[int] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
+    parked: list[int] = []
+    streams: list[int] = []
     lender: int = -1
-    inherited: dict[str, int] = field(default_factory=dict)
-    pipes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    taken: set[int] = field(default_factory=set)
-    ghosts: dict[int, int] = field(default_factory=dict)
-    sockets: dict[int, int] = field(default_factory=dict)
-    slots: dict[int, Slot] = field(default_factory=dict)
-    _passed: list[int] = field(default_factory=list)
-    _places: dict[int, int] = field(default_factory=dict)
-    _holders: dict[int, int] = field(default_factory=dict)
+    inherited: dict[str, int] = {}
+    pipes: dict[int, tuple[int, int]] = {}
+    taken: set[int] = set()
+    ghosts: dict[int, int] = {}
+    sockets: dict[int, int] = {}
+    slots: dict[int, Slot] = {}
+    _passed: list[int] = []
+    _places: dict[int, int] = {}
+    _holders: dict[int, int] = {}
 
     @property
     def state(self) -> Descriptors:

@@ -1,8 +1,9 @@
 """epoll(7): registered again when all targets are there; what the program has been told of is not told again."""
 
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from postcopy.kernel.calls import call
 from postcopy.kernel.epoll import (
@@ -35,11 +36,10 @@ _STILL = ("pipe", "event_counter", "signals")
 _ANYTHING = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLERR | EPOLLHUP
 
 
-@dataclass
-class Armed:
+class Armed(Struct):
     """One-shot targets that are to be silent: the call that took their event, instance, number and target of each."""
 
-    tries: list[tuple[int, int, EpollTarget]] = field(default_factory=list)
+    tries: list[tuple[int, int, EpollTarget]] = []
 
 
 def rebuild(plan: "Plan", slot: Slot, state: Epoll) -> None:

@@ -15,11 +15,11 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import msgpack
+from msgspec import Struct
 
 from postcopy.errors import PostcopyError, ProtocolError
 from postcopy.huge_pages import HugeAreas
@@ -58,8 +58,7 @@ _MOST_PUT_OFF = 8
 _MOST_ALSO = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class HandedSpace:
+class HandedSpace(Struct, frozen=True):
     """An address space to fill: its number at the source, its userfaultfd, the pages that it lacks, where shared memory
     is in it that lacks pages, what is registered (see `AddressSpace`), and its own lazy hugetlb memory."""
 
@@ -71,8 +70,7 @@ class HandedSpace:
     huge: HugeAreas | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Background:
+class Background(Struct, frozen=True):
     """When the bulk stream starts: at once, after ``idle_delay`` seconds without a fault, or never."""
 
     mode: Literal["eager", "idle", "off"] = "eager"

@@ -8,9 +8,10 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from enum import Enum
 from time import monotonic_ns
+
+from msgspec import Struct, field
 
 from postcopy.errors import ProtocolError
 from postcopy.huge_pages import HugeArea, HugeAreas
@@ -42,8 +43,7 @@ class Cause(Enum):
     ZERO = "bytes_zero"
 
 
-@dataclass(eq=False, slots=True)
-class Mm:
+class Mm(Struct, eq=False):
     """One address space of the destination, while it exists."""
 
     uffd: int
@@ -52,7 +52,7 @@ class Mm:
     parts: Parts | None = None
     gone: bool = False
     # Fault-around: the ordinal at which a sequential reader will fault next -> the pages it was given last.
-    streams: dict[int, int] = field(default_factory=dict)
+    streams: dict[int, int] = {}
     # Since when the kernel answers EAGAIN without an event to read; 0: it does not.
     stalled_since: int = 0
     # In a stall: when to look next for a thread that populates, and whether one was found.
@@ -61,14 +61,14 @@ class Mm:
     # Whose child it is, until it is certain with which layout it was born; see `Filling.born`.
     parent: "Mm | None" = None
     # The parent's layout changes since the fork was told, and what the child itself has told meanwhile.
-    later: list[tuple[int, int, int]] = field(default_factory=list)
-    early: list[uffdio.Message] = field(default_factory=list)
+    later: list[tuple[int, int, int]] = []
+    early: list[uffdio.Message] = []
     # Forked here: nothing keeps huge pages in reserve for its private memory.
     forked: bool = False
     # Private hugetlb memory that no layout change has been about.
     untouched: PageRanges = field(default_factory=PageRanges)
     # Pages that were taken out of the userfaultfd's hands, to be given back with the next event.
-    unregistered: list[int] = field(default_factory=list)
+    unregistered: list[int] = []
 
     def end_stall(self) -> None:
         """The kernel has answered something else than EAGAIN, or may do so now."""

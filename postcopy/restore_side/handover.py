@@ -3,9 +3,9 @@
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgpack
+from msgspec import Struct
 
 from postcopy.huge_pages import HugeArea, HugeAreas
 from postcopy.page_ranges import PageRanges
@@ -15,8 +15,7 @@ from postcopy.restore_side.shared_filling import HandedObject, Part
 _MOST_DESCRIPTORS = 250  # SCM_MAX_FD is 253
 
 
-@dataclass(frozen=True)
-class Handover:
+class Handover(Struct, frozen=True):
     """What to fill, and the processes of the tree, the root first: PIDs as we see them, and pidfds."""
 
     spaces: Sequence[HandedSpace]

@@ -8,7 +8,8 @@ more is in doubt than is told of, it cannot be found out what was dropped, and n
 
 import os
 import struct
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from postcopy.kernel import inotify
 
@@ -48,11 +49,10 @@ class HoleWatch:
             found |= {number for number, _, _, _ in _EVENT.iter_unpack(events)}
 
 
-@dataclass
-class Doubts:
+class Doubts(Struct):
     """Which ranges of one file may be about to be dropped, and until when (monotonic clock, ns) that can be."""
 
-    ranges: list[tuple[int, int, int]] = field(default_factory=list)
+    ranges: list[tuple[int, int, int]] = []
     # How often something has been dropped since there has been doubt.
     told: int = 0
 

@@ -3,8 +3,9 @@
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from postcopy.errors import RestoreError
 from postcopy.huge_pages import is_lazy

@@ -10,7 +10,8 @@ import signal
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace, tiny_elf
@@ -33,8 +34,7 @@ _SIG_DFL, _SIG_IGN = bytes(32), struct.pack("<Q24x", 1)
 _KILLED_BY, _DUMPED = 0x7F, 0x80
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(Struct, frozen=True):
     """All that matters for how the processes of a tree are born: two trees in which that is equal begin alike.
 
     ``relatives``: parents before their children, zombies last; ``tables``, ``places``: who has from whom what they
@@ -45,7 +45,7 @@ class Family:
     tables: dict[int, int]
     places: dict[int, int]
     zombies: Sequence[Zombie] = ()
-    stopped: Mapping[int, bool] = field(default_factory=dict)
+    stopped: Mapping[int, bool] = {}
     namespaces: Sequence[PidNamespace] = ()
     ptys: Sequence[Pty] = ()
 

@@ -7,13 +7,13 @@ and by us, for whom it is that for a moment. So links in it lead where they will
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _HOST = "/"
 
 
-@dataclass(frozen=True)
-class Root:
+class Root(Struct, frozen=True):
     """``path``: as we see it."""
 
     path: str = _HOST

@@ -12,11 +12,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import msgpack
+from msgspec import Struct, field
 
 from postcopy import roles, soundness
 from postcopy.action_scripts import Action, ActionScripts
@@ -65,8 +65,7 @@ _NEWS_SIZE = 65536
 _LAST_WORD_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """What the user asked for. ``timeout``: seconds from the state's arrival to commit, and without a sign of life;
     ``patience``: seconds to wait for the source to listen. ``inherited``: descriptors of ours, by the external resource
     whose place each is to take; those above 2 are closed here. ``root``: what takes the place of ``/`` for the tree."""
@@ -79,7 +78,7 @@ class Options:
     detach: bool = False
     pidfile: Path | None = None
     new_pid_namespace: bool = False
-    inherited: Mapping[str, int] = field(default_factory=dict)
+    inherited: Mapping[str, int] = {}
     network_lock: str = "nftables"
     shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)

@@ -9,8 +9,9 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct
 
 from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of, memory_at
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 _MOST_MAPPED = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class HandedObject:
+class HandedObject(Struct, frozen=True):
     """Shared memory to fill: its number at the source, a descriptor of it, its size (bytes), the pages that it lacks.
 
     ``first``: the tree does not run before it is complete. ``huge_shift``: of hugetlb memory.
@@ -107,20 +107,18 @@ def never_written(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-@dataclass(eq=False)
 class SharedObject:
     """Shared memory that lacks pages; the addresses of its residency are offsets."""
 
-    handed: HandedObject
-    uffd: int
-    # Who waits for which page: offset -> address spaces, and where in them.
-    waiting: dict[int, list[tuple["Mm", int]]] = field(default_factory=dict)
-    streams: dict[int, int] = field(default_factory=dict)
     # As `Mm` has it: nothing that the program does keeps us from filling.
     stalled_since = 0
     stuck = False
 
-    def __post_init__(self) -> None:
+    def __init__(self, handed: HandedObject, uffd: int) -> None:
+        self.handed, self.uffd = handed, uffd
+        # Who waits for which page: offset -> address spaces, and where in them.
+        self.waiting: dict[int, list[tuple[Mm, int]]] = {}
+        self.streams: dict[int, int] = {}
         self.is_huge = bool(self.handed.huge_shift) and not self.handed.first
         self.page_size = 1 << self.handed.huge_shift if self.is_huge else PAGE_SIZE
         self._zeros = never_written(self.page_size) if self.is_huge else None

@@ -4,8 +4,9 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from postcopy.kernel import timerfd
 from postcopy.kernel.calls import call
@@ -28,11 +29,10 @@ def rebuild(plan: "Plan", slot: Slot, state: TimerDescriptor) -> None:
     plan.settle(opened, slot.fd, slot.close_on_exec, purpose)
 
 
-@dataclass
-class Clocks:
+class Clocks(Struct):
     """Where the answers lie of what the clocks say; the process may have its own (time_namespaces(7))."""
 
-    rooms: dict[int, int] = field(default_factory=dict)
+    rooms: dict[int, int] = {}
 
     @classmethod
     def ask(cls, plan: "Plan") -> "Clocks":

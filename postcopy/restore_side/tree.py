@@ -3,8 +3,9 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
+
+from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import ptrace
@@ -27,8 +28,7 @@ from postcopy.state import Draft, LateSignal, Tree
 from postcopy.turns import by_turns
 
 
-@dataclass
-class BuiltTree:
+class BuiltTree(Struct):
     """A tree that is ready to go on; it dies with us until `resume`. The root is the first."""
 
     tree: Tree

@@ -4,8 +4,9 @@ import enum
 import os
 import platform
 import struct
-from dataclasses import dataclass, field
 from typing import TypeVar
+
+from msgspec import Struct, field
 
 from postcopy import __version__
 from postcopy.errors import ProtocolError
@@ -50,8 +51,7 @@ LIMITS = dict.fromkeys(Kind, GREETING_LIMIT) | {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Struct, frozen=True):
     """Who speaks: the channel this connection is to be, the session it belongs to, and the host behind it."""
 
     channel: str
@@ -63,13 +63,11 @@ class Hello:
     cpu_features: list[str] = field(default_factory=lambda: sorted(cpu.features()))
 
 
-@dataclass(frozen=True, slots=True)
-class Nothing:
+class Nothing(Struct, frozen=True):
     """A frame whose kind says all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(Struct, frozen=True):
     """What the source has: the manifest, what the tree's clocks show now (frozen, when it was), and the id of the
     checkpoint directory with the state, if there is one."""
 
@@ -78,37 +76,32 @@ class Offer:
     checkpoint: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """The destination can take it; with ``has_state``, it has the checkpoint's directory and needs the pages alone."""
 
     has_state: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Problems:
+class Problems(Struct, frozen=True):
     """What keeps the destination from taking the tree."""
 
     problems: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """Why the sender gives up, and what to do about it."""
 
     message: str
     hint: str
 
 
-@dataclass(frozen=True, slots=True)
-class Go:
+class Go(Struct, frozen=True):
     """The tree is the destination's from here on; with the signals that came last."""
 
     signals: list[LateSignal]
 
 
-@dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(Struct, frozen=True):
     """The destination has every page: what it took (bytes, counts, nanoseconds)."""
 
     faults: int

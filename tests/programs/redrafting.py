@@ -5,7 +5,8 @@ So what is begun from them is begun in vain, as where a program changes at the l
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from postcopy.cli import main
 from postcopy.dump_side import sketches
