@@ -581,24 +581,31 @@ T = TypeVar("T")
 
 def encode(value: Any) -> bytes:
     """Any of the structs as msgpack."""
-    # Lone surrogates in paths are how os.fsdecode keeps bytes that are not UTF-8.
-    packed: bytes = msgpack.packb(msgspec.to_builtins(value, builtin_types=(bytes,)), unicode_errors="surrogateescape")
-    return packed
+    try:
+        return msgspec.msgpack.encode(value)
+    except UnicodeEncodeError:
+        # Lone surrogates in paths are how os.fsdecode keeps bytes that are not UTF-8.
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,))
+        packed: bytes = msgpack.packb(plain, unicode_errors="surrogateescape")
+        return packed
 
 
 def decode(kind: type[T], content: bytes | memoryview) -> T:
     """Back from `encode`. Raises ProtocolError, whatever the bytes are."""
     try:
-        plain = msgpack.unpackb(content, unicode_errors="surrogateescape", strict_map_key=False)
-        return msgspec.convert(plain, kind)
-    except (msgspec.ValidationError, msgpack.UnpackException) as error:
+        try:
+            return msgspec.msgpack.decode(content, type=kind)
+        except UnicodeDecodeError:
+            plain = msgpack.unpackb(content, unicode_errors="surrogateescape", strict_map_key=False)
+            return msgspec.convert(plain, kind)
+    except (msgspec.MsgspecError, msgpack.UnpackException) as error:
         raise ProtocolError(f"not a {kind.__name__}: {error}") from None
     except (ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
-        # msgpack raises these for bad UTF-8, keys that cannot be one, times out of range, depth and announced lengths.
+        # Both raise these for bad UTF-8, keys that cannot be one, times out of range, depth and announced lengths.
         raise ProtocolError(f"not a {kind.__name__}: {error}") from None
 
 
 def prepare_to_decode(kind: type[Any]) -> None:
     """Make what `decode` makes of a type when it first meets it, which takes milliseconds."""
-    with contextlib.suppress(msgspec.ValidationError):
+    with contextlib.suppress(msgspec.MsgspecError):
         msgspec.convert(None, kind)

@@ -204,12 +204,14 @@ class Witness:
             self._pages.check_all()
         except Wrong as wrong:
             self._wrong = str(wrong)
+        # From here on the threads miss the timer.
+        found = self._wrong
         # The interpreter takes its handlers away when it ends, and one may be on its way to another thread.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        if self._wrong:
-            self._record(self._wrong)
-        return int(bool(self._wrong))
+        if found:
+            self._record(found)
+        return int(bool(found))
 
     def _record(self, wrong: str = "") -> None:
         os.write(self._log, _RECORD.pack(self._number, os.uname().nodename.encode(), wrong.encode()))

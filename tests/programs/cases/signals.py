@@ -52,6 +52,11 @@ def get_action(number: int) -> tuple[int, int, int, int]:
     return action.handler, action.flags, action.restorer, action.mask
 
 
+def find_restorer() -> int:
+    """The C library's, from one of the interpreter's own actions; SIGINT has none where a shell has it ignored."""
+    return next(filter(None, (get_action(number)[2] for number in signal.valid_signals())))
+
+
 class SignalActions(Snapshot):
     """The dispositions of all 64 signals."""
 
@@ -59,7 +64,7 @@ class SignalActions(Snapshot):
         """One with every flag, one ignored, one of Python's."""
         self.native = HandlerType(lambda number: None)
         handler = ctypes.cast(self.native, ctypes.c_void_p).value or 0
-        restorer = get_action(signal.SIGINT)[2]  # the C library's: Python has a handler there
+        restorer = find_restorer()
         wanted = KernelSigaction(
             handler=handler, flags=SA_ONSTACK | SA_RESTART | SA_NODEFER | 0x04000000, restorer=restorer, mask=0x5500
         )
@@ -221,7 +226,7 @@ class AlternateStack(ThreadCase):
         self.memory[-4096:] = untouched
         handler = HandlerType(lambda number: None)
         address = ctypes.cast(handler, ctypes.c_void_p).value or 0
-        restorer = get_action(signal.SIGINT)[2]
+        restorer = find_restorer()
         action = KernelSigaction(handler=address, flags=SA_ONSTACK | SA_SIGINFO | 0x04000000, restorer=restorer, mask=0)
         required(syscall(SYS_RT_SIGACTION, signal.SIGRTMIN + 9, ctypes.addressof(action), 0, 8), "rt_sigaction")
         libc["raise"](signal.SIGRTMIN + 9)
