@@ -7,6 +7,7 @@ and, where that is not enough, a function in `_CHECKS`. `check` walks the whole 
 
 import functools
 import typing
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -503,14 +504,9 @@ def _pages(memory: Memory) -> Iterator[str]:
         except ProtocolError as error:
             yield f"{name}: {error.message}"
             return
-    try:
-        lazy = _places(v for v in memory.vmas if (v.backing in _LAZY_BACKINGS and "wf" not in v.flags) or is_lazy(v))
-        others = _places(v for v in memory.vmas if v.backing not in _KERNEL_BACKINGS)
-    except ValueError:
-        return  # a vma that is misaligned, which is said of the vma
-    for name, place in (("lazy", lazy), ("sent", others), ("guards", others)):
-        for outside in sets[name].subtract(place):
-            yield f"{name}: {outside.start:#x}-{outside.end:#x} is outside of the mappings that can have such pages"
+    for name, can_have in (("lazy", _can_be_lazy), ("sent", _has_pages), ("guards", _has_pages)):
+        for start, end in _outside(sets[name], memory.vmas, can_have):
+            yield f"{name}: {start:#x}-{end:#x} is outside of the mappings that can have such pages"
     for name, other in (("lazy", "sent"), ("guards", "sent"), ("guards", "lazy")):
         for both in _common(sets[name], sets[other]):
             yield f"{name}: {both.start:#x}-{both.end:#x} is in {other} as well"
@@ -526,8 +522,28 @@ def _common(one: PageRanges, other: PageRanges) -> Iterable[PageRange]:
     return one.subtract(rest) if rest.total_pages != one.total_pages else ()
 
 
-def _places(vmas: Iterable[Vma]) -> PageRanges:
-    return PageRanges.from_pairs((vma.start, vma.end) for vma in vmas)
+def _has_pages(vma: Vma) -> bool:
+    return vma.backing not in _KERNEL_BACKINGS
+
+
+def _can_be_lazy(vma: Vma) -> bool:
+    return (vma.backing in _LAZY_BACKINGS and "wf" not in vma.flags) or is_lazy(vma)
+
+
+def _outside(pages: PageRanges, vmas: list[Vma], can_have: Callable[[Vma], bool]) -> Iterator[tuple[int, int]]:
+    """The parts of ``pages`` that are in none of the mappings, which are in order, or in one of another kind."""
+    starts = [vma.start for vma in vmas]
+    for start, end in pages:
+        at = bisect_right(starts, start) - 1
+        while start < end:
+            if at >= 0 and start < vmas[at].end:
+                until = min(vmas[at].end, end)
+                if not can_have(vmas[at]):
+                    yield start, until
+            else:
+                until = min(starts[at + 1], end) if at + 1 < len(starts) else end
+                yield start, until
+            start, at = until, at + (at + 1 < len(starts) and starts[at + 1] == until)
 
 
 def _huge(shift: int, kind: str, places: Iterable[int]) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 
-def by_turns(works: Iterable[Iterator[None]]) -> None:
-    """A step of one after that of another, until all have come to their ends."""
-    waiting = deque(works)
+def by_turns(works: Iterable[Iterator[None]], at_once: int | None = None) -> None:
+    """A step of one after that of another, until all have come to their ends; of ``at_once`` of them at a time."""
+    coming = iter(works)
+    waiting = deque(islice(coming, at_once))
     while waiting:
         work = waiting.popleft()
-        if next(work, work) is None:
-            waiting.append(work)
+        waiting.extend([work] if next(work, work) is None else islice(coming, 1))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from postcopy.dump_side import collect, freeze
+from postcopy.dump_side.arena import executors as executors_in
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
@@ -139,7 +140,7 @@ def test_thread_heals_when_its_tracer_dies_with_the_executor_in_it(calls: int) -
             with contextlib.suppress(BaseException):
                 frozen = Frozen(process.pid)
                 frozen.freeze()
-                with frozen.executors(vdso_of(process.pid)) as executors:
+                with executors_in(frozen, vdso_of(process.pid)) as executors:
                     batch = executors[0].batch()
                     for _ in range(calls):
                         batch.add(call("brk", 0))
@@ -164,7 +165,7 @@ def test_executor_leaves_neither_memory_nor_registers_changed() -> None:
             masks = [ptrace.get_signal_mask(thread.tid) for thread in frozen.threads]
             vdso = vdso_of(process.pid)
             image = frozen.memory.read(vdso.start, len(vdso))
-            with frozen.executors(vdso) as executors:
+            with executors_in(frozen, vdso) as executors:
                 for executor in executors:
                     batch = executor.batch()
                     number = batch.add(call("rt_sigprocmask", 0, 0, batch.room(8), 8))
@@ -239,7 +240,7 @@ def test_signals_that_come_while_calls_are_made_stay_pending(while_calling: bool
     with program(SPINNING) as process, frozen_threads(process.pid) as frozen:
         if not while_calling:
             process.send_signal(signal.SIGUSR1)
-        with frozen.executors(vdso_of(process.pid)) as executors:
+        with executors_in(frozen, vdso_of(process.pid)) as executors:
             batch = executors[0].batch()
             batch.add(call("rt_sigprocmask", 0, 0, batch.room(8), 8))
             if while_calling:
@@ -257,7 +258,7 @@ def test_sigstop_that_comes_while_calls_are_made_is_not_lost(while_calling: bool
         with frozen_threads(process.pid) as frozen:
             if not while_calling:
                 process.send_signal(signal.SIGSTOP)
-            with frozen.executors(vdso_of(process.pid)) as executors:
+            with executors_in(frozen, vdso_of(process.pid)) as executors:
                 if while_calling:
                     process.send_signal(signal.SIGSTOP)
                 for executor in executors:
@@ -291,7 +292,7 @@ def test_job_that_is_continued_while_it_is_frozen_runs_after_the_thaw() -> None:
         wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
         with frozen_threads(process.pid) as frozen:
             assert frozen.stopped_by == signal.SIGSTOP
-            with frozen.executors(vdso_of(process.pid)) as executors:
+            with executors_in(frozen, vdso_of(process.pid)) as executors:
                 for executor in executors:
                     executor.run(executor.batch())
             process.send_signal(signal.SIGCONT)
@@ -302,7 +303,7 @@ def test_job_that_was_stopped_is_stopped_again_after_the_thaw() -> None:
     with program(SPINNING) as process:
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: state(process.pid) == "T", 5, "it is stopped")
-        with frozen_threads(process.pid) as frozen, frozen.executors(vdso_of(process.pid)) as executors:
+        with frozen_threads(process.pid) as frozen, executors_in(frozen, vdso_of(process.pid)) as executors:
             for executor in executors:
                 executor.run(executor.batch())
         tids = procfs.tids(process.pid)
@@ -320,7 +321,7 @@ def test_trap_flag_of_the_program_does_not_step_through_our_calls() -> None:
         for thread in frozen.threads:
             thread.registers = thread.registers.changed(eflags=thread.registers["eflags"] | 0x100)
             ptrace.set_registers(thread.tid, thread.registers)
-        with frozen.executors(vdso_of(process.pid)) as executors:
+        with executors_in(frozen, vdso_of(process.pid)) as executors:
             for executor in executors:
                 executor.run(executor.batch())
         assert [ptrace.get_registers(thread.tid) for thread in frozen.threads] == [

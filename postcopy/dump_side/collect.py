@@ -1,6 +1,7 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
 import contextlib
+from collections.abc import Generator
 
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from postcopy.dump_side import (
     timers,
     unix_peers,
 )
+from postcopy.dump_side.arena import Arena
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -29,14 +31,17 @@ from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
-from postcopy.errors import DumpError, ProblemsError
+from postcopy.errors import DumpError, PostcopyError, ProblemsError
 from postcopy.kernel.executor import Answers
 from postcopy.state import FileIdentity, Process, Tree
+from postcopy.turns import by_turns
 
 Sleepers = dict[int, Observation]
 
 # Fewer are asked sooner than another process of ours has told of them.
 _MANY_SOCKETS = 32
+# Processes that make calls for us while others are looked at.
+_AT_ONCE = 4
 
 
 def collect(
@@ -102,12 +107,23 @@ def _collect(
     needed: dict[str, FileIdentity] = {}
     checked: memory.Checked = {}
     stops = lineage.Stops(kin, frozen.processes)
-    for each in frozen.processes:
-        look = looker.result()
-        state, layout = _process(each, look, len(processes), smaps, table, kin, sharing, stops, sleepers, checked)
+
+    def collect_one(space: int, each: Frozen) -> Generator[None, None, None]:
+        collecting = _process(each, looker.result(), space, smaps, table, kin, sharing, stops, sleepers, checked)
+        state, layout = yield from collecting
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
+
+    # In their order: each has as many steps as the others.
+    works = [collect_one(space, each) for space, each in enumerate(frozen.processes)]
+    try:
+        by_turns(works, _AT_ONCE)
+    except BaseException:
+        for work in works:
+            with contextlib.suppress(PostcopyError, OSError):
+                work.close()
+        raise
     # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
     smaps.begin_those_foreseen()
     problems += shared.problems(set(frozen.faces), trusted.memory)
@@ -146,8 +162,8 @@ def _process(
     stops: lineage.Stops,
     sleepers: Sleepers,
     checked: memory.Checked,
-) -> tuple[Process, memory.Layout]:
-    """The state of one process, and its layout."""
+) -> Generator[None, None, tuple[Process, memory.Layout]]:
+    """The state of one process, and its layout; in steps, after each of which the process is busy on its own."""
     pid = frozen.face
     problems = [*look.problems, *seccomp.problems_of_frozen(frozen.threads)]
     # It may have been born since the survey.
@@ -169,7 +185,9 @@ def _process(
     boot_set = [address for thread in frozen.threads for address in threads.boot_set(thread)]
     table.shared.add_boot_set(layout.vmas, boot_set)
     pages = memory.keep_together(memory.with_boot_set(look.pages, boot_set), layout)
-    with frozen.executors(vdso_range) as executors:
+    with Arena(frozen, vdso_range) as arena:
+        yield
+        executors = arena.arrive()
         asked = [(executor, executor.batch()) for executor in executors]
         leaders = asked[0][1]
         about_memory = memory.Question.ask(leaders)
@@ -181,10 +199,13 @@ def _process(
         about_threads = [threads.Question.ask(batch) for _, batch in asked]
         for executor, batch in asked:
             executor.start(batch)
+        yield
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
         if pid in table.slots:
             edges.find(table, pid, executors[0])
-        locks = memory.future_locks(frozen)
+        locks = memory.future_locks(frozen, arena.range)
+        arena.leave()
+        yield
     leader = answers[0]
     stops.answered(frozen.pid, leader)
     found_threads = [

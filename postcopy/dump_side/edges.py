@@ -36,11 +36,13 @@ def find(table: Table, pid: int, executor: Executor) -> None:
     """
     descriptions = table.descriptors.descriptions
     numbers = {slot.fd: slot.description for slot in table.slots[pid]}
-    instances = [
-        (number, fd, epoll)
-        for number, (holder, fd) in table.first_holders().items()
-        if holder == pid and (epoll := descriptions[number].epoll) is not None and any(map(_is_edge, epoll.targets))
-    ]
+    among = {
+        number: epoll
+        for number in numbers.values()
+        if (epoll := descriptions[number].epoll) is not None and any(map(_is_edge, epoll.targets))
+    }
+    holders = table.first_holders() if among else {}
+    instances = [(number, holders[number][1], epoll) for number, epoll in among.items() if holders[number][0] == pid]
     # Arming an inner instance anew is news for an outer one: the outer ones come first.
     instances.sort(key=lambda each: -_depth(descriptions, each[0]))
     for number, fd, epoll in instances:

@@ -15,27 +15,19 @@ from msgspec import Struct
 
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs, ptrace
-from postcopy.kernel.calls import NUMBERS, Call, call
+from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.executor import (
-    CODE_SIZE,
     ERESTARTNOHAND,
-    Executor,
-    SingleCall,
     signal_bit,
     stop_signal,
 )
 from postcopy.kernel.libc import syscall
-from postcopy.kernel.page import PAGE_SIZE, page_up
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.kernel.ptrace import Registers
-from postcopy.kernel.vdso import slack
 
 _OPTIONS = ptrace.PTRACE_O_TRACESYSGOOD
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_LEADER_ROOM = 256 * 1024
-_THREAD_ROOM = PAGE_SIZE
-_PROT_RWX, _MAP_PRIVATE_ANONYMOUS = 7, 0x22
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _LAST_LOOKS = 50  # of a millisecond each
 _BETWEEN_LOOKS = 0.0002  # seconds
@@ -80,7 +72,6 @@ class Frozen:
         self._awaited: set[int] = set()
         self._stopped: dict[int, int] = {}
         self._ended_leader = 0  # it stays to be seen as long as other threads go on
-        self.arena = range(0)  # the executors' memory, while they have any
 
     @property
     def stopped_by(self) -> int:
@@ -219,67 +210,6 @@ class Frozen:
         stop = ptrace.wait(tid)
         if not wanted(stop):
             raise DumpError(f"thread {tid} met {stop} while process {self.pid} was being stopped")
-
-    @contextlib.contextmanager
-    def executors(self, vdso: range) -> Iterator[list[Executor]]:
-        """An executor for each thread, in the order of ``threads``; afterwards every thread stands as before.
-
-        ``vdso`` is the range of addresses of the vdso. The stub's first and last call, which get and give back
-        its memory, are made from the vdso's unused tail, so that a thread left alone at any moment heals.
-        """
-        tail = slack(self.memory.read(vdso.start, len(vdso)))
-        stub = vdso.start + tail.start
-        if len(tail) < CODE_SIZE:
-            raise DumpError(f"the vdso of process {self.pid} has no room for the executor")
-        covered = self.memory.read(stub, CODE_SIZE)
-        size = page_up(_LEADER_ROOM + _THREAD_ROOM * (len(self.threads) - 1))
-        leader = self.threads[0]
-        single = SingleCall(leader.tid, stub, leader.stop, leader.inner)
-        self.memory.write(stub, single.stub(leader.signal_mask, leader.registers))
-        ptrace.set_registers(leader.tid, single.healing(leader.registers))
-        # First the registers, then the mask: a thread left alone in between heals and takes its mask back.
-        ptrace.set_signal_mask(leader.tid, _ALL & ~signal_bit(leader.stop))
-        executors: list[Executor] = []
-        arena = 0
-        try:
-            base = arena = self._map(single, size)
-            self.arena = range(arena, arena + size)
-            for thread in self.threads:
-                room = _LEADER_ROOM if thread is leader else _THREAD_ROOM
-                executor = Executor(thread.tid, self.memory, base, room, thread.stop, thread.inner)
-                executor.install(thread.signal_mask, thread.registers)
-                executors.append(executor)
-                base += room
-                ptrace.set_registers(thread.tid, executor.healing(thread.registers))
-                ptrace.set_signal_mask(thread.tid, _ALL & ~signal_bit(thread.stop))
-            yield executors
-        finally:
-            for thread in self.threads[1:]:
-                ptrace.set_signal_mask(thread.tid, thread.signal_mask)
-                ptrace.set_registers(thread.tid, thread.registers)
-            if arena:
-                self._made(single, call("munmap", arena, size))
-            ptrace.set_signal_mask(leader.tid, leader.signal_mask)
-            ptrace.set_registers(leader.tid, leader.registers)
-            self.memory.write(stub, covered)
-            for number in (*single.swallowed, *(number for each in executors for number in each.swallowed)):
-                os.kill(self.pid, number)
-
-    def _map(self, single: SingleCall, size: int) -> int:
-        """Map memory for the executors."""
-        try:
-            return self._made(single, call("mmap", 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, _ALL, 0))
-        except DumpError as error:
-            raise DumpError(
-                f"process {self.pid} has no room for {size} bytes that the dump needs in it: {error.message}",
-                "raise its limits with prlimit(1): --as, --data, --memlock; or vm.max_map_count",
-            ) from None
-
-    def _made(self, single: SingleCall, made: Call) -> int:
-        result = single.make(made)
-        if -4096 < result < 0:
-            raise DumpError(f"{made} in process {self.pid}: {errno.errorcode.get(-result, -result)}")
-        return result
 
 
 def _give_back(tid: int, signal_to_deliver: int = 0) -> None:

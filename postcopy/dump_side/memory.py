@@ -338,9 +338,8 @@ class Question(Struct):
         return answers.value(self.brk)
 
 
-def future_locks(frozen: Frozen) -> int:
-    """What mlockall(2) was told of mappings to come; while the executors have theirs, which shows it."""
-    arena = frozen.arena
+def future_locks(frozen: Frozen, arena: range) -> int:
+    """What mlockall(2) was told of mappings to come; the executors' ``arena`` is one, and shows it."""
     grown = _locked(procfs.status(frozen.face)) - _locked(frozen.threads[0].status)
     if grown < len(arena):
         return 0

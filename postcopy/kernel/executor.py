@@ -53,7 +53,7 @@ _SYSCALL_INSTRUCTION = b"\x0f\x05"
 _NR_RESTART_SYSCALL = 219
 
 _STOP_SIGNALS = (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD, signal.SIGCONT)
-_ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
+ALL_SIGNALS = 0xFFFF_FFFF_FFFF_FFFF
 _NOTHING = (NUMBERS["getpid"], 0, 0, 0, 0, 0, 0, 1)
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 _TRAP_FLAG = 1 << 8  # of eflags: a SIGTRAP after every instruction
@@ -218,12 +218,17 @@ class Executor:
 
     def healing(self, registers: Registers) -> Registers:
         """Registers with which the thread, if left alone, goes back to where `install` found it."""
-        return untrapped(registers).changed(rip=self._base + len(_CALLS), orig_rax=_ALL_SIGNALS)
+        return untrapped(registers).changed(rip=self._base + len(_CALLS), orig_rax=ALL_SIGNALS)
 
     @property
     def syscall_at(self) -> int:
         """The address of the stub's ``syscall`` instruction."""
         return self._base + _AFTER_SYSCALL - len(_SYSCALL_INSTRUCTION)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a list has been started and not finished."""
+        return self._running is not None
 
     def batch(self) -> Batch:
         """A new, empty list."""
@@ -258,7 +263,7 @@ class Executor:
             self._memory.write(batch.base + batch.capacity - len(top), top)
         registers = untrapped(ptrace.get_registers(self.tid))
         # orig_rax -1: the kernel must not take a leftover in rax for an interrupted call and move rip.
-        ptrace.set_registers(self.tid, registers.changed(rip=self._base, rbx=batch.base, rax=0, orig_rax=_ALL_SIGNALS))
+        ptrace.set_registers(self.tid, registers.changed(rip=self._base, rbx=batch.base, rax=0, orig_rax=ALL_SIGNALS))
         self._running = batch
         ptrace.cont(self.tid)
 
@@ -344,16 +349,22 @@ class SingleCall:
 
     def healing(self, registers: Registers) -> Registers:
         """As of `Executor`."""
-        return untrapped(registers).changed(rip=self._at + len(self._code), orig_rax=_ALL_SIGNALS)
+        return untrapped(registers).changed(rip=self._at + len(self._code), orig_rax=ALL_SIGNALS)
 
-    def make(self, made: Call) -> int:
-        """Make one call; leaves the thread in get_signal(), where the kernel restarts interrupted calls.
+    def begin(self, made: Call) -> None:
+        """Let the thread make one call; `finish` waits for it.
 
-        The result as the kernel gave it. The thread should have every signal blocked but the one that stops it.
+        The thread should have every signal blocked but the one that stops it.
         """
         _set_up(self.tid, self._at, made)
+        ptrace.cont(self.tid)
+
+    def finish(self) -> int:
+        """Wait for the call; leaves the thread in get_signal(), where the kernel restarts interrupted calls.
+
+        The result as the kernel gave it. Raises OSError ESRCH where the thread ended.
+        """
         while True:
-            ptrace.cont(self.tid)
             stop = ptrace.wait(self.tid)
             if stop.ended is not None:
                 raise ptrace.ended(stop, self.tid)
@@ -362,6 +373,7 @@ class SingleCall:
                 if registers["rip"] == self._at + len(self._code):
                     return _signed(registers["rbx"])
             _note(stop, self.swallowed)
+            ptrace.cont(self.tid)
 
 
 def lone_syscall(tid: int, at: int, made: Call) -> int:
@@ -410,7 +422,7 @@ def _set_up(tid: int, at: int, made: Call) -> None:
     """Put the thread before the call."""
     arguments = dict(zip(_ARGUMENTS, made.arguments, strict=False))
     before = untrapped(ptrace.get_registers(tid))
-    ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=_ALL_SIGNALS, **arguments))
+    ptrace.set_registers(tid, before.changed(rip=at, rax=made.number, orig_rax=ALL_SIGNALS, **arguments))
 
 
 def _await_syscall_stop(tid: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from postcopy.huge_pages import is_lazy
 from postcopy.kernel import procfs
 from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.executor import Answers, Batch
-from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.page_ranges import PageRanges
@@ -199,17 +200,22 @@ def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[Vma, int, range, b
     ranges = PageRanges.unpack(memory.sent)
     if ranges.total_pages != pages.total:
         raise RestoreError(f"{pages.total} pages came with the state, which names {ranges.total_pages}")
-    count = 0
-    for vma in memory.vmas:
-        by_itself = pages.fd >= 0 and _is_writable_first(vma)
-        for part, ordinal in ranges.overlapping(vma.start, vma.end):
-            at = part.start
-            for whole in pages.runs(ordinal, part.pages):
+    count = ordinal = 0
+    starts = [vma.start for vma in memory.vmas]
+    for at, end in ranges:
+        number = bisect_right(starts, at) - 1
+        while at < end:
+            vma = memory.vmas[number]
+            by_itself = pages.fd >= 0 and _is_writable_first(vma)
+            part = (min(end, vma.end) - at) >> PAGE_SHIFT
+            for whole in pages.runs(ordinal, part):
                 for start in range(whole.start, whole.stop, _MOST_AT_ONCE):
                     run = range(start, min(start + _MOST_AT_ONCE, whole.stop))
                     count += by_itself
                     yield vma, at, run, by_itself and count <= MOST_READS
                     at += len(run)
+            ordinal += part
+            number += 1
 
 
 def check_pages(batch: Batch, answers: Answers) -> None:
