@@ -5,7 +5,8 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from itertools import groupby
+from operator import itemgetter
 
 from msgspec import Struct
 
@@ -16,11 +17,19 @@ _PLACE_SIZE = 4
 _NUMBERS = "I"
 
 
-class Readable(Protocol):
-    """What pages can be read from."""
+class PageSource:
+    """What pages can be read from: the memory of one address space that no longer changes."""
 
     def read_into(self, address: int, buffer: memoryview) -> None:
-        """Fill ``buffer``, whole pages, from the page-aligned ``address`` on."""
+        """Fill ``buffer``, whole pages, from the page-aligned ``address`` on. Raises PostcopyError."""
+        raise NotImplementedError
+
+    def read_all(self, places: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill ``buffer`` with pages from several places, one behind the other: the address of each, its bytes."""
+        at = 0
+        for address, length in places:
+            self.read_into(address, buffer[at : at + length])
+            at += length
 
 
 class SentPages(Struct, frozen=True):
@@ -53,7 +62,7 @@ class SentPages(Struct, frozen=True):
     def read(
         cls,
         runs: Sequence[tuple[int, int, int]],
-        sources: Mapping[int, Readable],
+        sources: Mapping[int, PageSource],
         places: "array[int] | None" = None,
     ) -> "SentPages":
         """The content is read from ``runs``: of which of the ``sources``, at which address, how many pages.
@@ -64,9 +73,11 @@ class SentPages(Struct, frozen=True):
         pages = cls.room(array(_NUMBERS, range(total)) if places is None else places, total * PAGE_SIZE)
         at = 0
         try:
-            for space, address, count in runs:
-                sources[space].read_into(address, pages.content[at : at + count * PAGE_SIZE])
-                at += count * PAGE_SIZE
+            for space, together in groupby(runs, itemgetter(0)):
+                places_of_space = [(address, count * PAGE_SIZE) for _, address, count in together]
+                length = sum(bytes_there for _, bytes_there in places_of_space)
+                sources[space].read_all(places_of_space, pages.content[at : at + length])
+                at += length
         except BaseException:
             pages.close()
             raise

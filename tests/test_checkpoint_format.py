@@ -29,6 +29,7 @@ from postcopy.errors import CannotRun, CheckpointError, DumpError, UsageError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.rename import rename_new
 from postcopy.page_ranges import PageRanges
+from postcopy.sent_pages import PageSource
 from postcopy.state import Descriptors, Process, Tree, encode
 from tests.checkpoints import SPACE, Taken, frozen_state, running, take
 from tests.hosts import wait_until
@@ -220,7 +221,7 @@ def test_several_processes_read_from_one_open_checkpoint(taken: Taken) -> None:
 # -- any arrangement of pages ------------------------------------------------------------------------------------------
 
 
-class Invented:
+class Invented(PageSource):
     """Memory whose pages hold their own address, but for those that are zero."""
 
     def __init__(self, zero: frozenset[int]) -> None:

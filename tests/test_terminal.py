@@ -6,7 +6,9 @@ import pty
 import select
 import shutil
 import signal
+import socket
 import struct
+import subprocess
 import termios
 import time
 from collections.abc import Callable
@@ -69,13 +71,17 @@ class Shell:
         """The process group in the foreground of its terminal."""
         return os.tcgetpgrp(self.terminal)
 
+    def _processes(self) -> str:
+        columns = "pid,ppid,pgid,tpgid,stat,wchan:20,args"
+        return subprocess.run(["ps", "-o", columns, "-s", str(self.pid)], capture_output=True, text=True).stdout
+
     def read_until(self, wanted: str, timeout: float = 20) -> str:
         """What is shown up to ``wanted``, from the end of what was read before."""
         end = time.monotonic() + timeout
         while wanted not in self._shown:
             left = end - time.monotonic()
             there = left > 0 and select.select([self.terminal], [], [], left)[0]
-            assert there, f"no {wanted!r} in {self._shown!r}"
+            assert there, f"no {wanted!r} in {self._shown!r}\n{self._processes()}"
             self._shown += os.read(self.terminal, 4096).decode(errors="replace")
         before, found, self._shown = self._shown.partition(wanted)
         return before + found
@@ -144,33 +150,47 @@ def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
 
 
 def put_in_front_while_it_stops() -> NoReturn:
-    """A shell, its job and the job's program, which reads the terminal from behind: the job follows it into the stop,
-    and in the middle of that the shell puts it in front, and continues it.
+    """A shell, its job and the job's program, which reads the terminal from behind: the job is about to follow it into
+    the stop, and whenever it has looked at the terminal, or does something to it, the shell puts it in front.
     """
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    kill = os.kill
-
-    def put_in_front_and_kill(pid: int, number: int) -> None:
-        if number == signal.SIGTSTP:
-            os.tcsetpgrp(0, pid)
-            kill(pid, signal.SIGCONT)
-        kill(pid, number)
-
-    if not (job_pid := os.fork()):
-        os.setpgid(0, 0)
-        if not (pid := os.fork()):
-            os.setpgid(0, 0)
-            os.write(1, b"read: " + os.read(0, 100))
-            os._exit(0)
-        lineage = SimpleNamespace(foreground=True, process_group=pid, session=0)
-        root = SimpleNamespace(pid=pid, state=SimpleNamespace(pid=pid, lineage=lineage))
-        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-        os.kill = put_in_front_and_kill
-        ShellJob(cast(Built, root), b"").follow()
-        os.waitpid(pid, 0)
+    shells_end, jobs_end = socket.socketpair()
+    if job_pid := os.fork():
+        jobs_end.close()
+        while shells_end.recv(1):
+            os.tcsetpgrp(0, job_pid)
+            shells_end.send(b"x")
+        os.write(1, f"job: {os.waitpid(job_pid, 0)[1]}\n".encode())
         os._exit(0)
-    _, status = os.waitpid(job_pid, os.WUNTRACED)
-    os.write(1, f"job: {status}\n".encode())
+    shells_end.close()
+    os.setpgid(0, 0)
+    if not (pid := os.fork()):
+        jobs_end.close()
+        os.setpgid(0, 0)
+        os.write(1, b"read: " + os.read(0, 100))
+        os._exit(0)
+
+    def put_in_front() -> None:
+        jobs_end.send(b"x")
+        jobs_end.recv(1)
+
+    look, change = os.tcgetpgrp, os.tcsetpgrp
+
+    def look_before(fd: int) -> int:
+        found = look(fd)
+        put_in_front()
+        return found
+
+    def change_after(fd: int, group: int) -> None:
+        put_in_front()
+        change(fd, group)
+
+    os.tcgetpgrp, os.tcsetpgrp = look_before, change_after
+    lineage = SimpleNamespace(foreground=True, process_group=pid, session=0)
+    root = SimpleNamespace(pid=pid, state=SimpleNamespace(pid=pid, lineage=lineage))
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    ShellJob(cast(Built, root), b"").follow()
+    os.waitpid(pid, 0)
     os._exit(0)
 
 

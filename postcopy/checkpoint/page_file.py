@@ -10,13 +10,14 @@ from postcopy.errors import CheckpointError
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
+from postcopy.sent_pages import PageSource
 
 _CACHED_PIECES = 128
 # As much as stays in the CPU's caches between reading, verifying and copying on.
 _RUN_PAGES = 64
 
 
-class PageFile:
+class PageFile(PageSource):
     """The page file of one address space: a `PageSource`.
 
     Several processes may use it after a fork: nothing but the open file is shared, and that has no position.

@@ -19,11 +19,11 @@ import xxhash
 
 from postcopy import roles
 from postcopy.checkpoint.format import PIECE_PAGES, Index, checksum_of
-from postcopy.dump_side.page_source import PageSource
 from postcopy.errors import DumpError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.page_ranges import PageRanges
 from postcopy.roles import Role
+from postcopy.sent_pages import PageSource
 from postcopy.trouble import Trouble
 
 # As much as stays in the CPU's caches between reading, hashing and writing.

@@ -25,10 +25,10 @@ from postcopy.checkpoint.format import (
 )
 from postcopy.checkpoint.page_writer import PageWriter, write_failed
 from postcopy.deadline import uninterrupted
-from postcopy.dump_side.page_source import PageSource
 from postcopy.errors import CannotRun, DumpError, ProtocolError, UsageError
 from postcopy.kernel.rename import rename_new
 from postcopy.page_ranges import PageRanges
+from postcopy.sent_pages import PageSource
 from postcopy.soundness import check
 from postcopy.state import Manifest, Process, SharedMemory, Tree, encode
 

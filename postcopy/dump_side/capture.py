@@ -16,7 +16,7 @@ from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
-from postcopy.dump_side.page_source import FrozenProcess, PageSource
+from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
@@ -25,7 +25,7 @@ from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.sent_pages import SentPages
+from postcopy.sent_pages import PageSource, SentPages
 from postcopy.spaces import huge_areas, spaces_of
 from postcopy.state import LateSignal, Tree
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from types import MappingProxyType
 
-from postcopy.dump_side.page_source import FrozenProcess, PageSource
+from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.huge_pages import HugeAreas
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
+from postcopy.sent_pages import PageSource
 
 Run = tuple[int, tuple[int, ...]]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from postcopy import roles
 from postcopy.deadline import deadline
 from postcopy.drafts import shorten
-from postcopy.dump_side.page_source import PageSource
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
 from postcopy.huge_pages import HugeAreas
@@ -18,7 +17,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
-from postcopy.sent_pages import SentPages
+from postcopy.sent_pages import PageSource, SentPages
 from postcopy.state import Clocks, Draft, FileIdentity, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control

@@ -2,23 +2,18 @@
 
 import errno
 import os
-from typing import Protocol
+from collections.abc import Sequence
+from itertools import groupby
 
 from postcopy.errors import DumpError
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.process_memory import ProcessMemory
-from postcopy.kernel.process_vm import process_vm_readv
+from postcopy.kernel.process_vm import MOST_PLACES, process_vm_readv, process_vm_readv_all
+from postcopy.sent_pages import PageSource
 
 
-class PageSource(Protocol):
-    """The memory of one address space that no longer changes."""
-
-    def read_into(self, address: int, buffer: memoryview) -> None:
-        """Fill ``buffer``, whole pages, from the page-aligned ``address`` on; raises DumpError if that cannot be."""
-
-
-class FrozenProcess:
+class FrozenProcess(PageSource):
     """The memory of a stopped process, read in place: no copy is kept."""
 
     def __init__(self, pid: int, memory: ProcessMemory | None = None, pagemap: Pagemap | None = None) -> None:
@@ -29,6 +24,30 @@ class FrozenProcess:
         self.pid = pid
         self._memory = memory or ProcessMemory(pid)
         self.pagemap = pagemap
+
+    def read_all(self, places: Sequence[tuple[int, int]], buffer: memoryview) -> None:
+        """See `PageSource`."""
+        alone = (
+            self.pagemap.exclusive_of((at, at + size) for at, size in places) if self.pagemap else [True] * len(places)
+        )
+        done = 0
+        for is_alone, numbers in groupby(range(len(places)), alone.__getitem__):
+            group = [places[number] for number in numbers]
+            for first in range(0, len(group), MOST_PLACES):
+                some = group[first : first + MOST_PLACES]
+                length = sum(size for _, size in some)
+                part = buffer[done : done + length]
+                if not (is_alone and self._read_together(some, part)):
+                    super().read_all(some, part)
+                done += length
+
+    def _read_together(self, places: Sequence[tuple[int, int]], buffer: memoryview) -> bool:
+        """Whether it could be had by one call."""
+        try:
+            process_vm_readv_all(self.pid, places, buffer)
+        except OSError:
+            return False
+        return True
 
     def read_into(self, address: int, buffer: memoryview) -> None:
         """See `PageSource`."""
@@ -52,7 +71,7 @@ class FrozenProcess:
             ) from error
 
 
-class OpenMemory:
+class OpenMemory(PageSource):
     """Memory with an identity of its own, whose users stand still; addresses are offsets in it."""
 
     def __init__(self, fd: int, name: str) -> None:

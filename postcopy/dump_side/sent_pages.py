@@ -2,11 +2,11 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
-from postcopy.dump_side.page_source import PageSource
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.pagemap import Pagemap
-from postcopy.sent_pages import SentPages
+from postcopy.sent_pages import PageSource, SentPages
 from postcopy.spaces import Space
 
 _Frames = dict[int, list[int]]
@@ -34,21 +34,22 @@ def _frames(spaces: Sequence[Space], pagemaps: Mapping[int, Pagemap]) -> _Frames
     return found
 
 
-def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames: _Frames) -> SentPages:
+def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames_of: _Frames) -> SentPages:
     places = array("I")
     runs: list[tuple[int, int, int]] = []  # space, address, how many pages
     total = 0
     known: dict[int, int] = {}
     for space in spaces:
-        of_space = iter(frames[space.number]) if space.number in frames else None
+        of_space = iter(frames_of[space.number]) if space.number in frames_of else None
         for each in space.sent:
-            if of_space is None:
+            frames = [] if of_space is None else list(islice(of_space, each.pages))
+            if _are_new(frames, known):
                 runs.append((space.number, each.start, each.pages))
                 places.extend(range(total, total + each.pages))
+                known.update(zip(frames, range(total, total + each.pages)))  # noqa: B905 (no frames, or as many)
                 total += each.pages
                 continue
-            for address in range(each.start, each.end, PAGE_SIZE):
-                frame = next(of_space)
+            for address, frame in zip(range(each.start, each.end, PAGE_SIZE), frames, strict=True):
                 place = known.get(frame, total) if frame else total
                 places.append(place)
                 if place < total:
@@ -60,3 +61,9 @@ def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames: _F
                 else:
                     runs.append((space.number, address, 1))
     return SentPages.read(runs, sources, places)
+
+
+def _are_new(frames: list[int], known: Mapping[int, int]) -> bool:
+    """Whether nothing is in more than one of the frames, and in none that is known."""
+    fresh = set(frames)
+    return len(fresh) == len(frames) and 0 not in fresh and known.keys().isdisjoint(fresh)

@@ -13,12 +13,12 @@ from struct import Struct
 from types import MappingProxyType
 
 from postcopy.dump_side.common_pages import CommonPages, Spared
-from postcopy.dump_side.page_source import PageSource
 from postcopy.errors import ConnectionLost, PostcopyError, ProtocolError
 from postcopy.huge_pages import HugeAreas
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
+from postcopy.sent_pages import PageSource
 from postcopy.wire import pages as wire
 
 # A fault that promotes its chunk waits for at most one other to be read and sent.

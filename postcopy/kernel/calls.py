@@ -22,6 +22,7 @@ NUMBERS = {
     "poll": 7,
     "lseek": 8,
     "pread64": 17,
+    "preadv": 295,
     "ioctl": 16,
     "flock": 73,
     "mkdir": 83,

@@ -72,20 +72,25 @@ class Pagemap:
 
     def frames(self, start: int, pages: int) -> list[int]:
         """The numbers of the page frames (PFN) of ``pages`` pages; 0 where there is none, or we may not know it."""
-        return [entry & _PM_FRAME if entry & _PM_PRESENT else 0 for entry in self._read(start, pages)]
+        return _frames(self._read(start, pages))
 
     def frames_of(self, places: Iterable[tuple[int, int]]) -> list[int]:
         """The same of pages that are given as ranges of addresses, in order."""
-        found: list[int] = []
-        for start, end, parts in _in_one_read(places):
-            frames = self.frames(start, (end - start) // PAGE_SIZE)
-            for at, until in parts:
-                found += frames[(at - start) // PAGE_SIZE : (until - start) // PAGE_SIZE]
-        return found
+        return [frame for each in self._entries_of(places) for frame in _frames(each)]
 
     def are_exclusive(self, start: int, pages: int) -> bool:
         """Whether no other process maps any of ``pages`` pages."""
-        return all(entry & _PM_EXCLUSIVE or not entry & _PM_PRESENT for entry in self._read(start, pages))
+        return _are_exclusive(self._read(start, pages))
+
+    def exclusive_of(self, places: Iterable[tuple[int, int]]) -> list[bool]:
+        """The same of each of several ranges of addresses, in order."""
+        return list(map(_are_exclusive, self._entries_of(places)))
+
+    def _entries_of(self, places: Iterable[tuple[int, int]]) -> "Iterator[array.array[int]]":
+        for start, end, parts in _in_one_read(places):
+            entries = self._read(start, (end - start) // PAGE_SIZE)
+            for at, until in parts:
+                yield entries[(at - start) // PAGE_SIZE : (until - start) // PAGE_SIZE]
 
     def _read(self, start: int, pages: int) -> "array.array[int]":
         return array.array("Q", os.pread(self._fd, 8 * pages, 8 * (start // PAGE_SIZE)))
@@ -129,6 +134,14 @@ class Pagemap:
                     begin, previous = number * PAGE_SIZE, categories
         if previous:
             yield PageRegion(begin, end, previous)
+
+
+def _frames(entries: "array.array[int]") -> list[int]:
+    return [entry & _PM_FRAME if entry & _PM_PRESENT else 0 for entry in entries]
+
+
+def _are_exclusive(entries: "array.array[int]") -> bool:
+    return all(entry & _PM_EXCLUSIVE or not entry & _PM_PRESENT for entry in entries)
 
 
 def _in_one_read(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

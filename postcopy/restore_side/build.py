@@ -250,7 +250,7 @@ class _Builder:
         batch = leader.batch()
         ground.clear_table(batch)
         attributes.log_in(state.attributes, batch, ground.first_fd)
-        rest = memory.complete(
+        rest, lengths = memory.complete(
             ground.laid_out, state.memory, pages, self._shared.memory, batch, LENDER_AT, ground.first_fd
         )
         ground.open_gaps(batch)
@@ -261,7 +261,7 @@ class _Builder:
         threads.ask_for(state.threads[1:], self._nesting, batch)
         number = batch.add(call("userfaultfd", os.O_CLOEXEC | os.O_NONBLOCK), "making a userfaultfd")
         answers = yield from self._run(batch)
-        memory.check_pages(batch, answers)
+        memory.check_pages(lengths, answers)
         memory.write_pages(rest, pages, self._newborn.memory)
         self._welcome(leader.born)
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))

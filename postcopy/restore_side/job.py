@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable
 
 from postcopy.kernel import pty
 from postcopy.restore_side.build import Built
@@ -71,34 +70,33 @@ class ShellJob:
         # Who sends SIGSTOP means the program, and not the shell's job.
         if stop is None or stop.si_status not in _BY_TERMINAL:
             return
-        # What the shell has put in front while we ran is put in front without a word to us.
-        by_key = stop.si_status == signal.SIGTSTP
-        if by_key or not self._is_ours():
+        if stop.si_status == signal.SIGTSTP:
             self.take_back()
-            if not _stop(lambda: not by_key and self._is_ours()) and not by_key:
+            os.kill(os.getpid(), signal.SIGTSTP)
+        else:
+            self._is_lent = False
+            if not self._come_to_front():
                 return  # it would be stopped again, and again
         self.lend()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._group, signal.SIGCONT)
 
+    def _come_to_front(self) -> bool:
+        """Be stopped from behind, as the program has been, until the shell puts us in front.
+
+        False where that cannot be, since no shell is there to continue us (setpgid(2)). The kernel looks and stops in
+        one step: between two steps of ours the shell could put us in front, and find us stopped all the same.
+        """
+        previous = signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        try:
+            os.tcsetpgrp(self._terminal, os.getpgrp())
+        except OSError:
+            return False
+        finally:
+            signal.signal(signal.SIGTTOU, previous)
+        return True
+
     def _is_ours(self) -> bool:
         with contextlib.suppress(OSError):
             return os.tcgetpgrp(self._terminal) == os.getpgrp()
         return False
-
-
-def _stop(is_needless: Callable[[], bool]) -> bool:
-    """Stop until we are continued; False where that cannot be, since no shell is there to continue us (setpgid(2)).
-
-    ``is_needless``: asked when the stop is on its way; whoever continues us after that takes it back (signal(7)).
-    """
-    continued: list[int] = []
-    previous = signal.signal(signal.SIGCONT, lambda number, frame: continued.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
-    os.kill(os.getpid(), signal.SIGTSTP)
-    if needless := is_needless():
-        # To ignore a pending signal discards it.
-        signal.signal(signal.SIGTSTP, signal.signal(signal.SIGTSTP, signal.SIG_IGN))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
-    signal.signal(signal.SIGCONT, previous)
-    return needless or bool(continued)

@@ -3,7 +3,7 @@
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from postcopy.errors import RestoreError
 from postcopy.huge_pages import is_lazy
 from postcopy.kernel import procfs
-from postcopy.kernel.calls import NUMBERS, Call, call
+from postcopy.kernel.calls import Call, call
 from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
@@ -33,7 +33,7 @@ _MLOCK_ONFAULT = 1
 _MADV_GUARD_INSTALL = 102
 _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 # pread(2) gives less than 2 GiB at once.
-_MOST_AT_ONCE = 1 << 30
+_MOST_AT_ONCE, _IOV_MAX = 1 << 30, 1024
 MOST_READS = 4096
 # Backings that lie in one process alone.
 _PLAIN = frozenset({"anonymous", "stack", "huge", "file"})
@@ -106,9 +106,10 @@ def complete(
     batch: Batch,
     lender: int,
     first_fd: int,
-) -> list[tuple[int, range]]:
+) -> tuple[list[tuple[int, range]], dict[int, int]]:
     """Add the calls that make the layout, with all that is in it, out of that which `lay_out` has made, and that read
-    ``pages``, which came with the state, into what can be written. Gives the rest, for `write_pages`.
+    ``pages``, which came with the state, into what can be written. Gives the rest, for `write_pages`, and how many
+    bytes are read by which of the calls, for `check_pages`.
 
     ``lender``: its descriptor of the directory of ours.
     """
@@ -132,11 +133,13 @@ def complete(
         else:
             _map(batch, vma, numbers[_object(vma)])
     rest: list[tuple[int, range]] = []
-    for vma, at, run, by_itself in _sent(memory, pages):
+    reads = _Reads(batch, content)
+    for at, run, by_itself in _sent(memory, pages):
         if by_itself:
-            batch.add(call("pread64", content, at, len(run), run.start), _On("reading pages of", vma))
+            reads.add(at, run)
         else:
             rest.append((at, run))
+    reads.end()
     batch.add(call("close_range", first_fd, content, 0), "closing the mapped files")
     for vma in memory.vmas:
         if _first_protection(vma) != vma.prot:
@@ -144,7 +147,7 @@ def complete(
     for guard in PageRanges.unpack(memory.guards):
         where = f"installing guard pages at {guard.start:#x}"
         batch.add(call("madvise", guard.start, guard.end - guard.start, _MADV_GUARD_INSTALL), where)
-    return rest
+    return rest, reads.lengths
 
 
 def _change(batch: Batch, laid_out: Memory, memory: Memory) -> list[Vma]:
@@ -193,9 +196,37 @@ def _borrow(batch: Batch, shared: SharedObjects, number: int, writable: bool, le
     batch.add(call("openat", lender, batch.text(path), flags), f"opening {state.kind} memory {state.name}")
 
 
-def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[Vma, int, range, bool]]:
-    """The pages that travelled with the state: the mapping, the address, where they lie in ``pages`` (bytes), and
-    whether the process reads them itself; it makes no more than `MOST_READS` calls for that.
+class _Reads:
+    """Calls that read from a file; what lies there one behind the other, is read by one, wherever it is to go."""
+
+    def __init__(self, batch: Batch, fd: int) -> None:
+        self._batch = batch
+        self._fd = fd
+        self._pieces: list[int] = []
+        self._file = range(0)
+        self.lengths: dict[int, int] = {}
+
+    def add(self, at: int, run: range) -> None:
+        """Read the bytes ``run`` of the file to the address ``at``."""
+        full = len(self._pieces) == 2 * _IOV_MAX or run.stop - self._file.start > _MOST_AT_ONCE
+        if full or run.start != self._file.stop:
+            self.end()
+            self._file = range(run.start, run.start)
+        self._pieces += (at, len(run))
+        self._file = range(self._file.start, run.stop)
+
+    def end(self) -> None:
+        """That was the last one."""
+        if self._pieces:
+            vectors = self._batch.place(struct.pack(f"={len(self._pieces)}Q", *self._pieces))
+            made = call("preadv", self._fd, vectors, len(self._pieces) // 2, self._file.start)
+            self.lengths[self._batch.add(made, "reading the pages that came with the state")] = len(self._file)
+            self._pieces = []
+
+
+def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[int, range, bool]]:
+    """The pages that travelled with the state: the address, where they lie in ``pages`` (bytes), and whether the
+    process reads them itself; it reads no more than `MOST_READS` pieces.
     """
     ranges = PageRanges.unpack(memory.sent)
     if ranges.total_pages != pages.total:
@@ -212,17 +243,17 @@ def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[Vma, int, range, b
                 for start in range(whole.start, whole.stop, _MOST_AT_ONCE):
                     run = range(start, min(start + _MOST_AT_ONCE, whole.stop))
                     count += by_itself
-                    yield vma, at, run, by_itself and count <= MOST_READS
+                    yield at, run, by_itself and count <= MOST_READS
                     at += len(run)
             ordinal += part
             number += 1
 
 
-def check_pages(batch: Batch, answers: Answers) -> None:
+def check_pages(lengths: Mapping[int, int], answers: Answers) -> None:
     """That all pages have been read. Raises RestoreError."""
-    for made, result in zip(batch.calls, answers.results, strict=True):
-        if made.number == NUMBERS["pread64"] and result != made.arguments[2]:
-            raise RestoreError(f"reading pages to {made.arguments[1]:#x}: {result} bytes of {made.arguments[2]}")
+    for number, length in lengths.items():
+        if answers.value(number) != length:
+            raise RestoreError(f"reading the pages that came with the state: {answers.value(number)} bytes of {length}")
 
 
 def write_pages(rest: Iterable[tuple[int, range]], pages: SentPages, target: ProcessMemory) -> None:
