@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self, cast
 
 import pytest
 
+from postcopy.kernel import procfs
 from postcopy.restore_side.build import Built
 from postcopy.restore_side.job import ShellJob
 from tests.hosts import postcopy_command, wait_until
@@ -97,6 +98,16 @@ def child_named(parent: int, name: str) -> int:
     return 0
 
 
+def switches(pid: int) -> int:
+    """How often a process has waited."""
+    return int(procfs.status(pid)["voluntary_ctxt_switches"])
+
+
+def state(pid: int) -> str:
+    """The state of a process: R, S, T."""
+    return procfs.stat(pid)[3]
+
+
 def move_job(pid: int, dumper: Shell, destination: Shell, options: str = "-j") -> None:
     """Move a job to another shell."""
     dumper.type(f"{COMMAND} dump --lazy-pages {options} -t {pid} --port {PORT}; echo dump=$?")
@@ -136,12 +147,16 @@ def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
         wait_until(lambda: destination.foreground != destination.pid, 10, "the job has the terminal")
         destination.type("once more")
         destination.read_until("once more\r\nonce more\r\n")
-        # In the background it cannot read; in front again it can, though nobody is told.
+        # In the background it cannot read; in front again it can.
         destination.press("\x1a")
         destination.read_until("Stopped")
+        restore = child_named(destination.pid, "python")
+        cat = child_named(restore, "cat")
+        before = switches(cat)
         destination.type("bg")
-        destination.type("fg")
         destination.read_until(f"{PORT} &\r\n")
+        wait_until(lambda: switches(cat) > before and {state(cat), state(restore)} == {"T"}, 10, "both are stopped")
+        destination.type("fg")
         destination.read_until(f"{PORT}\r\n")
         destination.type("at last")
         destination.read_until("at last\r\nat last\r\n")
