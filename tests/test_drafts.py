@@ -7,12 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from postcopy.drafts import State, complete, shorten
 from postcopy.dump_side import collect as collecting
+from postcopy.dump_side import memory
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -25,7 +27,7 @@ from postcopy.errors import ProtocolError
 from postcopy.restore_side.birth import Newborn, give_birth, take_back
 from postcopy.restore_side.offspring import Family
 from postcopy.restore_side.tree import Begun
-from postcopy.state import Descriptors, Draft, Lineage, Tree, decode, encode
+from postcopy.state import Descriptors, Draft, Lineage, Memory, Tree, decode, encode
 from tests import migrate
 from tests.hosts import Pair, wait_until
 from tests.programs.redrafting import HOW
@@ -211,6 +213,22 @@ def test_what_is_remembered_of_files_is_what_a_look_would_find(holding: Holding,
         drafted = decode(Draft, encode(trusted.draft))
         assert complete(said, drafted, manifest.files) == remembered
     assert differing
+
+
+def test_no_draft_of_what_has_changed_while_it_was_read(holding: Holding, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trusted = survey(holding.pid)
+    assert [sketch.pid for sketch in trusted.draft.processes] == [holding.pid]
+    collected = memory.collect
+
+    def torn(*arguments: Any) -> Memory:
+        # As /proc/PID/maps shows what is moved up meanwhile: where it was, and once more where it is now.
+        found: Memory = collected(*arguments)
+        lower, upper = found.vmas[:2]
+        return replace(found, vmas=[lower, replace(upper, start=lower.start, end=lower.end), *found.vmas[1:]])
+
+    monkeypatch.setattr(memory, "collect", torn)
+    _, trusted = survey(holding.pid)
+    assert trusted.draft == Draft()
 
 
 def test_nothing_is_said_twice(holding: Holding) -> None:

@@ -14,6 +14,7 @@ from tests.migrate import Migration, MigrationFailed, move
 from tests.programs import huge_arena
 from tests.programs.cases.shared_memory import HugeFiles, HugePages
 from tests.test_states import run_program
+from tests.test_tree_stress import stress, tree_seed  # noqa: F401 (a fixture)
 
 NUMBER = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
@@ -204,3 +205,14 @@ def test_huge_pages_are_kept_in_a_checkpoint(hosts: Pair, tmp_path: Path, lazily
         restore = hosts.b.popen([*postcopy_command(), "restore", *lazy, "-D", str(tmp_path / "checkpoint")])
         arena.does_it(restore)
         arena.stop(restore)
+
+
+def test_every_byte_of_a_tree_with_huge_pages_is_right_while_it_moves_to_and_fro(
+    hosts: Pair,
+    tmp_path: Path,
+    tree_seed: int,  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> None:
+    # Here, since who else sets the number of huge pages must not do so meanwhile.
+    with huge_pages(128):
+        stress(hosts, tmp_path, tree_seed, request, "--huge")

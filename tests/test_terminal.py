@@ -36,6 +36,9 @@ class Shell:
         self.pid, self.terminal = pty.fork()
         if not self.pid:
             os.closerange(3, 4096)
+            # A shell that was told to ignore these has its jobs ignore them.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
             if main:
                 main()
             os.execvpe("bash", ["bash", "--norc", "-i"], {**os.environ, "PS1": "$ ", "TERM": "ansi"})

@@ -88,11 +88,16 @@ def all_waiting(host: Host) -> str:
 def test_every_byte_of_a_tree_is_right_while_it_moves_to_and_fro(
     hosts: Pair, tmp_path: Path, tree_seed: int, request: pytest.FixtureRequest
 ) -> None:
+    stress(hosts, tmp_path, tree_seed, request)
+
+
+def stress(hosts: Pair, tmp_path: Path, tree_seed: int, request: pytest.FixtureRequest, *options: str) -> None:
+    """Move it to and fro; ``options``: of the program."""
     seconds = float(request.config.getoption("--stress-seconds", DEFAULT_SECONDS))
     chance = random.Random(tree_seed)
     without = request.config.getoption("--stress-without", "")
     with open(tmp_path / "stderr", "wb") as stderr:
-        argv = command(tmp_path, tree_seed, *(("--without", without) if without else ()))
+        argv = command(tmp_path, tree_seed, *options, *(("--without", without) if without else ()))
         program: Process = hosts.a.popen(argv, pid=PID, stderr=stderr)
     ready = tmp_path / "ready"
     wait_until(lambda: ready.exists() or program.poll() is not None, SECONDS, "all workers are at work")

@@ -7,8 +7,10 @@ from msgspec.structs import replace
 from postcopy.dump_side import lineage, memory
 from postcopy.dump_side.opened import Table
 from postcopy.dump_side.smaps import Known
+from postcopy.errors import ProtocolError
 from postcopy.kernel import procfs
 from postcopy.page_ranges import PageRanges
+from postcopy.soundness import check_message
 from postcopy.state import Draft, Sketch
 
 _NO_PAGES = memory.Pages(PageRanges(), PageRanges(), PageRanges())
@@ -22,7 +24,8 @@ def draw(
     table: Table,
     vdso: bytes,
 ) -> Draft:
-    """The draft of a tree of processes that all run, in PID namespaces that are not its own; none of another.
+    """The draft of a tree of processes that all run, in PID namespaces that are not its own; none of another, and none
+    where what was read does not fit together, since it has changed meanwhile.
 
     ``known``: the mappings of each, by its face. Raises OSError: a process has ended.
     """
@@ -48,4 +51,9 @@ def draw(
             )
         )
     ready = {id(each.description) for each in table.found.values()}
-    return Draft(sketches, [one if id(one) in ready else None for one in table.descriptors.descriptions])
+    draft = Draft(sketches, [one if id(one) in ready else None for one in table.descriptors.descriptions])
+    try:
+        check_message("draft", draft)
+    except ProtocolError:
+        return Draft()
+    return draft

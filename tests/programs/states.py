@@ -104,8 +104,6 @@ CASES: tuple[type[Case], ...] = (
     memory.SharedFile,
     shared_memory.SharedAnonymous,
     shared_memory.SharedReserve,
-    shared_memory.HugePages,
-    shared_memory.HugeFiles,
     shared_memory.Memfd,
     shared_memory.SealedMemfds,
     shared_memory.MemfdWithoutDescriptor,
@@ -175,8 +173,10 @@ CASES: tuple[type[Case], ...] = (
     memory.FutureLocks,
 )
 
-#: What needs an option, or a filesystem of its own, to be moved; only with ``--only``.
+#: What needs an option, a filesystem of its own or hugetlb pages, which the machine has once; only with ``--only``.
 ON_REQUEST: tuple[type[Case], ...] = (
+    shared_memory.HugePages,
+    shared_memory.HugeFiles,
     memory.ScatteredFile,
     files.NamedFifos,
     files.FileLocks,

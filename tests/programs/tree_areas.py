@@ -37,6 +37,7 @@ from tests.programs.layout_stress import (
 
 MAP_PRIVATE_RESERVE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 IPC_PRIVATE, IPC_RMID = 0, 0
+MAP_HUGETLB, HUGE = 0x40000, 512  # pages
 MARK = 0xA5EA << 48
 MOST = (1 << 32) - 1
 
@@ -69,14 +70,18 @@ class Area:
     def make(cls, number: int, kind: str, pages: int, directory: Path) -> Area:
         """A new object, mapped; its pages are all at their first version."""
         area = cls(number, kind, pages, seen=[1] * pages)
-        if kind == "anonymous":
-            area.address = sys_mmap(0, pages * PAGE, PROT_READ_WRITE, MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0)
+        if area.is_anonymous:
+            flags = mmap.MAP_ANONYMOUS | (mmap.MAP_PRIVATE if area.is_private else MAP_SHARED)
+            area.address = sys_mmap(0, pages * PAGE, PROT_READ_WRITE, flags | area.is_huge * MAP_HUGETLB, -1, 0)
         elif kind == "segment":
             area.segment = fail_on(_libc.shmget(IPC_PRIVATE, pages * PAGE, 0o600), "shmget")
             area.attach()
         else:
             path = directory / f"area-{number}"
-            area.fd = os.memfd_create("area") if kind == "memfd" else os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if kind.endswith("memfd"):
+                area.fd = os.memfd_create("area", os.MFD_CLOEXEC | area.is_huge * os.MFD_HUGETLB)
+            else:
+                area.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(area.fd, pages * PAGE)
             os.set_inheritable(area.fd, True)
             area.attach()
@@ -99,9 +104,24 @@ class Area:
             fail_on(_libc.shmctl(self.segment, IPC_RMID, None), "shmctl")
 
     @property
+    def is_huge(self) -> bool:
+        """Whether it is of hugetlb pages: their size is that of every change of a mapping."""
+        return self.kind.startswith("huge")
+
+    @property
+    def is_private(self) -> bool:
+        """Whether each process has it by itself: it begins as the root has it."""
+        return self.kind == "huge private"
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether it is lost with execve(2)."""
+        return self.kind in ("anonymous", "huge anonymous", "huge private")
+
+    @property
     def has_holes(self) -> bool:
         """Whether pages may be thrown away: then zeros are right as well."""
-        return self.kind in ("anonymous", "memfd", "segment")
+        return self.kind in ("anonymous", "memfd", "segment", "huge private")
 
     def content(self, page: int, version: int) -> bytes:
         """The bytes of a page; version 0 is a hole."""
@@ -118,7 +138,7 @@ class Area:
         self.check_own(page)
         version = self.seen[page] + 1
         content = self.content(page, version)
-        if self.fd >= 0 and chance.random() < 0.4:
+        if self.fd >= 0 and not self.is_huge and chance.random() < 0.4:
             os.pwrite(self.fd, content, page * PAGE)
         else:
             copy_in(self.address + page * PAGE, content)
@@ -128,7 +148,12 @@ class Area:
     def punch(self, page: int) -> None:
         """Of the page's writer: throw it away, and write the next version."""
         self.check_own(page)
-        sys_madvise(self.address + page * PAGE, PAGE, MADV_REMOVE)
+        if self.is_private:
+            first = page // HUGE * HUGE
+            sys_madvise(self.address + first * PAGE, HUGE * PAGE, MADV_DONTNEED)
+            self.seen[first : first + HUGE] = [0] * HUGE
+        else:
+            sys_madvise(self.address + page * PAGE, PAGE, MADV_REMOVE)
         found = copy_out(self.address + page * PAGE, PAGE)
         if found != ZERO_PAGE:
             raise self._broken(page, found, "a page that was thrown away is not zero")
@@ -173,14 +198,20 @@ class Area:
 
     # Changes of one process's mappings; nobody else notices
 
-    def drop(self, start: int, pages: int) -> None:
+    def drop(self, chance: random.Random) -> None:
         """MADV_DONTNEED of shared memory keeps what is there."""
-        sys_madvise(self.address + start * PAGE, pages * PAGE, MADV_DONTNEED)
+        unit = HUGE if self.is_huge else 1
+        start = chance.randrange(self.pages // 2 // unit) * unit
+        sys_madvise(self.address + start * PAGE, self.pages // 2 * PAGE, MADV_DONTNEED)
 
     def move(self) -> None:
         """To another address of this process."""
-        size = self.pages * PAGE
-        target = sys_mmap(0, size, PROT_NONE, MAP_PRIVATE_RESERVE, -1, 0)
+        size, unit = self.pages * PAGE, HUGE * PAGE if self.is_huge else PAGE
+        room = sys_mmap(0, size + unit, PROT_NONE, MAP_PRIVATE_RESERVE, -1, 0)
+        target = -(-room // unit) * unit
+        for start, end in ((room, target), (target + size, room + size + unit)):
+            if start < end:
+                sys_munmap(start, end - start)
         sys_mremap(self.address, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, target)
         self.address = target
 

@@ -66,6 +66,7 @@ SLOTS = 8
 MESSAGE = struct.Struct("<QQ")
 COPIES = 32  # of the pair in a message: 512 bytes, less than PIPE_BUF
 AREAS = {"anonymous": 1024, "memfd": 1024, "segment": 1024, "deleted file": 128, "file": 64}
+HUGE_AREAS = {"huge anonymous": 1024, "huge memfd": 1024, "huge private": 1024}
 
 TREE_OPERATIONS = {
     **CHILD_OPERATIONS,
@@ -261,9 +262,9 @@ class Worker(Actor):
         area = self._any_area()
         how = self.random.choice(("drop", "move", "map again"))
         self.note(f"{how} area {area.number} ({area.kind})")
-        if how == "drop":
-            area.drop(self.random.randrange(area.pages // 2), area.pages // 2)
-        elif how == "move" and area.kind != "segment":
+        if how == "drop" and not area.is_private:
+            area.drop(self.random)
+        elif (how == "move" and area.kind != "segment") or (area.is_huge and area.is_anonymous):
             area.move()
         else:
             area.map_again()
@@ -363,7 +364,8 @@ class Tree:
     def new(cls, options: argparse.Namespace) -> Tree:
         """Of the root."""
         scratch = Path(options.scratch)
-        areas = [Area.make(number, kind, pages, scratch) for number, (kind, pages) in enumerate(AREAS.items())]
+        kinds = {**AREAS, **(HUGE_AREAS if options.huge else {})}
+        areas = [Area.make(number, kind, pages, scratch) for number, (kind, pages) in enumerate(kinds.items())]
         fd = os.memfd_create("board", 0)
         os.ftruncate(fd, PAGE)
         pipes = [list(os.pipe()) for _ in range(options.workers)]
@@ -406,7 +408,7 @@ class Tree:
         areas = []
         for number, kind, pages, fd, segment, seen in handed["areas"]:
             area = Area(number, kind, pages, fd, segment, 0, seen)
-            if kind != "anonymous":
+            if not area.is_anonymous:
                 area.attach()
             areas.append(area)
         # The descriptor that was handed on is in the arguments, which go on to the next life.
@@ -478,6 +480,7 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", default="0", help="any string")
+    parser.add_argument("--huge", action="store_true", help="areas of hugetlb pages, too")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--pages", type=int, default=1500, help="of each worker's own memory, about")
     for name in ("result", "ready", "stop"):
