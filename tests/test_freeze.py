@@ -1,15 +1,17 @@
 """Freezing: a frozen process stands still to the last instruction, and is given back untouched."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from postcopy.dump_side import collect, freeze
+from postcopy.dump_side import collect, freeze, limits
 from postcopy.dump_side.arena import executors as executors_in
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
@@ -45,6 +47,19 @@ print("ready", flush=True)
 begin = time.monotonic()
 time.sleep(1.5)
 print(time.monotonic() - begin >= 1.5, flush=True)
+"""
+
+FAMILY = """
+import os, time
+root = os.getpid()
+for _ in range(5):
+    if not os.fork():
+        while os.getppid() == root:
+            time.sleep(0.01)
+        os._exit(0)
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
 """
 
 ADVISING = """
@@ -216,6 +231,47 @@ def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
         finally:
             tree.thaw()
             tree.close()
+
+
+@pytest.mark.parametrize("place", ["answered", "ask"])
+@pytest.mark.parametrize("failing", [0, 3, 5])
+def test_all_processes_are_as_before_where_one_cannot_be_collected(
+    monkeypatch: pytest.MonkeyPatch, failing: int, place: str
+) -> None:
+    with program(FAMILY) as process:
+        tree = FrozenTree(process.pid)
+        tree.freeze()
+        smaps, looker = SmapsReader({}), Looker({})
+        try:
+            before = [as_it_stands(each) for each in tree.processes]
+            assert len(before) == 6
+            asked = itertools.count()
+            original = getattr(limits.Question, place)
+
+            def fails(*arguments: Any) -> Any:
+                if next(asked) == failing:
+                    raise DumpError("it cannot be asked")
+                return original(*arguments)
+
+            monkeypatch.setattr(limits.Question, place, fails)
+            pipes = frozenset(os.stat(f"/proc/{process.pid}/fd/{fd}").st_ino for fd in (0, 1))
+            # The error is kept, and with it all that was in the middle of its work.
+            with pytest.raises(DumpError) as error:
+                collect.collect(tree, smaps, looker, Trusted(pipes), {}, SharedObjects())
+            assert [as_it_stands(each) for each in tree.processes] == before
+            assert error.value.message == "it cannot be asked"
+        finally:
+            smaps.close()
+            looker.close()
+            tree.thaw()
+            tree.close()
+
+
+def as_it_stands(frozen: Frozen) -> tuple[object, ...]:
+    """What our calls in a process could have changed."""
+    (vdso,) = [line for line in procfs.for_each_vma(frozen.pid) if line.name == "[vdso]"]
+    threads = [(ptrace.get_registers(each.tid), ptrace.get_signal_mask(each.tid)) for each in frozen.threads]
+    return procfs.read(frozen.pid, "maps"), threads, frozen.memory.read(vdso.start, vdso.end - vdso.start)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Mapping
 
 from postcopy.errors import RestoreError
@@ -79,21 +80,20 @@ class Network:
             unix_names.settle(self._unix)
         # Before the first packet, so that its answer finds the way.
         self._announce()
-        if self._lock is not None:
-            self._lock.close()
+        if self._lock is None:
+            return
+        # For some milliseconds the kernel waits until nobody can be looking at the rules any more (RCU).
+        unlocking = threading.Thread(target=self._lock.close)
+        unlocking.start()
         for own, one, connection in self._held:
-            try:
-                # The peer is asked for its acknowledgement, which moves what waits here. Each time that takes the
-                # network's whole way down and up: so not where nothing waits.
-                waits = connection.sent or connection.unsent or connection.received or connection.state != ESTABLISHED
-                end = tcp_repair.REPAIR_OFF if waits else tcp_repair.REPAIR_OFF_WITHOUT_PROBE
-                own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, end)
-                options = {(each.level, each.name): each.value for each in one.socket.options}
-                if (reuse := options.get((SOL_SOCKET, SO_REUSEADDR))) is not None:
-                    own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
-            except OSError as error:
-                log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
-        self._let_go()
+            if not _waits(connection):
+                _let_speak(own, one, tcp_repair.REPAIR_OFF_WITHOUT_PROBE)
+        unlocking.join()
+        # The peers of these are asked for their acknowledgement, which moves what waits here. Each time that takes the
+        # network's whole way down and up.
+        for own, one, connection in self._held:
+            if _waits(connection):
+                _let_speak(own, one, tcp_repair.REPAIR_OFF)
 
     def _announce(self) -> None:
         """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
@@ -105,6 +105,7 @@ class Network:
     def close(self) -> None:
         """Give back what need not be waited for before the tree runs."""
         self._told_by.close()
+        self._let_go()
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""
@@ -118,6 +119,23 @@ class Network:
         for own, _, _ in self._held:
             own.close()
         self._held.clear()
+
+
+def _waits(connection: TcpConnection) -> bool:
+    """Whether there is something for the peer to hear, or for the program."""
+    queued = connection.sent or connection.unsent or connection.received
+    return bool(queued) or connection.state != ESTABLISHED
+
+
+def _let_speak(own: socket.socket, one: InetSocket, how: int) -> None:
+    try:
+        own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, how)
+        for each in one.socket.options:
+            # Repair has taken it away.
+            if (each.level, each.name) == (SOL_SOCKET, SO_REUSEADDR):
+                own.setsockopt(SOL_SOCKET, SO_REUSEADDR, each.value)
+    except OSError as error:
+        log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
 
 
 def _end(address: bytes) -> tuple[bytes, int]:
