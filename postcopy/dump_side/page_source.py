@@ -27,11 +27,8 @@ class FrozenProcess(PageSource):
 
     def read_all(self, places: Sequence[tuple[int, int]], buffer: memoryview) -> None:
         """See `PageSource`."""
-        alone = (
-            self.pagemap.exclusive_of((at, at + size) for at, size in places) if self.pagemap else [True] * len(places)
-        )
         done = 0
-        for is_alone, numbers in groupby(range(len(places)), alone.__getitem__):
+        for is_alone, numbers in groupby(range(len(places)), self._are_exclusive(places).__getitem__):
             group = [places[number] for number in numbers]
             for first in range(0, len(group), MOST_PLACES):
                 some = group[first : first + MOST_PLACES]
@@ -40,6 +37,15 @@ class FrozenProcess(PageSource):
                 if not (is_alone and self._read_together(some, part)):
                     super().read_all(some, part)
                 done += length
+
+    def _are_exclusive(self, places: Sequence[tuple[int, int]]) -> list[bool]:
+        """Whether no other process has any of the pages there, of each place."""
+        if self.pagemap is None:
+            return [True] * len(places)
+        try:
+            return self.pagemap.exclusive_of((start, start + size) for start, size in places)
+        except OSError:
+            return [False] * len(places)
 
     def _read_together(self, places: Sequence[tuple[int, int]], buffer: memoryview) -> bool:
         """Whether it could be had by one call."""
