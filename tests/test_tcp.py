@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import Host, Process, Trio, postcopy_command, wait_until
+from tests.hosts import DEVICE, Host, Process, Trio, postcopy_command, wait_until
 from tests.migrate import Migration, move, start_dump, start_restore
 
 PID = 6100
@@ -38,7 +38,15 @@ class Service:
     def goes_on(self, beyond: int = 1_000_000) -> None:
         """Every connection that is left brings more than what can be on its way."""
         before = self.progress
-        wait_until(lambda: self.progress > before + beyond, SECONDS, "every connection goes on")
+        try:
+            wait_until(lambda: self.progress > before + beyond, SECONDS, "every connection goes on")
+        except TimeoutError as late:
+            raise AssertionError(f"{late}\n{self._state()}") from None
+
+    def _state(self) -> str:
+        """Where the connections are, and where the client's host believes the server to be."""
+        commands = (["ss", "-Htnoi"], ["ip", "neighbour"], ["ip", "-brief", "address"], ["ip", "-brief", "link"])
+        return "\n".join(f"{host.name}: {host.run(c).stdout.decode()}" for host in self.hosts for c in commands)
 
     def report(self) -> dict[str, Any]:
         """Let the client come to an end; what it has seen."""
@@ -122,6 +130,17 @@ def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> Non
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
     wait_until(lambda: not any(locks(host) for host in trio), SECONDS, "the network is unlocked")
     print(f"the longest pause of a connection: {report['longest']:.3f} s")
+
+
+def test_lock_ends_with_an_address_that_comes_back_at_once(trio: Trio, tmp_path: Path) -> None:
+    serve(trio, tmp_path)
+    trio.add_service(trio.b)
+    move(trio.a, trio.b, PID, dump_options=ESTABLISHED).wait_drained()
+    assert locks(trio.a)
+    for address in (f"{trio.service}/32", f"{trio.service6}/128"):
+        commands = f"addr del {address} dev {DEVICE}\naddr add {address} dev {DEVICE}\n"
+        trio.a.run(["ip", "-batch", "-"], input=commands.encode(), check=True)
+    wait_until(lambda: not locks(trio.a), 10, "the network is unlocked")
 
 
 def test_many_connections(trio: Trio, tmp_path: Path, request: pytest.FixtureRequest) -> None:

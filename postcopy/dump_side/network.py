@@ -1,7 +1,6 @@
 """The TCP sockets of a frozen process: locking the network for them, and letting go of them without a packet."""
 
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -12,6 +11,7 @@ from postcopy import roles
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.errors import PostcopyError
 from postcopy.kernel import pidfd, procfs, socket_address, tcp_repair
+from postcopy.kernel.addresses import Departures, is_here
 from postcopy.kernel.nftables import Address
 from postcopy.kernel.socket_options import SOL_TCP
 from postcopy.network_lock import NetworkLock, Traffic
@@ -128,19 +128,23 @@ def outlast(network_lock: NetworkLock, found: Traffic) -> None:
     What their peers send would else be answered with a reset. A process of its own waits for that, some time long.
     """
     # What stays within a host has no address to take along.
-    leaving = {local[0] for local, remote in found.connections if not _is_here(remote[0])}
-    if not network_lock.is_locked or not any(map(_is_here, leaving)):
-        network_lock.close()
-        return
+    leaving = {local[0] for local, remote in found.connections if not is_here(remote[0])}
+    # Before they are looked for: what comes back at once has left all the same, and its connections came back with it.
+    with Departures() as departures:
+        staying = set(filter(is_here, leaving))
+        if not network_lock.is_locked or not staying:
+            network_lock.close()
+            return
 
-    def body() -> None:
-        _let_go_of_output()
-        deadline = time.monotonic() + _OUTLAST_SECONDS
-        while time.monotonic() < deadline and any(map(_is_here, leaving)):
-            time.sleep(_LOOK_AGAIN)
-        network_lock.close()
+        def body() -> None:
+            _let_go_of_output()
+            deadline, left = time.monotonic() + _OUTLAST_SECONDS, staying
+            while left and time.monotonic() < deadline:
+                left = set(filter(is_here, left - departures.wait(_LOOK_AGAIN)))
+            network_lock.close()
 
-    roles.start("postcopy-lock", body, dies_with_parent=False, keep=network_lock.descriptors)
+        keep = [*network_lock.descriptors, departures.fileno()]
+        roles.start("postcopy-lock", body, dies_with_parent=False, keep=keep)
     network_lock.leave()
 
 
@@ -149,17 +153,6 @@ def _let_go_of_output() -> None:
     with open(os.devnull, "r+b", buffering=0) as nowhere:
         for stream in range(3):
             os.dup2(nowhere.fileno(), stream)
-
-
-def _is_here(address: bytes) -> bool:
-    """Whether it is an address of this host."""
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as own:
-        try:
-            own.bind((socket.inet_ntop(family, address), 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
-    return True
 
 
 def heal(pids: Iterable[int]) -> None:

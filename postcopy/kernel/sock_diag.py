@@ -12,7 +12,7 @@ from postcopy.kernel.libc import refused
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_HEADER = struct.Struct("=IHHII")
+HEADER = struct.Struct("=IHHII")
 _UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_ICONS, _UDIAG_SHOW_RQLEN = 1, 2, 4, 8, 16
 _UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_ICONS, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = (
     0,
@@ -72,10 +72,10 @@ def packet_sockets() -> dict[int, PacketDiag]:
 
 
 def _packet(body: bytes) -> tuple[int, PacketDiag]:
-    attributes = dict(_attributes(body[16:]))
-    asks = struct.iter_unpack("=IIHH32s", attributes.get(_PACKET_DIAG_MCLIST, b""))
+    told = dict(attributes(body[16:]))
+    asks = struct.iter_unpack("=IIHH32s", told.get(_PACKET_DIAG_MCLIST, b""))
     found = [(index, kind, address[:length]) for index, count, kind, length, address in asks for _ in range(count)]
-    has_ring = _PACKET_DIAG_RX_RING in attributes or _PACKET_DIAG_TX_RING in attributes
+    has_ring = _PACKET_DIAG_RX_RING in told or _PACKET_DIAG_TX_RING in told
     return struct.unpack_from("=I", body, 4)[0], PacketDiag(found, has_ring)
 
 
@@ -83,13 +83,13 @@ def _dump(request: bytes) -> Iterator[bytes]:
     """The bodies of the messages that answer a dump request."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as door:
         flags = _NLM_F_REQUEST | _NLM_F_DUMP
-        door.send(_HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
+        door.send(HEADER.pack(HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
         while True:
             answer = door.recv(_RECEIVE_SIZE)
             place = 0
             while place < len(answer):
-                length, kind, _, _, _ = _HEADER.unpack_from(answer, place)
-                body = answer[place + _HEADER.size : place + length]
+                length, kind, _, _, _ = HEADER.unpack_from(answer, place)
+                body = answer[place + HEADER.size : place + length]
                 if kind == _NLMSG_ERROR:
                     raise refused("listing the sockets of this host (sock_diag)", -struct.unpack_from("=i", body)[0])
                 if kind == _NLMSG_DONE:
@@ -100,21 +100,21 @@ def _dump(request: bytes) -> Iterator[bytes]:
 
 def _unix(body: bytes) -> UnixDiag:
     _, kind, state, _, inode, _, _ = struct.unpack_from("=BBBBIII", body)
-    attributes = dict(_attributes(body[16:]))
-    queued, backlog = struct.unpack("=II", attributes.get(_UNIX_DIAG_RQLEN, bytes(8)))
-    vfs = attributes.get(_UNIX_DIAG_VFS)
-    peer = attributes.get(_UNIX_DIAG_PEER)
+    told = dict(attributes(body[16:]))
+    queued, backlog = struct.unpack("=II", told.get(_UNIX_DIAG_RQLEN, bytes(8)))
+    vfs = told.get(_UNIX_DIAG_VFS)
+    peer = told.get(_UNIX_DIAG_PEER)
     return UnixDiag(
         inode=inode,
         kind=kind,
         listening=state == _TCP_LISTEN,
-        name=attributes.get(_UNIX_DIAG_NAME, b""),
+        name=told.get(_UNIX_DIAG_NAME, b""),
         vfs=_file(vfs) if vfs else None,
         peer=(struct.unpack("=I", peer)[0] or DEAD) if peer else 0,
-        shutdown=attributes.get(_UNIX_DIAG_SHUTDOWN, b"\0")[0],
+        shutdown=told.get(_UNIX_DIAG_SHUTDOWN, b"\0")[0],
         queued=queued,
         backlog=backlog,
-        waiting=tuple(each for (each,) in struct.iter_unpack("=I", attributes.get(_UNIX_DIAG_ICONS, b""))),
+        waiting=tuple(each for (each,) in struct.iter_unpack("=I", told.get(_UNIX_DIAG_ICONS, b""))),
     )
 
 
@@ -124,7 +124,7 @@ def _file(vfs: bytes) -> tuple[int, int]:
     return inode, os.makedev(device >> 20, device & 0xFFFFF)
 
 
-def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
     place = 0
     while place + 4 <= len(content):
         length, kind = struct.unpack_from("=HH", content, place)
