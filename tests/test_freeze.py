@@ -49,6 +49,13 @@ time.sleep(1.5)
 print(time.monotonic() - begin >= 1.5, flush=True)
 """
 
+EXECUTING = """
+import os, sys
+print("ready", flush=True)
+os.read(0, 1)
+os.execv(sys.executable, [sys.executable, "-c", "import os; print('again', flush=True); os.read(0, 1)"])
+"""
+
 FAMILY = """
 import os, time
 root = os.getpid()
@@ -168,6 +175,23 @@ def test_thread_heals_when_its_tracer_dies_with_the_executor_in_it(calls: int) -
         # It sleeps on for what was left, no signal of ours ends the sleep or the program.
         assert process.stdout.readline() == b"True\n"
         assert process.wait(10) == 0
+
+
+def test_process_that_executes_a_program_just_before_the_freeze_is_read() -> None:
+    with program(EXECUTING) as process:
+        assert process.stdin is not None and process.stdout is not None
+        frozen = Frozen(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"again\n"
+        frozen.freeze()
+        try:
+            vdso = vdso_of(process.pid)
+            assert frozen.memory.read(vdso.start, 4) == b"\x7fELF"
+            assert any(frozen.pagemap.frames(vdso.start, 1))
+        finally:
+            frozen.thaw()
+            frozen.close()
 
 
 def test_executor_leaves_neither_memory_nor_registers_changed() -> None:

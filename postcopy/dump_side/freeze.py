@@ -58,15 +58,17 @@ class FrozenThread(Struct):
 class Frozen:
     """A process whose every thread is stopped under our ptrace; threads[0] is the leader, unless that has ended.
 
-    ``face``: see `procfs.face`.
+    ``face``: see `procfs.face`. ``memory`` and ``pagemap`` are there when it is frozen.
     """
+
+    memory: ProcessMemory
+    pagemap: Pagemap
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.face = procfs.face(pid)
         self.pidfd = os.pidfd_open(pid)
-        self.memory = ProcessMemory(self.face)
-        self.pagemap = Pagemap(self.face)
+        self._files = contextlib.ExitStack()
         self.threads: list[FrozenThread] = []
         self.durable = False
         self._awaited: set[int] = set()
@@ -102,6 +104,11 @@ class Frozen:
                 if not self._ask_those_not_in(stopped):
                     break
             order = sorted(stopped, key=lambda tid: (tid != self.pid, tid))
+            if order:
+                # Not earlier: they keep to the memory that the process had when they were opened, before an execve(2).
+                self._files.close()
+                self.memory = self._files.enter_context(contextlib.closing(ProcessMemory(order[0])))
+                self.pagemap = self._files.enter_context(contextlib.closing(Pagemap(order[0])))
             self.threads = [_look(self.pid, tid, stopped[tid], self.memory) for tid in order]
         if not self.threads:
             raise DumpError(f"process {self.pid} ended while it was being frozen")
@@ -161,8 +168,7 @@ class Frozen:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self.memory.close()
-        self.pagemap.close()
+        self._files.close()
         os.close(self.pidfd)
 
     def stop_durably(self) -> Iterator[None]:
