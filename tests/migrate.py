@@ -102,6 +102,21 @@ def move(
     return migration
 
 
+#: How ``dump`` refuses a program whose last change before the freeze is shown by smaps alone: it is to be tried again.
+UNLUCKY = "has changed the flags of its mappings"
+
+
+def move_restless(source: Host, destination: Host, pid: int, options: Sequence[str] = ()) -> Migration:
+    """`move` of a program that changes its memory all the time; ``options``: of ``restore``."""
+    for _ in range(3):
+        try:
+            return move(source, destination, pid, restore_options=options)
+        except MigrationFailed as failure:
+            if UNLUCKY not in str(failure):
+                raise
+    raise MigrationFailed(f"each time, process {pid} {UNLUCKY} just before the freeze")
+
+
 def start_dump(
     source: Host, destination: Host, pid: int, *, options: Sequence[str] = (), port: int = PORT, timeout: float = 60
 ) -> Migration:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import Pair, wait_until
-from tests.migrate import move
+from tests.migrate import move_restless
 from tests.stress_options import DEFAULT_SECONDS
 
 PROGRAM = Path(__file__).parent / "programs" / "layout_stress.py"
@@ -113,7 +113,7 @@ def test_every_byte_is_right_while_the_layout_changes(
     assert program.poll() is None, read_result(tmp_path)
     if plan.rate:
         hosts.set_rate(plan.rate)
-    migration = move(hosts.a, hosts.b, PID, restore_options=plan.restore_options)
+    migration = move_restless(hosts.a, hosts.b, PID, plan.restore_options)
     assert migration.restore is not None
     status: int | str
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import Host, Pair, Process, wait_until
-from tests.migrate import MigrationFailed, move
+from tests.migrate import UNLUCKY, MigrationFailed, move_restless
 from tests.sides import Side
 from tests.stress_options import DEFAULT_SECONDS
 from tests.test_layout_stress import waiting_threads
@@ -135,7 +135,7 @@ def to_and_fro(
             root = by_directory(places[0], places[1], directory / str(len(ways)), way.options)
         else:
             hosts.set_rate(way.rate)
-            migration = move(places[0], places[1], PID, restore_options=way.options)
+            migration = move_restless(places[0], places[1], PID, way.options)
             migration.wait_drained(SECONDS)
             hosts.set_rate(None)
             assert migration.restore is not None
@@ -151,7 +151,10 @@ def by_directory(source: Host, destination: Host, files: Path, options: Sequence
     """Write the tree to a directory and restore it from there: the process whose end is the root's."""
     files.mkdir()
     checkpoint = str(files / "checkpoint")
-    Side.start(source, files / "dump.err", ["dump", "-t", str(PID), "-D", checkpoint]).ends_well()
+    dump = Side.start(source, files / "dump.err", ["dump", "-t", str(PID), "-D", checkpoint])
+    if dump.process.wait(SECONDS) and UNLUCKY in dump.text:
+        dump = Side.start(source, files / "dump.err", ["dump", "-t", str(PID), "-D", checkpoint])
+    dump.ends_well()
     restore = Side.start(destination, files / "restore.err", ["restore", *options, "-D", checkpoint])
     restore.await_event("drained" if options else "running")
     return restore.process
