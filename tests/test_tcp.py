@@ -1,5 +1,6 @@
 """TCP services move with their clients connected: these check every byte, and see a pause and nothing else."""
 
+import errno
 import json
 import os
 import shutil
@@ -282,6 +283,48 @@ def test_peer_that_resets_during_the_standstill(trio: Trio, tmp_path: Path) -> N
     report = service.report()
     assert (report["errors"], report["missing"]) == (["reset by us"], 0)
     assert restore.poll() is None
+
+
+LISTENER = """
+import pathlib, socket, sys
+connection, _ = socket.create_server((sys.argv[1], 7000)).accept()
+files = pathlib.Path(sys.argv[2])
+(files / "accepted").touch()
+try:
+    heard = connection.recv(1).hex()
+except OSError as error:
+    heard = error.strerror
+(files / "heard.new").write_text(heard)
+(files / "heard.new").rename(files / "heard")
+"""
+RESETTER = """
+import pathlib, socket, struct, sys, time
+connection = socket.create_connection((sys.argv[1], 7000))
+files = pathlib.Path(sys.argv[2])
+while not (files / "reset").exists():
+    time.sleep(0.001)
+connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+connection.close()
+(files / "was_reset").touch()
+"""
+
+
+def test_program_that_only_listens_hears_of_a_reset_during_the_standstill(trio: Trio, tmp_path: Path) -> None:
+    trio.add_service(trio.a)
+    trio.a.popen([sys.executable, "-c", LISTENER, trio.service, str(tmp_path)], pid=PID)
+    wait_until(lambda: trio.a.run(["ss", "-Htln"]).stdout, SECONDS, "the server listens")
+    trio.c.popen([sys.executable, "-c", RESETTER, trio.service, str(tmp_path)])
+    wait_until((tmp_path / "accepted").exists, SECONDS, "the client is connected")
+    trio.add_service(trio.b)
+    migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
+    start_restore(migration, wait=False)
+    wait_until(lambda: event(migration, "frozen"), SECONDS, "the server stands still")
+    (tmp_path / "reset").touch()
+    wait_until((tmp_path / "was_reset").exists, SECONDS, "the client has reset the connection")
+    wait_until(lambda: event(migration, "resumed"), SECONDS, "the server runs again")
+    trio.remove_service(trio.a)
+    wait_until((tmp_path / "heard").exists, 10, "the server hears of the reset")
+    assert (tmp_path / "heard").read_text() == os.strerror(errno.ECONNRESET)
 
 
 def test_destination_without_the_address_is_told_so_and_nobody_notices(trio: Trio, tmp_path: Path) -> None:

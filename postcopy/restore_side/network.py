@@ -103,8 +103,14 @@ class Network:
             log.warning("nobody could be told that the addresses of the program are here now: %s", error.strerror)
 
     def close(self) -> None:
-        """Give back what need not be waited for before the tree runs."""
+        """What need not be waited for before the tree runs: ask the peers of which nothing is heard whether they are
+        still there, and give back what was held."""
         self._told_by.close()
+        for own, one, connection in self._held:
+            # Of a reset during the stand-still nothing is left: the lock has dropped it, and it is not sent again.
+            if not _waits(connection):
+                with contextlib.suppress(OSError):
+                    _speak(own, one, tcp_repair.REPAIR_OFF)
         self._let_go()
 
     def give_up(self) -> None:
@@ -127,13 +133,18 @@ def _waits(connection: TcpConnection) -> bool:
     return bool(queued) or connection.state != ESTABLISHED
 
 
+def _speak(own: socket.socket, one: InetSocket, how: int) -> None:
+    """End repair, if it has not ended; with REPAIR_OFF, ask the peer for an acknowledgement."""
+    own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, how)
+    for each in one.socket.options:
+        # That has taken it away.
+        if (each.level, each.name) == (SOL_SOCKET, SO_REUSEADDR):
+            own.setsockopt(SOL_SOCKET, SO_REUSEADDR, each.value)
+
+
 def _let_speak(own: socket.socket, one: InetSocket, how: int) -> None:
     try:
-        own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, how)
-        for each in one.socket.options:
-            # Repair has taken it away.
-            if (each.level, each.name) == (SOL_SOCKET, SO_REUSEADDR):
-                own.setsockopt(SOL_SOCKET, SO_REUSEADDR, each.value)
+        _speak(own, one, how)
     except OSError as error:
         log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
 
