@@ -238,6 +238,18 @@ def test_flag_that_changes_between_survey_and_freeze_is_not_overlooked() -> None
             assert [vma.start for vma in found.memory.vmas if "dc" in vma.flags]
 
 
+def test_reader_of_smaps_ends_with_the_process_that_it_reads(capfd: pytest.CaptureFixture[str]) -> None:
+    with program(SLEEPING) as process:
+        process.kill()
+        process.wait()
+        smaps = SmapsReader({})
+        smaps.begin(process.pid)
+        with pytest.raises(DumpError, match="cannot be read"):
+            smaps.result(process.pid)
+        smaps.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_signals_that_come_after_the_collecting_are_not_lost() -> None:
     with program(SPINNING) as process:
         tree = FrozenTree(process.pid)

@@ -60,7 +60,10 @@ class SmapsReader:
             with open(asked_read, "rb") as asked, open(answers_write, "wb") as stream:
                 while words := asked.read(_ASKED.size):
                     (pid,) = _ASKED.unpack(words)
-                    content = procfs.read(pid, "smaps")
+                    try:
+                        content = procfs.read(pid, "smaps")
+                    except OSError:
+                        return  # somebody has ended it: `result` says that there is nothing more
                     same = pid in known and procfs.layout_in_smaps(content) == known[pid].told
                     content = b"" if same else content
                     stream.write(_ANSWER.pack(pid, len(content), same) + content)
