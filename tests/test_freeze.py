@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from postcopy.dump_side import collect, freeze, limits
-from postcopy.dump_side.arena import executors as executors_in
+from postcopy.dump_side.arena import Arena
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
@@ -26,6 +26,7 @@ from postcopy.dump_side.survey import survey
 from postcopy.errors import DumpError
 from postcopy.kernel import cpu, procfs, ptrace
 from postcopy.kernel.calls import call
+from postcopy.kernel.executor import Executor
 from postcopy.reporting import Silent
 from postcopy.turns import by_turns
 from tests.hosts import wait_until
@@ -99,6 +100,13 @@ def program(source: str) -> Iterator[subprocess.Popen[bytes]]:
 def vdso_of(pid: int) -> range:
     """Where the vdso of a process lies."""
     return next(range(line.start, line.end) for line in procfs.for_each_vma(pid) if line.name == "[vdso]")
+
+
+@contextlib.contextmanager
+def executors_in(frozen: Frozen, vdso: range) -> Iterator[list[Executor]]:
+    """An executor for each thread of a frozen process, in their order."""
+    with Arena(frozen, vdso) as arena:
+        yield arena.arrive()
 
 
 def state(pid: int) -> str:

@@ -1,9 +1,7 @@
 """Memory of ours in a frozen process, with an executor for each of its threads."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -115,10 +113,3 @@ class Arena:
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.frozen.pid}: {errno.errorcode.get(-result, -result)}")
         return result
-
-
-@contextlib.contextmanager
-def executors(frozen: Frozen, vdso: range) -> Iterator[list[Executor]]:
-    """An executor for each thread, in the order of ``threads``, in an `Arena` for as long as the scope."""
-    with Arena(frozen, vdso) as arena:
-        yield arena.arrive()

@@ -6,7 +6,7 @@ import socket
 from types import TracebackType
 from typing import Self
 
-from postcopy.kernel.sock_diag import HEADER, attributes
+from postcopy.kernel.netlink import attributes, messages
 
 _NETLINK_ROUTE = 0
 _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x10, 0x100
@@ -57,12 +57,10 @@ class Departures:
             if error.errno != errno.ENOBUFS:
                 raise
             return set()
-        found, at = set(), 0
-        while at + HEADER.size <= len(content):
-            length, kind, *_ = HEADER.unpack_from(content, at)
+        found = set()
+        for kind, body in messages(content):
             if kind == _RTM_DELADDR:
-                told = dict(attributes(content[at + HEADER.size + _IFADDRMSG_SIZE : at + length]))
+                told = dict(attributes(body[_IFADDRMSG_SIZE:]))
                 # The address is the peer's on a point-to-point link; IPv6 tells a local one there alone.
                 found |= {told[each] for each in (_IFA_LOCAL, _IFA_ADDRESS) if each in told}
-            at += max((length + 3) & ~3, HEADER.size)
         return found

@@ -35,7 +35,8 @@ def process_vm_readv_all(pid: int, places: Sequence[tuple[int, int]], buffer: me
         _local[0], _local[1] = int(_cast("unsigned long", pinned)), length
         address = int(_cast("unsigned long", vectors))
         done: int = _syscall(_NUMBER, pid, _local_address, 1, address, len(places), 0)
-    _check(done, length, f"process_vm_readv of process {pid} at {len(places)} places")
+    if done != length:
+        raise _failure(done, f"process_vm_readv of process {pid} at {len(places)} places, {length} bytes")
 
 
 def process_vm_readv(pid: int, address: int, buffer: memoryview) -> None:
@@ -50,11 +51,8 @@ def process_vm_readv(pid: int, address: int, buffer: memoryview) -> None:
         _remote[0] = address
         done: int = _syscall(_NUMBER, pid, _local_address, 1, _remote_address, 1, 0)
     if done != length:
-        _check(done, length, f"process_vm_readv of process {pid} at {address:#x}")
+        raise _failure(done, f"process_vm_readv of process {pid} at {address:#x}, {length} bytes")
 
 
-def _check(done: int, length: int, what: str) -> None:
-    if done == -1:
-        raise refused(f"{what}, {length} bytes")
-    if done != length:
-        raise refused(f"{what}, {length} bytes: cut short after {done}", errno.EFAULT)
+def _failure(done: int, what: str) -> OSError:
+    return refused(what) if done == -1 else refused(f"{what}: cut short after {done}", errno.EFAULT)

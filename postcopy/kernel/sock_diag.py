@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from postcopy.kernel.libc import refused
+from postcopy.kernel.netlink import HEADER, attributes, messages
 
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _NLM_F_REQUEST, _NLM_F_DUMP = 1, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-HEADER = struct.Struct("=IHHII")
 _UDIAG_SHOW_NAME, _UDIAG_SHOW_VFS, _UDIAG_SHOW_PEER, _UDIAG_SHOW_ICONS, _UDIAG_SHOW_RQLEN = 1, 2, 4, 8, 16
 _UNIX_DIAG_NAME, _UNIX_DIAG_VFS, _UNIX_DIAG_PEER, _UNIX_DIAG_ICONS, _UNIX_DIAG_RQLEN, _UNIX_DIAG_SHUTDOWN = (
     0,
@@ -85,17 +85,12 @@ def _dump(request: bytes) -> Iterator[bytes]:
         flags = _NLM_F_REQUEST | _NLM_F_DUMP
         door.send(HEADER.pack(HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
         while True:
-            answer = door.recv(_RECEIVE_SIZE)
-            place = 0
-            while place < len(answer):
-                length, kind, _, _, _ = HEADER.unpack_from(answer, place)
-                body = answer[place + HEADER.size : place + length]
+            for kind, body in messages(door.recv(_RECEIVE_SIZE)):
                 if kind == _NLMSG_ERROR:
                     raise refused("listing the sockets of this host (sock_diag)", -struct.unpack_from("=i", body)[0])
                 if kind == _NLMSG_DONE:
                     return
                 yield body
-                place += (length + 3) & ~3
 
 
 def _unix(body: bytes) -> UnixDiag:
@@ -122,11 +117,3 @@ def _file(vfs: bytes) -> tuple[int, int]:
     inode, device = struct.unpack("=II", vfs)
     # The kernel's own dev_t: 12 bits of major, 20 of minor number.
     return inode, os.makedev(device >> 20, device & 0xFFFFF)
-
-
-def attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
-    place = 0
-    while place + 4 <= len(content):
-        length, kind = struct.unpack_from("=HH", content, place)
-        yield kind, content[place + 4 : place + length]
-        place += (length + 3) & ~3
