@@ -229,6 +229,51 @@ def test_locked_memory_that_grows_by_a_move_is_populated_before_the_move_is_told
     run(program, background)
 
 
+def test_memory_that_was_populated_is_in_one_piece_when_its_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = MIB // 2 + 2 * PAGE_SIZE
+    here, there = socket.socketpair()
+    pid = os.fork()
+    if not pid:
+        uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)
+        uffdio.api(uffd, FEATURES)
+        map_memory(BASE, MIB)
+        syscall("mlock", SYS_MLOCK, BASE, MIB // 2)
+        uffdio.register(uffd, BASE, MIB, uffdio.UFFDIO_REGISTER_MODE_MISSING)
+        socket.send_fds(there, [b"u"], [uffd])
+        mremap(BASE, MIB // 2, grown, ELSEWHERE)
+        signal.pause()
+    _, (uffd,), _, _ = socket.recv_fds(here, 1, 1)
+    read_messages = uffdio.read_messages
+    populated = set[int]()
+
+    def goes_on(fd: int) -> list[uffdio.Message]:
+        # Whoever waits for its event to be read does.
+        if populated:
+            assert f"{ELSEWHERE:x}-{ELSEWHERE + grown:x} " in Path(f"/proc/{pid}/maps").read_text()
+        return read_messages(fd)
+
+    monkeypatch.setattr(uffdio, "read_messages", goes_on)
+    try:
+        filling = Filling(lambda mm: None)
+        mm = filling.adopt(uffd, AddressSpace(0, PageRanges()))
+        messages = list[uffdio.Message]()
+        while not any(isinstance(message, uffdio.Remap) for message in messages):
+            assert select.select([uffd], [], [], 10)[0], "the move did not come about"
+            messages = filling.read_messages(mm)
+            for message in messages:
+                if isinstance(message, uffdio.PageFault):
+                    while not filling.zero(mm, message.address):
+                        pass
+                    populated.add(message.address)
+        assert populated == {ELSEWHERE + MIB // 2, ELSEWHERE + MIB // 2 + PAGE_SIZE}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(uffd)
+        here.close()
+        there.close()
+
+
 def _in_child(body: Callable[[], None]) -> int:
     pid = os.fork()
     if pid:
@@ -380,7 +425,7 @@ def test_an_address_space_in_the_middle_of_a_change_does_not_hold_up_the_others_
         assert filling.incomplete == {filling.mms[changing[1]]}
         assert not filling.others_wait()
         assert uffdio.read_messages(changing[1])
-        filling.event_read(filling.mms[changing[1]])
+        filling.mms[changing[1]].end_stall()
         while not filling.fill(0, BASE, 64, address_of(pages), Cause.BULK):
             pass
         assert not filling.incomplete

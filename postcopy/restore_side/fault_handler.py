@@ -296,7 +296,7 @@ class FaultHandler:
     def _read_messages(self, mm: Mm) -> None:
         """Apply what is queued."""
         self._filling.note_holes()
-        self._apply(mm, uffdio.read_messages(mm.uffd))
+        self._apply(mm, self._filling.read_messages(mm))
 
     def _apply(self, mm: Mm, messages: Sequence[uffdio.Message]) -> None:
         """Events first: once they are read, nothing keeps us from filling by an old layout."""
@@ -445,7 +445,7 @@ class FaultHandler:
                 mm.residency.unmap(start, end)
                 self._filling.moved(mm, start, end)
                 uffdio.wake(mm.uffd, start, end - start)
-        self._filling.event_read(mm)
+        mm.end_stall()
         if not mm.residency.absent_pages:
             self._filling.incomplete.discard(mm)
 

@@ -67,7 +67,7 @@ class Mm(Struct, eq=False):
     forked: bool = False
     # Private hugetlb memory that no layout change has been about.
     untouched: PageRanges = field(default_factory=PageRanges)
-    # Pages that were taken out of the userfaultfd's hands, to be given back with the next event.
+    # Pages that were taken out of the userfaultfd's hands, to be given back before the next message is read.
     unregistered: list[int] = []
 
     def end_stall(self) -> None:
@@ -246,15 +246,18 @@ class Filling:
             if mm.parent is None and not uffdio.mm_exists(mm.uffd):
                 self.forget(mm)
 
-    def event_read(self, mm: Mm) -> None:
-        """A layout change was read, which may have been what a stall was waiting for."""
-        mm.end_stall()
+    def read_messages(self, mm: Mm) -> list[uffdio.Message]:
+        """What is queued; whoever waits for that of its event to be read goes on meanwhile.
+
+        So what was unregistered is given back before: else the mapping would be in pieces, and an mremap(2) of all of
+        it fail with EFAULT.
+        """
         if mm.unregistered:
-            # Else the mapping would stay in pieces, and an mremap(2) of all of it fail with EFAULT.
             for each in PageRanges.from_pairs((page, page + PAGE_SIZE) for page in mm.unregistered):
                 with suppress(OSError):
                     uffdio.register(mm.uffd, each.start, each.end - each.start, uffdio.UFFDIO_REGISTER_MODE_MISSING)
             mm.unregistered.clear()
+        return uffdio.read_messages(mm.uffd)
 
     def fill(self, space: int, address: int, pages: int, data: int, cause: Cause) -> bool:
         """Put pages where they are missing, in every descendant; False when some have to be put off.
