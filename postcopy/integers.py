@@ -7,4 +7,7 @@ import msgspec
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 47)]
 Fd = Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
+Int16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+Int31 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Int32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Pid = Annotated[int, msgspec.Meta(gt=0, lt=1 << 22)]

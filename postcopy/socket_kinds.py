@@ -6,15 +6,15 @@ from typing import Annotated
 import msgspec
 from msgspec import Struct
 
-from postcopy.integers import Pid, Unsigned
+from postcopy.integers import Int16, Int31, Int32, Pid, Unsigned
 
 
 class SocketOption(Struct, frozen=True):
     """A socket option as getsockopt(2) gave it."""
 
-    level: Unsigned
-    name: Unsigned
-    value: bytes
+    level: Int31
+    name: Int31
+    value: Annotated[bytes, msgspec.Meta(max_length=1024)]
 
 
 class SocketDefaults(Struct, frozen=True):
@@ -35,13 +35,13 @@ class Socket(Struct, frozen=True):
     program (struct sock_filter, 8 bytes each), attached to what it receives.
     """
 
-    family: Unsigned
-    type: Unsigned
-    protocol: Unsigned
+    family: Annotated[int, msgspec.Meta(ge=0, lt=64)]
+    type: Annotated[int, msgspec.Meta(ge=0, lt=16)]
+    protocol: Int16
     inode: Unsigned
     nonblocking: bool
-    owner: tuple[Unsigned, Unsigned]
-    options: list[SocketOption]
+    owner: tuple[Int32, Int32]
+    options: Annotated[list[SocketOption], msgspec.Meta(max_length=511)]
     filter: bytes
 
 
@@ -116,14 +116,14 @@ class TcpConnection(Struct, frozen=True):
     sent: bytes
     unsent: bytes
     received: bytes
-    send_sequence: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-    receive_sequence: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-    mss: Unsigned
+    send_sequence: Int32
+    receive_sequence: Int32
+    mss: Int32
     scales: tuple[Unsigned, Unsigned] | None
     sack: bool
-    timestamp: Unsigned | None
-    window: bytes
-    state: Unsigned
+    timestamp: Int32 | None
+    window: Annotated[bytes, msgspec.Meta(min_length=20, max_length=20)]
+    state: Annotated[int, msgspec.Meta(ge=1, le=11)]
     fin_unsent: bool
     deaf: bool
 
@@ -149,7 +149,7 @@ class InetSocket(Struct, frozen=True):
     socket: Socket
     local: bytes
     remote: bytes
-    backlog: int
+    backlog: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
     memberships: list[Membership]
     connection: TcpConnection | None
     ended: bool

@@ -10,6 +10,7 @@ import typing
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from msgspec import Struct
@@ -237,14 +238,15 @@ def _walk(value: Any, passed: Collection[int] = frozenset()) -> str:
             return problem
     for name in rules.inner:
         inner = getattr(value, name)
-        if isinstance(inner, list):
-            if id(inner) in passed:
-                continue
+        if inner is None:
+            continue
+        if not isinstance(inner, list):
+            if problem := _walk(inner, passed):
+                return f"{name}.{problem}"
+        elif id(inner) not in passed:
             for number, each in enumerate(inner):
                 if each is not None and id(each) not in passed and (problem := _walk(each, passed)):
                     return f"{name}[{number}].{problem}"
-        elif inner is not None and (problem := _walk(inner, passed)):
-            return f"{name}.{problem}"
     return ""
 
 
@@ -640,9 +642,12 @@ def _limits(limits: Limits) -> Iterator[str]:
             yield f"limits[{number}]: soft {soft} and hard {hard}"
 
 
+_kinds_of = attrgetter(*Description.__struct_fields__)
+
+
 def _description(description: Description) -> Iterator[str]:
-    kinds = [name for name in description.__struct_fields__ if getattr(description, name) is not None]
-    if len(kinds) != 1:
+    if len(_kinds_of(description)) - _kinds_of(description).count(None) != 1:
+        kinds = [name for name in description.__struct_fields__ if getattr(description, name) is not None]
         yield f"kind: {' and '.join(kinds) or 'none'} where exactly one is due"
 
 

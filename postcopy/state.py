@@ -405,7 +405,7 @@ class Pipe(Struct, frozen=True):
     untouched: bool = False
 
 
-class Description(Struct, frozen=True):
+class Description(Struct, frozen=True, omit_defaults=True):
     """One open file description: exactly one of the kinds."""
 
     file: OpenFile | None = None

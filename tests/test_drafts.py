@@ -13,7 +13,6 @@ import pytest
 from msgspec.structs import replace
 
 from postcopy.drafts import State, complete, shorten
-from postcopy.dump_side import collect as collecting
 from postcopy.dump_side import memory
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
@@ -22,6 +21,7 @@ from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
+from postcopy.dump_side.socket_shares import Division, divide
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ProtocolError
 from postcopy.restore_side.birth import Newborn, give_birth, take_back
@@ -170,11 +170,14 @@ def frozen(pid: int) -> Iterator[FrozenTree]:
         tree.close()
 
 
-def state_of(tree: FrozenTree, trusted: Trusted) -> Tree:
+def state_of(
+    tree: FrozenTree, trusted: Trusted, division: Division | None = None, choices: Choices | None = None
+) -> Tree:
     """What is collected of a frozen tree."""
     smaps, looker = SmapsReader(trusted.known), Looker(trusted.known)
+    looker.divide(division or Division())
     try:
-        return collect(tree, smaps, looker, trusted, {}, SharedObjects(), Choices())
+        return collect(tree, smaps, looker, trusted, {}, SharedObjects(), choices, division=division)
     finally:
         smaps.close()
         looker.close()
@@ -244,16 +247,15 @@ def test_nothing_is_said_twice(holding: Holding) -> None:
     assert not [one.file for one in said.tree.descriptors.descriptions if one.file and one.file.path in names]
 
 
-def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(
-    holding: Holding, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(holding: Holding) -> None:
     holding.do(
         *(f"kept[{n}] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)" for n in range(40)),
         *(f"kept[{n}] = socket.socket(socket.AF_UNIX)" for n in range(40, 60)),
         *(f"kept[{n}] = kept[{n - 60}].dup()" for n in range(60, 65)),
     )
     _, trusted = survey(holding.pid)
-    assert trusted.sockets[holding.pid] == 60
+    assert len(set(trusted.sockets[holding.pid].values())) == 60
+    assert len(trusted.sockets[holding.pid]) == 65
     holding.do(
         *(f"kept[{n}].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, {10000 + n})" for n in range(0, 60, 7)),
         "kept.pop(3).close()",
@@ -264,8 +266,7 @@ def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(
         f"kept[93] = os.open({str(holding.directory / 'name')!r}, os.O_PATH)",
     )
     with frozen(holding.pid) as tree:
-        told = state_of(tree, trusted)
-        monkeypatch.setattr(collecting, "_MANY_SOCKETS", 1 << 30)
+        told = state_of(tree, trusted, divide(trusted.sockets, frozenset()))
         looked = state_of(tree, trusted)
     assert told.descriptors == looked.descriptors
     (path,) = [one.file for one in told.descriptors.descriptions if one.file and one.file.kind == "path"]
@@ -277,6 +278,19 @@ def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(
         for option in (one.inet or one.unix).socket.options  # type: ignore[union-attr]
     }
     assert (2 * 10007).to_bytes(4, "little") in sizes
+
+
+def test_external_sockets_are_left_out_among_many(holding: Holding) -> None:
+    holding.do(*(f"kept[{n}] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)" for n in range(40)))
+    _, trusted = survey(holding.pid)
+    fd, inode = list(trusted.sockets[holding.pid].items())[35]
+    choices = Choices(external=frozenset({f"socket:[{inode}]"}))
+    _, trusted = survey(holding.pid, choices)
+    with frozen(holding.pid) as tree:
+        state = state_of(tree, trusted, divide(trusted.sockets, frozenset()), choices)
+    described = {slot.fd: state.descriptors.descriptions[slot.description] for slot in state.processes[0].slots}
+    assert described[fd].external is not None
+    assert sum(one.inet is not None for one in described.values()) == 39
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,19 @@ from typing import Any
 
 import pytest
 
+from postcopy.errors import RestoreError
+from postcopy.kernel import procfs
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import syscall
+from postcopy.network_lock import NetworkLock, Traffic
+from postcopy.restore_side import network
 from tests.hosts import DEVICE, Host, Process, Trio, postcopy_command, wait_until
 from tests.migrate import Migration, move, start_dump, start_restore
 
 PID = 6100
 SECONDS = 40
 ESTABLISHED = ["--tcp-established"]
+CLONE_NEWNET = 0x40000000
 
 
 @dataclass
@@ -155,8 +164,13 @@ def test_many_connections(trio: Trio, tmp_path: Path, request: pytest.FixtureReq
     print(f"{count} connections: stand-still {standstill / 1e6:.0f} ms, longest pause {report['longest']:.3f} s")
 
 
-def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path: Path) -> None:
-    service = serve(trio, tmp_path, hold=True)
+# To each of two addresses; many are looked at by two processes.
+MANY = pytest.mark.parametrize("count", [3, 20])
+
+
+@MANY
+def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path: Path, count: int) -> None:
+    service = serve(trio, tmp_path, count=count, hold=True)
     move_service(trio)
     (tmp_path / "hold").unlink()
     service.goes_on()
@@ -164,14 +178,15 @@ def test_server_that_does_not_read_moves_with_full_buffers(trio: Trio, tmp_path:
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
 
 
-def test_connections_that_their_peers_have_closed_half(trio: Trio, tmp_path: Path) -> None:
-    service = serve(trio, tmp_path, hold=True)
+@MANY
+def test_connections_that_their_peers_have_closed_half(trio: Trio, tmp_path: Path, count: int) -> None:
+    service = serve(trio, tmp_path, count=count, hold=True)
     (tmp_path / "finish").touch()
     wait_until(lambda: (tmp_path / "finished").exists(), SECONDS, "the client writes no more")
     closed = ["ss", "-Htn", "state", "close-wait"]
-    wait_until(lambda: len(trio.a.run(closed).stdout.splitlines()) == 6, SECONDS, "the server's kernel knows")
+    wait_until(lambda: len(trio.a.run(closed).stdout.splitlines()) == 2 * count, SECONDS, "the server's kernel knows")
     move_service(trio)
-    assert len(trio.b.run(closed).stdout.splitlines()) == 6
+    assert len(trio.b.run(closed).stdout.splitlines()) == 2 * count
     (tmp_path / "hold").unlink()
     report = service.report()
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
@@ -341,9 +356,12 @@ def test_destination_without_the_address_is_told_so_and_nobody_notices(trio: Tri
     assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
 
 
+@MANY
 @pytest.mark.parametrize("moment", ["frozen", "collected", "state"])
-def test_connections_go_on_when_dump_is_killed_before_commit(trio: Trio, tmp_path: Path, moment: str) -> None:
-    service = serve(trio, tmp_path)
+def test_connections_go_on_when_dump_is_killed_before_commit(
+    trio: Trio, tmp_path: Path, moment: str, count: int
+) -> None:
+    service = serve(trio, tmp_path, count=count)
     trio.add_service(trio.b)
     migration = start_dump(trio.a, trio.b, PID, options=ESTABLISHED)
     restore = start_restore(migration, wait=False)
@@ -471,3 +489,50 @@ def test_connection_to_a_local_process_that_is_not_moved_is_refused(trio: Trio) 
     result = trio.a.run([*postcopy_command(), "dump", "--lazy-pages", "-t", str(PID), *ESTABLISHED], timeout=20)
     assert result.returncode == 5
     assert "to 127.0.0.1:7002, whose other end is a process of this host that is not moved" in result.stderr.decode()
+
+
+def _passes(one: socket.socket, other: socket.socket) -> bool:
+    """Whether a byte gets from one end of a connection to the other at once."""
+    one.sendall(b"x")
+    other.settimeout(0.1)
+    try:
+        return other.recv(1) == b"x"
+    except TimeoutError:
+        return False
+
+
+def test_lock_lets_all_pass_before_it_is_taken_away() -> None:
+    pid = os.fork()
+    if not pid:
+        try:
+            syscall("unshare", NUMBERS["unshare"], CLONE_NEWNET)
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            with socket.create_server(("127.0.0.1", 7000)) as listener:
+                one = socket.create_connection(("127.0.0.1", 7000))
+                other, _ = listener.accept()
+                lock = NetworkLock("nftables", "postcopy-test")
+                here, there = ((socket.inet_aton(host), port) for host, port in (one.getsockname(), one.getpeername()))
+                assert _passes(one, other)
+                lock.lock(Traffic([(here, there)], []))
+                assert not _passes(one, other)
+                lock.let_pass()
+                assert lock.is_locked
+                # Of this connection, what was dropped is sent again first.
+                other.settimeout(SECONDS)
+                assert other.recv(1) == b"x"
+                assert _passes(one, other)
+                lock.close()
+                assert _passes(one, other)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_restore_makes_sure_before_commit_that_it_can_hold_all_connections() -> None:
+    network.reserve(100)
+    most = procfs.most_descriptors()
+    with pytest.raises(RestoreError, match=r"to hold the connections of the program") as refused:
+        network.reserve(most)
+    assert "ulimit -Hn" in refused.value.hint

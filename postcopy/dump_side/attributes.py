@@ -3,8 +3,8 @@
 from msgspec import Struct
 
 from postcopy.kernel import membarrier, procfs
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.prctl import (
     PR_GET_CHILD_SUBREAPER,
     PR_GET_DUMPABLE,

@@ -20,6 +20,7 @@ from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
+from postcopy.dump_side.socket_shares import divide
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock
@@ -68,14 +69,17 @@ class Capture:
             self._leave()
 
     def _leave(self) -> None:
+        self._looker.close()
         if self.committed:
             self.frozen.let_go()
         else:
+            if self._looker.is_taking_apart:
+                # It has ended in the middle of that.
+                network.heal(self.frozen.faces)
             if not self._ended:
                 self._unlock()
             self.frozen.thaw()
         self._smaps.close()
-        self._looker.close()
         if self.committed and not self._ended and self._lock.is_locked:
             self._guard.leave()
             self._lock.leave()
@@ -95,6 +99,8 @@ class Capture:
         root = self.frozen.root.pid
         pids = [root, *procfs.descendants(root)]
         self._silence.prepare(list(_faces(pids)))
+        division = divide(self._trusted.sockets, frozenset(self._silence.locked))
+        self._looker.divide(division)
         sleeping = {tid: seen for pid in pids for tid, seen in _asleep(pid)}
         self.began = time.monotonic_ns()
         self.frozen.freeze()
@@ -113,6 +119,7 @@ class Capture:
             self._shared,
             self._choices,
             self._silence.cover,
+            division,
         )
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}

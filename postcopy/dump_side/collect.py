@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -18,6 +19,7 @@ from postcopy.dump_side import (
     memory,
     seccomp,
     signals,
+    socket_looks,
     threads,
     timers,
     unix_peers,
@@ -31,15 +33,14 @@ from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
+from postcopy.dump_side.socket_shares import Division
 from postcopy.errors import DumpError, PostcopyError, ProblemsError
-from postcopy.kernel.executor import Answers
+from postcopy.kernel.batch import Answers
 from postcopy.state import FileIdentity, Process, Tree
 from postcopy.turns import by_turns
 
 Sleepers = dict[int, Observation]
 
-# Fewer are asked sooner than another process of ours has told of them.
-_MANY_SOCKETS = 32
 # Processes that make calls for us while others are looked at.
 _AT_ONCE = 4
 
@@ -53,12 +54,14 @@ def collect(
     shared: SharedObjects,
     choices: Choices | None = None,
     silence: Silence | None = None,
+    division: Division | None = None,
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
     ``smaps`` reads meanwhile, and is to verify in the end; ``looker`` looks at each process; ``sleepers`` were observed
     before the freeze. The memory that its processes may share is added to ``shared``, which must stay open as long as
-    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at.
+    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at. ``division``:
+    who looks at which sockets.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -66,7 +69,7 @@ def collect(
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
-        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table)
+        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, division or Division())
 
 
 def _collect(
@@ -77,6 +80,7 @@ def _collect(
     sleepers: Sleepers,
     shared: SharedObjects,
     table: Table,
+    division: Division,
 ) -> Tree:
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
@@ -90,8 +94,10 @@ def _collect(
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
     owners = [each for each in frozen.processes if each.pid not in sharing.tables]
     for each in owners:
-        if trusted.sockets.get(each.face, 0) >= _MANY_SOCKETS:
-            table.asked[each.face] = looker.ask_for_sockets(each.face)
+        if each.face in division.theirs.descriptors:
+            ours = socket_looks.look(each.face, division.ours, division.locked)
+            table.asked[each.face] = chain(ours, looker.ask_for_sockets(each.face))
+            table.theirs = division.theirs.connections
     looker.ask(frozen.faces, frozen.root.face)
     for each in owners:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)

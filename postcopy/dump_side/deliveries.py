@@ -17,9 +17,12 @@ def collect(table: Table, opened: Opened, description: int) -> Delivery | None:
     """What is not the default; None where all of it is. Raises Refused for an owner that is not moved along."""
     if opened.flags & O_PATH or (opened.mode in _SILENT and not opened.asynchronous):
         return None
-    with opened.duplicate() as own:
-        signal = fcntl.fcntl(own, fcntl.F_GETSIG)
-        kind, owner = struct.unpack("<ii", fcntl.fcntl(own, _F_GETOWN_EX, bytes(8)))
+    if opened.shown is not None:
+        signal, kind, owner = opened.shown.signal, opened.shown.owner_kind, opened.shown.owner
+    else:
+        with opened.duplicate() as own:
+            signal = fcntl.fcntl(own, fcntl.F_GETSIG)
+            kind, owner = struct.unpack("<ii", fcntl.fcntl(own, _F_GETOWN_EX, bytes(8)))
     if not (owner or signal or opened.asynchronous):
         return None
     return Delivery(description, kind, _owner(table, opened, kind, owner), signal, opened.asynchronous, opened.flags)

@@ -28,6 +28,7 @@ from postcopy.dump_side import (
     unix_peers,
 )
 from postcopy.dump_side.opened import Opened, Refused, Remembered, Table
+from postcopy.dump_side.socket_looks import Shown
 from postcopy.kernel import kcmp, procfs
 from postcopy.open_kinds import Lock
 from postcopy.state import Description, FileIdentity, Slot
@@ -50,6 +51,8 @@ _KINDS = (
     fanotify.collect,
     pidfd.collect,
 )
+# What a descriptor can be that is known to be a socket.
+_SOCKETS = (external.collect, sockets.collect)
 
 
 def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
@@ -60,12 +63,13 @@ def collect(table: Table, pid: int, problems: list[str]) -> list[Slot]:
     table.pid = pid
     slots: list[Slot] = []
     seen: set[int] = set()
+    shown = table.shown_by_sockets()
     with contextlib.closing(procfs.Entries(pid)) as entries:
         for fd in procfs.descriptors(pid):
             # A running process may close it while we look, and open something else under its number.
             for looks_left in reversed(range(1 if table.frozen else _LOOKS)):
                 try:
-                    slots.append(_collect(table, entries, fd, seen))
+                    slots.append(_collect(table, entries, fd, shown(fd), seen))
                 except (Refused, OSError) as reason:
                     if isinstance(reason, OSError) and not os.path.lexists(f"/proc/{pid}/fd/{fd}"):
                         break
@@ -102,10 +106,7 @@ def _on_its_way(table: Table, fd: int) -> int:
     """The number of the description behind a descriptor of ours."""
     opened = Opened.look(os.getpid(), fd)
     before = len(table.descriptors.descriptions)
-    try:
-        number = _entered(table, opened, set()).description
-    finally:
-        opened.close()
+    number = _entered(table, opened, set()).description
     found = table.descriptors
     if number >= before and not in_flight.can_be_made(found.descriptions[number]):
         raise Refused(f"{opened.link}: of what nobody has open, this kind cannot be moved yet")
@@ -115,18 +116,16 @@ def _on_its_way(table: Table, fd: int) -> int:
     return number
 
 
-def _collect(table: Table, entries: procfs.Entries, fd: int, seen: set[int]) -> Slot:
+def _collect(table: Table, entries: procfs.Entries, fd: int, shown: Shown | None, seen: set[int]) -> Slot:
     """One entry of a table. ``seen``: the descriptions that this process is known to have."""
+    if shown is not None:
+        return _entered(table, Opened.of_socket(table.pid, fd, shown, entries.process), seen)
     info, known = entries.info(fd), table.remembered.get((table.pid, fd))
     if known is not None and known.still(info):
         number = _as_before(table, fd, known)
         seen.add(number)
         return Slot(fd, known.close_on_exec, number)
-    opened = Opened.look(table.pid, fd, entries, info, known)
-    try:
-        return _entered(table, opened, seen)
-    finally:
-        opened.close()
+    return _entered(table, Opened.look(table.pid, fd, entries, info, known), seen)
 
 
 def _as_before(table: Table, fd: int, known: Remembered) -> int:
@@ -148,6 +147,14 @@ def _as_before(table: Table, fd: int, known: Remembered) -> int:
 
 
 def _entered(table: Table, opened: Opened, seen: set[int]) -> Slot:
+    """Its entry; it is closed."""
+    try:
+        return _entry(table, opened, seen)
+    finally:
+        opened.close()
+
+
+def _entry(table: Table, opened: Opened, seen: set[int]) -> Slot:
     among = table.alike[opened.likeness]
     place, number = _look_up(table, opened.pid, opened.fd, among)
     if number is None:
@@ -172,7 +179,7 @@ def _entered(table: Table, opened: Opened, seen: set[int]) -> Slot:
 
 
 def _describe(table: Table, opened: Opened, number: int) -> Description:
-    for kind in _KINDS:
+    for kind in _KINDS if opened.shown is None else _SOCKETS:
         description = kind(table, opened)
         if description is not None:
             break

@@ -10,6 +10,7 @@ from msgspec import structs
 from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import Table
 from postcopy.errors import DumpError
+from postcopy.kernel.batch import RECORD_SIZE
 from postcopy.kernel.calls import call
 from postcopy.kernel.epoll import (
     EPOLL_CTL_MOD,
@@ -21,7 +22,7 @@ from postcopy.kernel.epoll import (
     event,
     parse,
 )
-from postcopy.kernel.executor import RECORD_SIZE, Executor
+from postcopy.kernel.executor import Executor
 from postcopy.open_kinds import Epoll, EpollTarget
 from postcopy.state import Description
 

@@ -6,8 +6,9 @@ from socket import SocketType
 
 from postcopy.dump_side import multicast, tcp_connections
 from postcopy.dump_side.choices import CLOSED, MOVED
-from postcopy.dump_side.opened import Refused, Table
+from postcopy.dump_side.opened import Opened, Refused, Table
 from postcopy.kernel import net_tables, socket_address, socket_options, tcp_repair, udp
+from postcopy.kernel.socket_look import Told
 from postcopy.kernel.tcp_repair import STATES
 from postcopy.socket_kinds import InetSocket, Socket
 
@@ -15,10 +16,11 @@ _PING = {(socket.SOCK_DGRAM, socket.IPPROTO_ICMP), (socket.SOCK_DGRAM, socket.IP
 _BROKEN = select.POLLIN | select.POLLRDHUP
 
 
-def collect(table: Table, common: Socket, own: SocketType) -> InetSocket | None:
-    """The socket ``own``, a duplicate of the program's; None for other protocols. Raises Refused."""
-    if (common.type, common.protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
-        return _tcp(table, common, own)
+def collect(table: Table, common: Socket, told: Told, opened: Opened) -> InetSocket | None:
+    """The socket, which has told so much; None for other protocols. Raises Refused."""
+    if told.info:
+        return _tcp(table, common, told, opened)
+    own = opened.sock
     if (common.type, common.protocol) == (socket.SOCK_DGRAM, socket.IPPROTO_UDP):
         return _udp(table, common, own)
     if common.type == socket.SOCK_RAW:
@@ -28,40 +30,49 @@ def collect(table: Table, common: Socket, own: SocketType) -> InetSocket | None:
     return None
 
 
-def _tcp(table: Table, common: Socket, own: SocketType) -> InetSocket:
+def _tcp(table: Table, common: Socket, told: Told, opened: Opened) -> InetSocket:
     title = f"socket:[{common.inode}]"
-    info = tcp_repair.info(own)
-    if any((each.level, each.name) == socket_options.TCP_ULP and each.value.strip(b"\0") for each in common.options):
+    info = tcp_repair.of_raw(told.info)
+    # Those that are not as in a new socket.
+    options = {(each.level, each.name): each.value for each in common.options}
+    if options.get(socket_options.TCP_ULP, b"").strip(b"\0"):
         raise Refused(f"{title}: TCP with a protocol on top in the kernel (TLS) cannot be moved yet")
-    local, remote = _local(common, own), b""
+    local, remote = _checked(common, told.local if any(told.local[2:4]) else b""), b""
     connection, ended, aborted = None, False, False
     if info.state == tcp_repair.LISTEN:
         if table.silence is not None:
             table.silence(table.pid, local, b"")
-            info = tcp_repair.info(own)
+            info = tcp_repair.info(opened.sock)
         if info.waiting and table.frozen:
             text = socket_address.text(local)
             raise Refused(f"{title}: TCP connections to {text} wait to be accepted ({info.waiting}): try again")
     elif info.state == tcp_repair.CLOSE:
-        events = _events(own)
+        events = _events(opened.own)
         aborted = bool(events & select.POLLERR)
         ended = aborted or events & _BROKEN == _BROKEN
         # With a reset goes what had not been read (RFC 9293, 3.10.7.4).
-        if ended and not aborted and tcp_repair.unread(own):
+        if ended and not aborted and tcp_repair.unread(opened.sock):
             raise Refused(f"{title}: a TCP connection that has ended with data left to read cannot be moved yet")
     elif table.choices.connections == CLOSED:
         ended = aborted = True
     else:
-        remote = _remote(common, own)
+        remote = _checked(common, told.remote)
         if reason := _unmovable(table, info):
-            where = f"{title}: the TCP connection {socket_address.text(local)} to {socket_address.text(remote)}"
+            to = f" to {socket_address.text(remote)}" if remote else ""
+            where = f"{title}: the TCP connection {socket_address.text(local)}{to}"
             raise Refused(f"{where} {reason}")
-        if table.silence is not None:
-            table.silence(table.pid, local, remote)
+        apart = opened.shown.apart if opened.shown else None
+        if table.silence is not None and table.silence(table.pid, local, remote):
+            # Until now something may have come for it.
+            info, apart = tcp_repair.info(opened.sock), None
         if info.state == tcp_repair.ESTABLISHED and socket_address.is_loopback(remote):
             table.loops.append((local, remote))
         if table.frozen:
-            connection = tcp_connections.collect(own, info)
+            if apart is None:
+                if common.inode in table.theirs:
+                    table.all_shown()
+                apart = tcp_connections.look(opened.own, told.peek_offset)
+            connection = tcp_connections.connection(apart, info)
     return InetSocket(
         socket=common,
         local=local,
@@ -76,6 +87,8 @@ def _tcp(table: Table, common: Socket, own: SocketType) -> InetSocket:
 
 def check_loops(table: Table, problems: list[str]) -> None:
     """Once all sockets have been collected: who is connected to a process that stays here would be so to nobody."""
+    if not table.loops:
+        return
     addresses = [
         (socket_address.unpack(one.inet.local), one.inet)
         for one in table.descriptors.descriptions
@@ -164,7 +177,7 @@ def _checked(common: Socket, address: bytes) -> bytes:
     return address
 
 
-def _events(own: SocketType) -> int:
+def _events(fd: int) -> int:
     poll = select.poll()
-    poll.register(own.fileno(), _BROKEN)
+    poll.register(fd, _BROKEN)
     return sum(event for _, event in poll.poll(0))

@@ -4,8 +4,8 @@ import struct
 
 from msgspec import Struct
 
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.state import Limits
 
 _COUNT = 16  # RLIM_NLIMITS

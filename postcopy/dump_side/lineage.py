@@ -12,8 +12,8 @@ from types import MappingProxyType
 from postcopy.dump_side import namespaces, pid_namespaces
 from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import kcmp, procfs
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.ptrace import SIGINFO_SIZE, WALL
 from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting

@@ -16,7 +16,7 @@ def collect(table: Table, opened: Opened, description: int, new: bool) -> list[L
 
     Raises Refused where they are not to be moved, or cannot be.
     """
-    return [_lock(table, opened, description, line) for line in opened.info if _is_wanted(line, new)]
+    return [_lock(table, opened, description, line) for line in opened.info[3:] if _is_wanted(line, new)]
 
 
 def _is_wanted(line: str, new: bool) -> bool:

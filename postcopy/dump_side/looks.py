@@ -1,28 +1,32 @@
 """What can be seen of a frozen process without its help, by a process of ours: meanwhile it is asked for the rest."""
 
 import contextlib
+import fcntl
 import os
 import pickle
-import socket
-import stat
+import select
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import BinaryIO, TypeVar
 
 from msgspec import Struct
 
 from postcopy import roles
-from postcopy.dump_side import attributes, filesystem, lineage, memory, namespaces, threads, timers
+from postcopy.dump_side import attributes, filesystem, lineage, memory, namespaces, socket_looks, threads, timers
 from postcopy.dump_side.smaps import Known
+from postcopy.dump_side.socket_shares import Division
 from postcopy.errors import DumpError
-from postcopy.kernel import pidfd, procfs, socket_options
+from postcopy.kernel import procfs
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.sched import scheduling
 from postcopy.state import Filesystem
 
 # A process and the root to look at; or a process alone, whose sockets are to be looked at.
 _ASKED = struct.Struct("=QQ")
+_LAST_SOCKETS_SECONDS = 1
+_PIPE_SIZE = 1 << 20  # fs.pipe-max-size
 _LENGTH = struct.Struct("=Q")
 # So many processes are looked at before they are wanted; what asks for them always fits into a pipe.
 _AHEAD = 64
@@ -82,26 +86,12 @@ def _threads(pid: int, tids: Iterable[int]) -> Iterator[tuple[int, threads.Seen]
             yield tid, threads.see(pid, tid)
 
 
-def _look_at_sockets(pid: int) -> Iterator[list[tuple[int, socket_options.Told]]]:
-    """What the options of the sockets of a process tell, in the order of their numbers, some at a time; in the end
-    nothing. What cannot be read so is left out."""
-    process = pidfd.of_task(pid)
-    try:
-        found = []
-        for fd in procfs.descriptors(pid):
-            with contextlib.suppress(OSError):
-                if not stat.S_ISSOCK(os.stat(f"/proc/{pid}/fd/{fd}").st_mode):
-                    continue
-                with socket.socket(fileno=pidfd.getfd(process, fd)) as own:
-                    found.append((fd, socket_options.told(own)))
-            if len(found) == _SOCKETS_AT_ONCE:
-                yield found
-                found = []
-        if found:
-            yield found
+def _look_at_sockets(pid: int, division: Division) -> Iterator[list[socket_looks.Seen]]:
+    """The sockets of a process, some at a time; in the end nothing."""
+    with contextlib.closing(socket_looks.look(pid, division.theirs, division.locked)) as found:
+        while some := list(islice(found, _SOCKETS_AT_ONCE)):
+            yield some
         yield []
-    finally:
-        os.close(process)
 
 
 class Looker:
@@ -109,38 +99,66 @@ class Looker:
 
     def __init__(self, known: Mapping[int, Known]) -> None:
         """Fork it, before the freeze; it waits for `ask`."""
+        self._looking_at = 0
         asked_read, self._asking = os.pipe()
         self._found, found_write = os.pipe()
+        with contextlib.suppress(OSError):
+            # As much as everybody may have: it is to go on while nobody reads.
+            fcntl.fcntl(found_write, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._waiting: deque[tuple[int, int]] = deque()
+        self._division = os.memfd_create("postcopy-sockets", os.MFD_CLOEXEC)
 
         def body() -> None:
             os.close(self._asking)
             # The tree stands still.
             scheduling(nice=-20)
+            # Where nobody wants to know any more.
+            with contextlib.suppress(BrokenPipeError):
+                answer(asked_read, found_write)
+
+        def answer(asked_read: int, found_write: int) -> None:
             with open(asked_read, "rb") as questions, open(found_write, "wb") as answers:
                 while words := questions.read(_ASKED.size):
                     pid, root = _ASKED.unpack(words)
                     try:
-                        for each in _look_at_sockets(pid) if not root else [look(pid, root, known)]:
+                        found = [look(pid, root, known)] if root else _look_at_sockets(pid, self._read_division())
+                        for each in found:
                             _send(answers, each)
                     except (OSError, LookupError, ValueError) as error:
                         # Of a process that has just been killed anything may be read.
                         _send(answers, error)
 
+        # It has the guard's connection, as all that is forked here: so the guard, who brings connections together again
+        # when we die, hears of our end only when it has ended, too.
         self._role = roles.start("postcopy-look", body, dies_with_parent=True)
         os.close(asked_read)
         os.close(found_write)
         self._answers = open(self._found, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def ask_for_sockets(self, pid: int) -> Iterator[tuple[int, socket_options.Told]]:
-        """Of the sockets of a process, in the order of their numbers, what its options tell; before `ask`. Each has
-        then been read.
-        """
-        os.write(self._asking, _ASKED.pack(pid, 0))
+    def divide(self, division: Division) -> None:
+        """What its share of the sockets is; before `ask_for_sockets`."""
+        os.pwrite(self._division, pickle.dumps(division, pickle.HIGHEST_PROTOCOL), 0)
 
-        def answers() -> Iterator[tuple[int, socket_options.Told]]:
+    def _read_division(self) -> Division:
+        content = os.pread(self._division, os.fstat(self._division).st_size, 0)
+        found: Division = pickle.loads(content)
+        return found
+
+    @property
+    def is_taking_apart(self) -> bool:
+        """Whether it may have a connection under repair."""
+        return self._looking_at > 0
+
+    def ask_for_sockets(self, pid: int) -> Iterator[socket_looks.Seen]:
+        """What the sockets of a process show that are in its share, in the order of their descriptors; before `ask`.
+        All must be taken before the first `result`."""
+        self._ask(pid, 0)
+        self._looking_at += 1
+
+        def answers() -> Iterator[socket_looks.Seen]:
             while found := self._receive(list):
                 yield from found
+            self._looking_at -= 1
 
         return answers()
 
@@ -152,7 +170,12 @@ class Looker:
 
     def _ask_next(self) -> None:
         if self._waiting:
-            os.write(self._asking, _ASKED.pack(*self._waiting.popleft()))
+            self._ask(*self._waiting.popleft())
+
+    def _ask(self, pid: int, root: int) -> None:
+        # That it has ended is told where its answer is missed.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._asking, _ASKED.pack(pid, root))
 
     def result(self) -> Look:
         """That of the next one. Raises what `look` does, and DumpError when it cannot look any more."""
@@ -170,11 +193,14 @@ class Looker:
         return answer
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
-        self._role.kill()
+        """End it, whatever it is doing; but let it bring a connection that it has taken apart together again."""
         os.close(self._asking)
         self._answers.close()
         os.close(self._found)
+        os.close(self._division)
+        if self.is_taking_apart:
+            select.select([self._role.pidfd], [], [], _LAST_SOCKETS_SECONDS)
+        self._role.kill()
 
 
 def _send(stream: BinaryIO, answer: object) -> None:

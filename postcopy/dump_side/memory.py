@@ -17,9 +17,9 @@ from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.shared_memory import DELETED, SharedObjects
 from postcopy.huge_pages import HugeArea, HugeAreas, is_lazy
 from postcopy.kernel import procfs
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
 from postcopy.kernel.elf import build_id
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SIZE, page_down
 from postcopy.kernel.pagemap import PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_PFNZERO, Pagemap, PageRegion
 from postcopy.kernel.procfs import MapsLine

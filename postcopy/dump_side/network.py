@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from postcopy import roles
 from postcopy.dump_side.choices import MOVED, Choices
@@ -36,6 +36,7 @@ class Silence:
         self._locking = locking
         self._told: set[int] = set()
         self._seen: set[tuple[bytes, bytes]] = set()
+        self._foreseen: list[tuple[Address, Address]] = []
         self._connections: dict[tuple[bytes, bytes], tuple[Address, Address]] = {}
         self._listeners: dict[bytes, Address] = {}
 
@@ -44,6 +45,11 @@ class Silence:
         """What is locked."""
         return Traffic(list(self._connections.values()), list(self._listeners.values()))
 
+    @property
+    def locked(self) -> Collection[tuple[bytes, bytes]]:
+        """The connections that are locked by `begin`, by their ends."""
+        return self._seen
+
     def prepare(self, pids: Sequence[int]) -> None:
         """Let no new connections come to these processes, which are running, and let them accept what waits for that.
 
@@ -51,6 +57,7 @@ class Silence:
         """
         if self._look(pids):
             self._look(pids)
+        self._foreseen = [(socket_address.unpack(one), socket_address.unpack(other)) for one, other in self._seen]
 
     def _look(self, pids: Sequence[int]) -> bool:
         """Look for all TCP sockets. Whether something has waited to be accepted, and so was not seen yet."""
@@ -76,19 +83,28 @@ class Silence:
 
         Not before: what a program writes as its last word before it closes a connection must get through.
         """
-        self._add(pids, self._seen, set())
+        self._add(pids, self._seen, set(), self._foreseen)
 
-    def cover(self, pid: int, local: bytes, remote: bytes) -> None:
-        """Lock a socket of a frozen process, unless it is locked; ``remote`` is empty where it listens.
-
-        Raises PostcopyError.
+    def cover(self, pid: int, local: bytes, remote: bytes) -> bool:
+        """Lock a socket of a frozen process, unless it is locked; ``remote`` is empty where it listens. Whether it was
+        not. Raises PostcopyError.
         """
         if remote and self._moved and (local, remote) not in self._connections:
             self._add([pid], {(local, remote)}, set())
         elif not remote and local not in self._listeners:
             self._add([pid], set(), {local})
+        else:
+            return False
+        return True
 
-    def _add(self, pids: Sequence[int], connections: set[tuple[bytes, bytes]], listeners: set[bytes]) -> None:
+    def _add(
+        self,
+        pids: Sequence[int],
+        connections: Collection[tuple[bytes, bytes]],
+        listeners: Collection[bytes],
+        ends: Sequence[tuple[Address, Address]] = (),
+    ) -> None:
+        """``ends``: what the connections are, where that is at hand."""
         if not (connections or listeners):
             return
         if new := [pid for pid in pids if pid not in self._told]:
@@ -96,7 +112,7 @@ class Silence:
             self._told.update(new)
         unpack = socket_address.unpack
         found = Traffic(
-            [(unpack(local), unpack(remote)) for local, remote in connections],
+            ends or [(unpack(local), unpack(remote)) for local, remote in connections],
             [(host if any(host) else b"", port) for host, port in map(unpack, listeners)],
         )
         try:

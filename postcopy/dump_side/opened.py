@@ -6,20 +6,22 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from socket import SocketType
 
 from msgspec import Struct, field, structs
 
+from postcopy.dump_side import socket_looks
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.shared_memory import DELETED, Key, SharedObjects
 from postcopy.dump_side.smaps import Known
 from postcopy.kernel import pidfd, procfs, sock_diag
-from postcopy.kernel.socket_options import Told
 from postcopy.open_kinds import Inotify
 from postcopy.socket_kinds import SocketOption, UnixName
 from postcopy.state import Description, Descriptors, Draft, FileIdentity, Slot
 
-#: Keeps a TCP socket of a process silent, by its local and its remote address.
-Silence = Callable[[int, bytes, bytes], None]
+#: Keeps a TCP socket of a process silent, by its local and its remote address; whether it may have spoken until then.
+Silence = Callable[[int, bytes, bytes], bool]
 
 O_PATH = 0o10000000
 FASYNC = 0o20000
@@ -64,7 +66,7 @@ class Opened(Struct, frozen=True, dict=True):
     """A descriptor: ``link`` is where ``/proc/PID/fd/FD`` points, ``flags`` the status flags as open(2) takes them.
 
     ``asynchronous``: O_ASYNC; ``info``: the lines of its fdinfo. ``process``: a pidfd, if one is at hand.
-    ``is_named``: the file has just been found at ``link``.
+    ``is_named``: the file has just been found at ``link``. ``shown``: what it shows, if it was asked for.
     """
 
     pid: int
@@ -78,6 +80,7 @@ class Opened(Struct, frozen=True, dict=True):
     info: tuple[str, ...]
     process: int = -1
     is_named: bool = False
+    shown: socket_looks.Shown | None = None
 
     @classmethod
     def look(
@@ -105,6 +108,27 @@ class Opened(Struct, frozen=True, dict=True):
             link = f"socket:[{status.st_ino}]"
         else:
             link = entries.link(fd)
+        return cls._of(pid, fd, link, status, lines, entries.process, found is not None)
+
+    @classmethod
+    def of_socket(cls, pid: int, fd: int, shown: socket_looks.Shown, process: int) -> "Opened":
+        """What has been seen of a socket."""
+        lines = shown.info.decode(errors="surrogateescape").splitlines()
+        return cls._of(pid, fd, f"socket:[{shown.status.st_ino}]", shown.status, lines, process, False, shown)
+
+    @classmethod
+    def _of(
+        cls,
+        pid: int,
+        fd: int,
+        link: str,
+        status: os.stat_result,
+        lines: Sequence[str],
+        process: int,
+        is_named: bool,
+        shown: socket_looks.Shown | None = None,
+    ) -> "Opened":
+        flags = int(lines[1].partition(":")[2], 8)
         return cls(
             pid=pid,
             fd=fd,
@@ -115,8 +139,9 @@ class Opened(Struct, frozen=True, dict=True):
             asynchronous=bool(flags & FASYNC),
             position=int(lines[0].partition(":")[2]),
             info=tuple(lines),
-            process=entries.process,
-            is_named=found is not None,
+            process=process,
+            is_named=is_named,
+            shown=shown,
         )
 
     def remembered(self, description: Description, needed: FileIdentity | None) -> Remembered | None:
@@ -145,8 +170,17 @@ class Opened(Struct, frozen=True, dict=True):
         finally:
             os.close(process)
 
+    @functools.cached_property
+    def sock(self) -> SocketType:
+        """The same as a socket, which it must be."""
+        # Where its kind is not known, it is asked for.
+        return SocketType(*(self.shown.told.kind if self.shown is not None else (-1, -1, -1)), fileno=self.own)
+
     def close(self) -> None:
-        """Give back what `own` is."""
+        """Give back what `own` and `sock` are."""
+        sock = self.__dict__.pop("sock", None)
+        if sock is not None:
+            sock.detach()
         own = self.__dict__.pop("own", None)
         if own is not None:
             os.close(own)
@@ -192,7 +226,8 @@ def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | No
 class Trusted(Struct, frozen=True):
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
     memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
-    what has been seen of the tree; ``sockets``: how many each process has; ``orders``: see
+    what has been seen of the tree; ``sockets``: of each process those descriptors that are
+    sockets, with their inodes; ``orders``: see
     `lineage.Sharing`."""
 
     pipes: frozenset[int] = frozenset()
@@ -201,7 +236,7 @@ class Trusted(Struct, frozen=True):
     known: Mapping[int, Known] = {}
     remembered: Mapping[tuple[int, int], Remembered] = {}
     draft: Draft = field(default_factory=Draft)
-    sockets: Mapping[int, int] = {}
+    sockets: Mapping[int, Mapping[int, int]] = {}
     orders: Mapping[int, Sequence[int]] = {}
 
 
@@ -222,7 +257,8 @@ class Table(Struct, dict=True):
     ``watched_ghosts``: inotify instances with watches of what has no name: of each its device and inode.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
-    ``asked``: by process, what its sockets tell. ``level``: see `pid_namespaces.level`.
+    ``asked``: by process, what its sockets show; ``theirs``: the connections (by inode) that another process of
+    ours takes apart meanwhile. ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -254,7 +290,8 @@ class Table(Struct, dict=True):
     loops: list[tuple[bytes, bytes]] = []
     socket_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = {}
     socket_options: dict[tuple[object, object], list[SocketOption]] = {}
-    asked: dict[int, Iterator[tuple[int, Told]]] = {}
+    asked: dict[int, Iterator[socket_looks.Seen]] = {}
+    theirs: frozenset[int] = frozenset()
     carrying: list[int] = []
     received: list[int] = []
     unix_names: list[UnixName] = []
@@ -269,15 +306,34 @@ class Table(Struct, dict=True):
         while self.received:
             os.close(self.received.pop())
 
-    def told_of_socket(self, fd: int) -> Told | None:
-        """What the socket under this number in the process whose table is being collected has told, if it was asked
-        for. They are asked for in the order of their numbers.
-        """
-        for number, told in self.asked.get(self.pid, ()):
-            if number >= fd:
-                # In a frozen process none can be passed over, but those that tell nothing.
-                return told if number == fd else None
-        return None
+    def shown_by_sockets(self) -> Callable[[int], socket_looks.Shown | None]:
+        """What gives what is shown by a descriptor of the process whose table is being collected, if it is that of a
+        socket and they were asked for. To be called with the numbers in their order."""
+        ahead: list[socket_looks.Seen] = []
+
+        def shown(fd: int) -> socket_looks.Shown | None:
+            if not ahead:
+                ahead.extend(islice(self.asked.get(self.pid, ()), 1))
+            return socket_looks.shown(ahead.pop()) if ahead and ahead[0][0] == fd else None
+
+        return shown
+
+    def all_shown(self) -> None:
+        """Wait until all that was asked for is there: nobody else takes connections apart any more."""
+        self.asked = {pid: iter(list(found)) for pid, found in self.asked.items()}
+        self.theirs = frozenset()
+
+    def found_sockets(self) -> dict[int, dict[int, int]]:
+        """Of each process those of its descriptors that are sockets, with their inodes."""
+        inodes: dict[int, int] = {}
+        for number, one in enumerate(self.descriptors.descriptions):
+            kind = one.inet or one.unix or one.netlink or one.packet
+            if kind is not None:
+                inodes[number] = kind.socket.inode
+        return {
+            pid: {slot.fd: inodes[slot.description] for slot in slots if slot.description in inodes}
+            for pid, slots in self.slots.items()
+        }
 
     def asked_no_more(self, pid: int) -> None:
         """The table of that process has been collected: what it has been asked for and nobody wants is left."""

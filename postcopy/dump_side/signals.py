@@ -8,8 +8,8 @@ from msgspec import Struct
 
 from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import ptrace
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.posix_timer import SI_TIMER
 from postcopy.state import LateSignal, Process, Signals
 

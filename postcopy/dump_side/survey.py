@@ -165,7 +165,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         found.known,
         found.table.found,
         draft,
-        Counter(found.table.sockets.values()),
+        found.table.found_sockets(),
         orders,
     )
 

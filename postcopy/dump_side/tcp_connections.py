@@ -3,48 +3,48 @@
 The connection must be locked (see `network_lock`): what arrived between two reads would be acknowledged and lost.
 """
 
-import select
-import socket
-from socket import SocketType
+import errno
+import functools
 
 from postcopy.kernel import tcp_repair
-from postcopy.kernel.socket_options import SOL_TCP
-from postcopy.kernel.tcp_repair import RECEIVE_QUEUE, SEND_QUEUE, Info
+from postcopy.kernel.tcp_repair import Apart, Info, Repair
 from postcopy.socket_kinds import TcpConnection
 
 _SEQUENCES = 1 << 32
+_repair = functools.cache(Repair)
 
 
-def collect(own: SocketType, info: Info) -> TcpConnection:
-    """The connection; ``own`` is a duplicate of the program's socket, whose process is frozen."""
-    with tcp_repair.repairing(own):
-        outstanding, unsent = tcp_repair.unacknowledged(own), tcp_repair.unsent(own)
-        # A FIN has a number, too, behind all that is written: while it is outstanding it is counted.
-        acknowledged = info.state == tcp_repair.FIN_WAIT2
-        fin = info.state in tcp_repair.CLOSED_HERE and not acknowledged
-        fin_unsent = fin and unsent > 0
-        finished = info.state in tcp_repair.CLOSED_THERE
-        next_read, received = tcp_repair.queue(own, RECEIVE_QUEUE, tcp_repair.unread(own))
-        next_written, written = tcp_repair.queue(own, SEND_QUEUE, outstanding - fin)
-        sent = outstanding - fin - (unsent - fin_unsent)
-        return TcpConnection(
-            sent=written[:sent],
-            unsent=written[sent:],
-            received=received,
-            send_sequence=(next_written - outstanding - acknowledged) % _SEQUENCES,
-            receive_sequence=(next_read - len(received) - finished) % _SEQUENCES,
-            mss=own.getsockopt(SOL_TCP, socket.TCP_MAXSEG),
-            scales=info.scales,
-            sack=info.sack,
-            timestamp=tcp_repair.timestamp(own) if info.timestamps else None,
-            window=tcp_repair.window(own),
-            state=info.state,
-            fin_unsent=fin_unsent,
-            deaf=not finished and _reads_no_more(own),
+def look(fd: int, peek_offset: int) -> Apart:
+    """Take a connection of a frozen process apart; ``fd`` is ours, ``peek_offset`` its SO_PEEK_OFF."""
+    return _repair().look(fd, peek_offset)
+
+
+def connection(found: Apart, info: Info) -> TcpConnection:
+    """What has been found."""
+    # A FIN has a number, too, behind all that is written: while it is outstanding it is counted.
+    acknowledged = info.state == tcp_repair.FIN_WAIT2
+    fin = info.state in tcp_repair.CLOSED_HERE and not acknowledged
+    finished = info.state in tcp_repair.CLOSED_THERE
+    received, written, unsent = found.received, found.written, found.unsent
+    outstanding = found.unacknowledged - fin
+    if (len(received), len(written)) != (found.unread, outstanding):
+        raise OSError(
+            errno.EIO, f"of {found.unread} and {outstanding} bytes {len(received)} and {len(written)} are there"
         )
-
-
-def _reads_no_more(own: SocketType) -> bool:
-    poll = select.poll()
-    poll.register(own.fileno(), select.POLLRDHUP)
-    return any(event & select.POLLRDHUP for _, event in poll.poll(0))
+    fin_unsent = fin and unsent > 0
+    sent = outstanding - (unsent - fin_unsent)
+    return TcpConnection(
+        sent=written[:sent],
+        unsent=written[sent:],
+        received=received,
+        send_sequence=(found.next_written - found.unacknowledged - acknowledged) % _SEQUENCES,
+        receive_sequence=(found.next_read - len(received) - finished) % _SEQUENCES,
+        mss=found.mss,
+        scales=info.scales,
+        sack=info.sack,
+        timestamp=found.timestamp if info.timestamps else None,
+        window=found.window,
+        state=info.state,
+        fin_unsent=fin_unsent,
+        deaf=not finished and found.reads_no_more,
+    )

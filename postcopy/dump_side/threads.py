@@ -7,8 +7,8 @@ from postcopy.dump_side import scheduling, seccomp, sleepers
 from postcopy.dump_side.freeze import Frozen, FrozenThread
 from postcopy.dump_side.sleepers import Observation
 from postcopy.kernel import procfs, ptrace
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import NUMBERS, call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.kernel.page import PAGE_SIZE
 from postcopy.kernel.prctl import (

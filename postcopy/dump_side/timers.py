@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from msgspec import Struct
 
 from postcopy.kernel import posix_timer, procfs
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.posix_timer import SIGEV_NONE, SIGEV_THREAD_ID, TimerEntry
 from postcopy.state import PosixTimer, Timers
 

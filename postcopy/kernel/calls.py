@@ -7,6 +7,9 @@ NUMBERS = {
     "fchown": 93,
     "fchdir": 81,
     "getsockopt": 55,
+    "getpeername": 52,
+    "getsockname": 51,
+    "fstat": 5,
     "setsockopt": 54,
     "socketpair": 53,
     "listen": 50,
@@ -14,6 +17,7 @@ NUMBERS = {
     "shutdown": 48,
     "sendmsg": 46,
     "sendto": 44,
+    "recvfrom": 45,
     "connect": 42,
     "socket": 41,
     "read": 0,
@@ -124,6 +128,8 @@ NUMBERS = {
     "ioprio_set": 251,
     "ioprio_get": 252,
 }
+
+NAMES = {number: name for name, number in NUMBERS.items()}
 
 
 class Call(NamedTuple):

@@ -1,7 +1,6 @@
 """The executor: a stub that makes a list of system calls inside a stopped thread, one ptrace round trip for all.
 
-A *record* is eight 64-bit words: the call's number, its six arguments, and a word that is not zero while the call is
-to be made and holds its result afterwards. The last record of a list sends the thread a signal that stops it under
+The list is a `Batch`. Its last record sends the thread a signal that stops it under
 its tracer; the word after it is zero. A thread that goes on from there, because its tracer has died, *heals*: it
 takes back its signal mask and all its registers and jumps to where it was. The code never changes a flag and never
 uses the stack, so nothing else needs to be taken back.
@@ -26,11 +25,10 @@ The code, with rip-relative places for what healing needs::
 import errno
 import signal
 import struct
-from collections.abc import Generator, Iterable, Iterator
-
-from msgspec import Struct
+from collections.abc import Generator, Iterator
 
 from postcopy.kernel import ptrace
+from postcopy.kernel.batch import RECORD_SIZE, Answers, Batch
 from postcopy.kernel.calls import NUMBERS, Call, call
 from postcopy.kernel.libc import refused
 from postcopy.kernel.process_memory import ProcessMemory
@@ -44,8 +42,6 @@ _HEALED = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "
 _LOADS = ("488b05", "488b1d", "488b0d", "488b15", "488b35", "488b3d", "4c8b05", "4c8b0d", "4c8b15", "4c8b1d", "ff25")
 _PLACES = 168  # where the mask and the registers lie, behind the code
 CODE_SIZE = 288
-RECORD_SIZE = 64
-_RECORD, _PADDING = struct.Struct("<8Q"), (0,) * 6
 
 # The kernel's own codes for a call that a signal interrupted (include/linux/errno.h); a program never sees them.
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
@@ -118,83 +114,6 @@ def _heal_code(offset: int, mask: int, registers: Registers) -> bytes:
     return code.ljust(_PLACES - offset, b"\xcc") + places
 
 
-class Batch:
-    """A list of system calls to be, with the bytes their arguments point to and the room for what they give back.
-
-    Lies in the target's memory at ``base``: records from the bottom, bytes from the top of ``capacity``.
-    """
-
-    def __init__(self, base: int, capacity: int) -> None:
-        self.base = base
-        self.capacity = capacity
-        self.calls: list[Call] = []
-        self.purposes: list[object] = []
-        self._pieces: list[bytes] = []
-        self._top = capacity
-
-    def add(self, made: Call, purpose: object = "") -> int:
-        """Append a call; the number by which its result is found. With a ``purpose`` a refusal is an error.
-
-        What ``purpose`` is as a string says what has failed.
-        """
-        self.calls.append(made)
-        self.purposes.append(purpose)
-        return len(self.calls) - 1
-
-    def place(self, content: bytes) -> int:
-        """Lay ``content`` into the target's memory; its address (16-byte aligned)."""
-        padded = content.ljust((len(content) + 15) & ~15, b"\0")
-        self._top -= len(padded)
-        self._pieces.append(padded)
-        return self.base + self._top
-
-    def room(self, length: int) -> int:
-        """The address of ``length`` zero bytes, for a call to fill."""
-        return self.place(bytes(length))
-
-    def text(self, content: str | bytes) -> int:
-        """The address of a NUL-terminated string."""
-        encoded = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-        return self.place(encoded + b"\0")
-
-    @property
-    def free(self) -> int:
-        """Bytes still free (the record that ends the list is accounted for)."""
-        return self._top - RECORD_SIZE * (len(self.calls) + 2)
-
-    def image(self, last: Call) -> tuple[bytes, bytes]:
-        """The records with ``last`` to end them, and the bytes of the top."""
-        if self.free < 0:
-            raise ValueError(f"{len(self.calls)} calls and their data do not fit into {self.capacity} bytes")
-        records = b"".join(
-            [_RECORD.pack(c.number, *c.arguments, *_PADDING[len(c.arguments) :], 1) for c in (*self.calls, last)]
-        )
-        return records + bytes(RECORD_SIZE), b"".join(reversed(self._pieces))
-
-
-class Answers(Struct):
-    """What a batch gave back: the results, and the memory its calls filled."""
-
-    batch: Batch
-    results: list[int]
-    top: bytes
-
-    def read(self, address: int, length: int) -> bytes:
-        """``length`` bytes of the room at ``address``."""
-        start = address - self.batch.base - self.batch.capacity + len(self.top)
-        return self.top[start : start + length]
-
-    def value(self, number: int) -> int:
-        """The result of call ``number``: not negative, or the negated errno."""
-        return self.results[number]
-
-    def refusals(self) -> Iterable[tuple[Call, str, int]]:
-        """Each call with a purpose that the kernel refused: the call, its purpose, the errno."""
-        for made, purpose, result in zip(self.batch.calls, self.batch.purposes, self.results, strict=True):
-            if purpose and -4096 < result < 0:
-                yield made, str(purpose), -result
-
-
 class Executor:
     """A stopped thread with its stub: ``base`` is executable memory of the target, of ``capacity`` bytes."""
 
@@ -234,6 +153,11 @@ class Executor:
         """A new, empty list."""
         return Batch(self._base + CODE_SIZE, self._capacity - CODE_SIZE)
 
+    def behind(self, batch: Batch) -> Batch:
+        """A new list in the memory that ``batch`` has left free: it can be filled while that one is running."""
+        base = batch.base + RECORD_SIZE * (len(batch) + 2)
+        return Batch(base, batch.top - base)
+
     def pause(self, batch: Batch) -> int:
         """Append a stop in the middle of the list, for `run_to`; a thread without a tracer does not stop there."""
         return batch.add(self._last)
@@ -260,7 +184,7 @@ class Executor:
         records, top = batch.image(self._last)
         self._memory.write(batch.base, records)
         if top:
-            self._memory.write(batch.base + batch.capacity - len(top), top)
+            self._memory.write(batch.top, top)
         registers = untrapped(ptrace.get_registers(self.tid))
         # orig_rax -1: the kernel must not take a leftover in rax for an interrupted call and move rip.
         ptrace.set_registers(self.tid, registers.changed(rip=self._base, rbx=batch.base, rax=0, orig_rax=ALL_SIGNALS))
@@ -270,7 +194,7 @@ class Executor:
     def at_end(self, stop: ptrace.Stop) -> bool:
         """Whether ``stop`` is the one that ends the running list."""
         assert self._running is not None
-        return self._is_at(stop, len(self._running.calls))
+        return self._is_at(stop, len(self._running))
 
     def _is_at(self, stop: ptrace.Stop, number: int) -> bool:
         """Whether ``stop`` is the one that record ``number`` makes."""
@@ -283,8 +207,8 @@ class Executor:
     def finish(self, stop: ptrace.Stop | None = None) -> Answers:
         """Wait for the end of the started list. Raises OSError ESRCH where the thread ended."""
         assert self._running is not None
-        self._until(len(self._running.calls), stop)
-        answers = self._answers(len(self._running.calls))
+        self._until(len(self._running), stop)
+        answers = self._answers(len(self._running))
         self._running = None
         return answers
 
@@ -309,11 +233,9 @@ class Executor:
         """What the first ``count`` calls of the running list gave back."""
         batch = self._running
         assert batch is not None
-        raw = self._memory.read(batch.base, RECORD_SIZE * count)
-        results = [struct.unpack_from("<q", raw, RECORD_SIZE * i + 56)[0] for i in range(count)]
-        top_length = batch.base + batch.capacity - (batch.base + batch._top)
-        top = self._memory.read(batch.base + batch._top, top_length) if top_length else b""
-        return Answers(batch, results, top)
+        records = self._memory.read(batch.base, RECORD_SIZE * count)
+        top = self._memory.read(batch.top, batch.end - batch.top) if batch.end > batch.top else b""
+        return Answers.of(batch, records, top)
 
     def run(self, batch: Batch) -> Answers:
         """`start` and `finish`."""

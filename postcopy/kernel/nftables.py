@@ -67,6 +67,14 @@ class DropTable:
         """The descriptor of the netlink socket: whoever has a duplicate keeps the table alive."""
         return self._door.fileno()
 
+    def let_pass(self) -> None:
+        """Drop nothing any more, from now on: unlike `remove`, this does not take long. Raises OSError."""
+        messages: list[tuple[int, bytes]] = []
+        for chain in (_INPUT, _OUTPUT):
+            self._add_rule(chain, [], messages, _NF_ACCEPT)
+        # Before all others.
+        self._commit(messages, _CREATE)
+
     def remove(self) -> None:
         """Drop nothing any more, whoever else has the socket. Raises OSError."""
         self._commit([_message(_DELTABLE, self._table)])
@@ -120,8 +128,10 @@ class DropTable:
         kind = _word(4, functools.reduce(lambda all_, one: all_ << 6 | one, types))
         length = _word(5, len(unique[0]))
         messages.append(_message(_NEWSET, self._table, name, _word(3, 0), kind, length, _word(10, number)))
+        # All keys are of one length, and in whole words: nothing is padded.
+        before = _nest(1, _nest(1, _attribute(1, unique[0]))).removesuffix(unique[0])
         for start in range(0, len(unique), _ELEMENTS_A_MESSAGE):
-            elements = [_nest(1, _nest(1, _attribute(1, key))) for key in unique[start : start + _ELEMENTS_A_MESSAGE]]
+            elements = [before + key for key in unique[start : start + _ELEMENTS_A_MESSAGE]]
             messages.append(_message(_NEWSETELEM, self._table, name, _word(4, number), _nest(3, *elements)))
         return _expression("lookup", _text(1, f"set{number}"), _word(2, _REGISTER), _word(4, number))
 
@@ -135,12 +145,12 @@ class DropTable:
         decide = _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, verdict))))
         messages.append(_message(_NEWRULE, self._table, _text(2, chain[0]), _nest(4, *expressions, decide)))
 
-    def _commit(self, messages: list[tuple[int, bytes]]) -> None:
-        """All of it or nothing."""
+    def _commit(self, messages: list[tuple[int, bytes]], of_rules: int = _CREATE | _APPEND) -> None:
+        """All of it or nothing. ``of_rules``: flags of the messages that make rules."""
         batch = struct.pack(">BBH", 0, 0, _SUBSYSTEM)
         pieces = [_header(_BATCH_BEGIN, _REQUEST, 0, batch)]
         for number, (kind, body) in enumerate(messages, 1):
-            flags = _REQUEST | _CREATE | (_APPEND if kind == _NEWRULE else 0) | (_ACK if number == len(messages) else 0)
+            flags = _REQUEST | (of_rules if kind == _NEWRULE else _CREATE) | (_ACK if number == len(messages) else 0)
             pieces.append(_header(_SUBSYSTEM << 8 | kind, flags, number, body))
         pieces.append(_header(_BATCH_END, _REQUEST, len(messages) + 1, batch))
         self._door.send(b"".join(pieces))

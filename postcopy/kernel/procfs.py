@@ -139,15 +139,18 @@ def descriptors(pid: int) -> list[int]:
 
 
 class Entries:
-    """The descriptor table of a process, by the directories that show it: so nobody walks there anew for each entry."""
+    """The descriptor table of a process, by the directories that show it: so nobody walks there anew for each entry.
+
+    ``links``, ``infos``: those directories; ``process``: its pidfd.
+    """
 
     def __init__(self, pid: int) -> None:
         """Raises OSError: ENOENT or ESRCH where there is no such process."""
         self.pid = pid
         self._open: list[int] = []
         try:
-            self._links = self._directory("fd")
-            self._infos = self._directory("fdinfo")
+            self.links = self._directory("fd")
+            self.infos = self._directory("fdinfo")
             self.process = pidfd.of_task(pid)
             self._open.append(self.process)
         except OSError as error:
@@ -166,21 +169,21 @@ class Entries:
     def link(self, fd: int) -> str:
         """Where the link ``fd/FD`` points."""
         try:
-            return os.readlink(str(fd), dir_fd=self._links)
+            return os.readlink(str(fd), dir_fd=self.links)
         except OSError as error:
             raise refused(f"reading the link /proc/{self.pid}/fd/{fd}", error.errno) from None
 
     def stat(self, fd: int) -> os.stat_result:
         """stat(2) of what is behind a descriptor."""
         try:
-            return os.stat(str(fd), dir_fd=self._links)
+            return os.stat(str(fd), dir_fd=self.links)
         except OSError as error:
             raise refused(f"looking at /proc/{self.pid}/fd/{fd}", error.errno) from None
 
     def info(self, fd: int) -> bytes:
         """The content of ``fdinfo/FD``."""
         try:
-            opened = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._infos)
+            opened = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.infos)
             try:
                 content = os.read(opened, _PIECE)
                 # The kernel gives all of it, or as much as fits.

@@ -3,6 +3,7 @@
 import socket
 import struct
 
+_IPV4 = struct.pack("=H", socket.AF_INET)
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, 2.5.5.2
 
 
@@ -25,9 +26,8 @@ def portless(family: int, host: bytes) -> bytes:
 
 def unpack(address: bytes) -> tuple[bytes, int]:
     """IP address (4 or 16 bytes) and port. An IPv4 address mapped into IPv6 is an IPv4 address to the network."""
-    (family,) = struct.unpack_from("=H", address)
-    (port,) = struct.unpack_from(">H", address, 2)
-    if family == socket.AF_INET:
+    port = address[2] << 8 | address[3]
+    if address[:2] == _IPV4:
         return address[4:8], port
     host = address[8:24]
     return (host[12:] if host.startswith(_MAPPED) else host), port

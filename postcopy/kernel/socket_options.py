@@ -11,8 +11,6 @@ import struct
 from collections.abc import Iterator
 from socket import SocketType
 
-from msgspec import Struct
-
 from postcopy.kernel.calls import NUMBERS
 from postcopy.kernel.libc import address_of, syscall
 
@@ -63,6 +61,7 @@ _INTERFACES = {
 _FORCED = {SO_SNDBUF: SO_SNDBUFFORCE, SO_RCVBUF: SO_RCVBUFFORCE}
 
 Option = tuple[int, int]
+PEEK_OFF: Option = (SOL_SOCKET, SO_PEEK_OFF)
 TCP_MAXSEG: Option = (SOL_TCP, 2)
 TCP_WINDOW_CLAMP: Option = (SOL_TCP, 10)
 TCP_FASTOPEN_CONNECT: Option = (SOL_TCP, 30)
@@ -94,7 +93,7 @@ def levels(family: int, kind: int, protocol: int) -> Iterator[tuple[int, dict[in
 
 
 @functools.cache
-def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, int], ...]:
+def readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, int], ...]:
     """Level, number and size of each option that a new socket tells of."""
     found = []
     with socket.socket(family, kind, protocol) as fresh:
@@ -106,28 +105,9 @@ def _readable(family: int, kind: int, protocol: int) -> tuple[tuple[int, int, in
     return tuple(found)
 
 
-class Told(Struct, frozen=True):
-    """What a socket tells: see `values`, `read_filter`, SO_LOCK_FILTER."""
-
-    values: tuple[bytes | None, ...]
-    filter: bytes
-    is_filter_locked: bool
-
-
-def told(sock: SocketType) -> Told:
-    """What ``sock`` tells. Raises OSError, see `read_filter`."""
-    return Told(values(sock), read_filter(sock), bool(sock.getsockopt(SOL_SOCKET, SO_LOCK_FILTER)))
-
-
 def values(sock: SocketType) -> tuple[bytes | None, ...]:
     """What the kernel tells of all options of ``sock``, for `named`; None where it tells nothing."""
-    readable = _readable(sock.family, sock.type, sock.proto)
-    ask = sock.getsockopt
-    try:
-        # In the stand-still, and some ninety times for each socket.
-        return tuple([ask(level, name, size) for level, name, size in readable])
-    except OSError:
-        return tuple([_value(sock, *each) for each in readable])
+    return tuple([_value(sock, *each) for each in readable(sock.family, sock.type, sock.proto)])
 
 
 def _value(sock: SocketType, level: int, name: int, size: int) -> bytes | None:
@@ -139,7 +119,7 @@ def _value(sock: SocketType, level: int, name: int, size: int) -> bytes | None:
 
 def named(kind: tuple[int, int, int], values: tuple[bytes | None, ...]) -> dict[Option, bytes]:
     """What `values` has told of a socket of this family, type and protocol, by option."""
-    pairs = zip(_readable(*kind), values, strict=True)
+    pairs = zip(readable(*kind), values, strict=True)
     found = {(level, name): value for (level, name, _), value in pairs if value is not None}
     for option, network_order in _INTERFACES.items():
         if option in found:

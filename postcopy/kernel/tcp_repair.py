@@ -3,32 +3,36 @@
 While it is on, closing the socket tells the peer nothing, and connect(2) is believed.
 """
 
-import contextlib
 import fcntl
+import select
 import socket
 import struct
 import termios
-from collections.abc import Iterator
 from socket import SocketType
 
 from msgspec import Struct
 
+from postcopy.kernel.calls import call
+from postcopy.kernel.libc import refused
+from postcopy.kernel.own_calls import KEPT, OwnCalls
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SO_REUSEADDR, SOL_SOCKET, SOL_TCP
 
-TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = (
-    19,
-    20,
-    21,
-    22,
-    24,
-    29,
-)
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 22, 24, 29
 REPAIR_ON, REPAIR_OFF, REPAIR_OFF_WITHOUT_PROBE = 1, 0, -1
 NO_QUEUE, RECEIVE_QUEUE, SEND_QUEUE = 0, 1, 2
 TCPOPT_MSS, TCPOPT_WINDOW, TCPOPT_SACK_PERMITTED, TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _TCPI_OPT_TIMESTAMPS, _TCPI_OPT_SACK, _TCPI_OPT_WSCALE = 1, 2, 4
 _SIOCOUTQNSD = 0x894B
-_TCP_INFO_SIZE = 104
+INFO_SIZE, _WINDOW_SIZE = 104, 20
+_INT, _POLL, _APART = struct.Struct("=i"), struct.Struct("=ihh"), struct.Struct(f"=IIiiiII{_WINDOW_SIZE}s")
+
+# So many bytes of a queue are read in one go with the rest.
+_AT_ONCE = 2048
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+#: Bytes received and not read; written and not acknowledged by the peer; written and not sent yet.
+Queued = tuple[int, int, int]
 
 STATES = (
     "", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE", "CLOSE_WAIT",
@@ -57,7 +61,11 @@ class Info(Struct, frozen=True):
 
 def info(sock: SocketType) -> Info:
     """What the kernel tells of the connection."""
-    raw = sock.getsockopt(SOL_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    return of_raw(sock.getsockopt(SOL_TCP, socket.TCP_INFO, INFO_SIZE))
+
+
+def of_raw(raw: bytes) -> Info:
+    """What struct tcp_info says."""
     options, scales = raw[5], raw[6]
     waiting, backlog = struct.unpack_from("=II", raw, 24)
     return Info(
@@ -70,30 +78,127 @@ def info(sock: SocketType) -> Info:
     )
 
 
-@contextlib.contextmanager
-def repairing(sock: SocketType) -> Iterator[None]:
-    """The connection can be taken apart meanwhile, and goes on afterwards as if nothing had been."""
-    reuse = sock.getsockopt(SOL_SOCKET, SO_REUSEADDR)
-    peek = _peek_offset(sock)
-    sock.setsockopt(SOL_TCP, TCP_REPAIR, REPAIR_ON)
+class Apart(Struct, frozen=True):
+    """What a connection under repair shows: the sequence numbers behind all that has been received and written; bytes
+    not read, not acknowledged and not sent (a FIN counts); the clock that its timestamps come from; struct
+    tcp_repair_window: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup. ``reads_no_more``: by the program's will or the
+    peer's. ``received``, ``written``: what is in the queues."""
+
+    next_read: int
+    next_written: int
+    unread: int
+    unacknowledged: int
+    unsent: int
+    mss: int
+    timestamp: int
+    window: bytes
+    reads_no_more: bool
+    received: bytes
+    written: bytes
+
+
+class Repair:
+    """Takes connections apart, which go on afterwards as if nothing had been."""
+
+    def __init__(self) -> None:
+        """Prepare the calls: those that begin, and those that read the queues and end it."""
+        self._begin, self._end = begin, end = OwnCalls(4096), OwnCalls(4096 + 2 * _AT_ONCE)
+        self._reuse, self._poll, self._found = begin.room(4), begin.place(bytes(_POLL.size)), begin.room(_APART.size)
+        on, *queues = (begin.place(_INT.pack(each)) for each in (REPAIR_ON, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE))
+        four, of_window = (begin.place(_INT.pack(size)) for size in (4, _WINDOW_SIZE))
+        begin.add(call("getsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, four))
+        begin.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, on, 4))
+        for queue, place in zip(queues, (self._found, self._found + 4, 0), strict=True):
+            begin.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
+            if place:
+                begin.add(call("getsockopt", KEPT, SOL_TCP, TCP_QUEUE_SEQ, place, four))
+        for number, request in enumerate((termios.FIONREAD, termios.TIOCOUTQ, _SIOCOUTQNSD), start=2):
+            begin.add(call("ioctl", KEPT, request, self._found + 4 * number))
+        for number, name in enumerate((socket.TCP_MAXSEG, TCP_TIMESTAMP), start=5):
+            begin.add(call("getsockopt", KEPT, SOL_TCP, name, self._found + 4 * number, four))
+        begin.add(call("getsockopt", KEPT, SOL_TCP, TCP_REPAIR_WINDOW, self._found + 28, of_window))
+        self._count = begin.add(call("poll", self._poll, 1, 0)) + 1
+        self._results = struct.Struct(f"={self._count}q")
+        self._contents = [end.room(_AT_ONCE) for _ in (RECEIVE_QUEUE, SEND_QUEUE)]
+        off, *queues = (
+            end.place(_INT.pack(each)) for each in (REPAIR_OFF_WITHOUT_PROBE, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE)
+        )
+        self._peeks = list[int]()
+        for queue, place in zip(queues, (*self._contents, 0), strict=True):
+            end.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
+            if place:
+                self._peeks.append(end.add(call("recvfrom", KEPT, place, 0, _PEEK, 0, 0)))
+        self._ended = end.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, off, 4))
+        self._reuse_again = end.room(4)
+        end.add(call("setsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse_again, 4))
+
+    def look(self, fd: int, peek_offset: int) -> Apart:
+        """Take the connection behind a descriptor of ours apart, and let it go on; ``peek_offset``: its SO_PEEK_OFF.
+
+        Raises OSError.
+        """
+        begin = self._begin
+        begin.write(self._poll, _POLL.pack(fd, select.POLLRDHUP, 0))
+        begin.make(fd)
+        lengths, queues = (0, 0), None
+        try:
+            worst = min(self._results.unpack(begin.results(0, self._count)))
+            if worst < 0:
+                raise refused("taking a TCP connection apart", -worst)
+            found = _APART.unpack(begin.read(self._found, _APART.size))
+            lengths = found[2:4]
+            if max(lengths) > _AT_ONCE or peek_offset >= 0:
+                queues, lengths = _queues(fd, lengths, peek_offset), (0, 0)
+        finally:
+            small = self._give_back(fd, lengths)
+        read, written, unread, unacknowledged, unsent, mss, clock, window = found
+        *_, events = _POLL.unpack(begin.read(self._poll, _POLL.size))
+        ends = bool(events & select.POLLRDHUP)
+        return Apart(read, written, unread, unacknowledged, unsent, mss, clock, window, ends, *(queues or small))
+
+    def _give_back(self, fd: int, lengths: tuple[int, int]) -> tuple[bytes, bytes]:
+        """End repair; the first so many bytes of the queues."""
+        end = self._end
+        for number, length in zip(self._peeks, lengths, strict=True):
+            end.change(number, 3, length)
+        # Repair has taken it away.
+        end.write(self._reuse_again, self._begin.read(self._reuse, 4))
+        end.make(fd)
+        for number in (self._ended, self._ended + 1):
+            if (result := end.result(number)) < 0:
+                raise refused("putting a TCP connection together", -result)
+        received, written = (
+            end.read(place, max(end.result(number), 0))
+            for place, number in zip(self._contents, self._peeks, strict=True)
+        )
+        return received, written
+
+
+def _queues(fd: int, lengths: tuple[int, int], peek_offset: int) -> tuple[bytes, bytes]:
+    """The first so many bytes of the queues of a connection under repair, which stay there."""
+    own = SocketType(fileno=fd)
+    found = []
+    if peek_offset >= 0:
+        own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
     try:
-        if peek >= 0:
-            sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
-        yield
+        for queue, length in zip((RECEIVE_QUEUE, SEND_QUEUE), lengths, strict=True):
+            own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, queue)
+            found.append(own.recv(length, _PEEK) if length else b"")
     finally:
-        sock.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-        sock.setsockopt(SOL_TCP, TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)
-        # Repair takes SO_REUSEADDR away.
-        sock.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse)
-        if peek >= 0:
-            sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, peek)
+        own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+        if peek_offset >= 0:
+            own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, peek_offset)
+        own.detach()
+    received, written = found
+    return received, written
 
 
-def _peek_offset(sock: SocketType) -> int:
-    try:
-        return sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
-    except OSError:
-        return -1
+def end_repair(own: SocketType, how: int, reuse_address: int) -> None:
+    """End repair, if it has not ended; with REPAIR_OFF, ask the peer for an acknowledgement. Raises OSError."""
+    own.setsockopt(SOL_TCP, TCP_REPAIR, how)
+    # That takes it away.
+    if reuse_address:
+        own.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuse_address)
 
 
 def is_repairing(sock: SocketType) -> bool:
@@ -101,43 +206,19 @@ def is_repairing(sock: SocketType) -> bool:
     return bool(sock.getsockopt(SOL_TCP, TCP_REPAIR))
 
 
-def queue(sock: SocketType, which: int, length: int) -> tuple[int, bytes]:
-    """The sequence number behind a queue's last byte, and its ``length`` bytes, which stay there; while repairing."""
-    sock.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, which)
-    (sequence,) = struct.unpack("=I", sock.getsockopt(SOL_TCP, TCP_QUEUE_SEQ, 4))
-    content = sock.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT) if length else b""
-    return sequence, content
-
-
 def unread(sock: SocketType) -> int:
     """Bytes received and not read (SIOCINQ)."""
     return _ask(sock, termios.FIONREAD)
 
 
-def unacknowledged(sock: SocketType) -> int:
-    """Bytes written and not acknowledged by the peer (SIOCOUTQ)."""
-    return _ask(sock, termios.TIOCOUTQ)
-
-
-def unsent(sock: SocketType) -> int:
-    """Bytes written and not sent yet (SIOCOUTQNSD)."""
-    return _ask(sock, _SIOCOUTQNSD)
+def queued(sock: SocketType) -> Queued:
+    """What is in the queues (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD)."""
+    return unread(sock), _ask(sock, termios.TIOCOUTQ), _ask(sock, _SIOCOUTQNSD)
 
 
 def _ask(sock: SocketType, request: int) -> int:
     found: int = struct.unpack("=i", fcntl.ioctl(sock, request, bytes(4)))[0]
     return found
-
-
-def timestamp(sock: SocketType) -> int:
-    """The clock that the connection's timestamps come from."""
-    found: int = struct.unpack("=I", sock.getsockopt(SOL_TCP, TCP_TIMESTAMP, 4))[0]
-    return found
-
-
-def window(sock: SocketType) -> bytes:
-    """struct tcp_repair_window: snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup; while repairing."""
-    return sock.getsockopt(SOL_TCP, TCP_REPAIR_WINDOW, 20)
 
 
 def closed_window(window: bytes, next_to_come: int) -> bytes:

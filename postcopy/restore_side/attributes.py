@@ -6,8 +6,8 @@ import os
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import procfs
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.kernel.prctl import (
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,

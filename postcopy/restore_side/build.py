@@ -15,17 +15,9 @@ from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, pidfd, ptrace, userfaultfd, vdso
+from postcopy.kernel.batch import RECORD_SIZE, Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import (
-    CODE_SIZE,
-    RECORD_SIZE,
-    Answers,
-    Batch,
-    Executor,
-    last_syscall,
-    signal_bit,
-    stop_signal,
-)
+from postcopy.kernel.executor import CODE_SIZE, Executor, last_syscall, signal_bit, stop_signal
 from postcopy.kernel.page import page_up
 from postcopy.restore_side import (
     attributes,
@@ -279,8 +271,9 @@ class _Builder:
         if self._nesting.mounts(state.pid):
             pid_namespace.mount_proc(batch)
         if not state.table_of:
-            descriptors.rebuild(state, self._shared, self._most_descriptors, batch)
+            batch = descriptors.rebuild(state, self._shared, self._most_descriptors, batch, self._begin_calls)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
+        self._end_calls()
         self._call(batch)
         if not state.table_of:
             descriptors.fill(state, self._shared, self._newborn.pidfd)
@@ -359,7 +352,7 @@ class _Builder:
         for executor, thread in zip(self._executors, state, strict=True):
             batch = executor.batch()
             seccomp.rebuild_own(thread, common, batch)
-            if batch.calls:
+            if batch:
                 self._checked(executor.run(batch))
 
     def _fall_asleep(self) -> Iterator[None]:
@@ -378,16 +371,27 @@ class _Builder:
 
     def _run(self, batch: Batch) -> Generator[None, None, Answers]:
         """Let the leader make the calls; after the step they have been made."""
-        if not batch.calls:
+        if not batch:
             return Answers(batch, [], b"")
         leader = self._executors[0]
         leader.start(batch)
         yield
         return self._checked(leader.finish())
 
+    def _begin_calls(self, batch: Batch) -> Batch:
+        """Have the leader begin the calls, and end those before; the batch that may follow."""
+        leader = self._executors[0]
+        self._end_calls()
+        leader.start(batch)
+        return leader.behind(batch)
+
+    def _end_calls(self) -> None:
+        if self._executors[0].is_running:
+            self._checked(self._executors[0].finish())
+
     def _call(self, batch: Batch) -> Answers:
         """Have the leader make the calls now."""
-        if not batch.calls:
+        if not batch:
             return Answers(batch, [], b"")
         return self._checked(self._executors[0].run(batch))
 

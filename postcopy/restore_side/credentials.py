@@ -2,8 +2,8 @@
 
 import struct
 
+from postcopy.kernel.batch import RECORD_SIZE, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import RECORD_SIZE, Batch
 from postcopy.kernel.prctl import (
     PR_CAP_AMBIENT,
     PR_CAP_AMBIENT_RAISE,

@@ -1,6 +1,6 @@
 """The descriptor table: open everything again, in a table that is empty but for what `Plan` has put high up.
 
-In three steps: a batch that opens everything (`rebuild`), contents that are written from outside (`fill`), and a batch
+In three steps: batches that open everything (`rebuild`), contents that are written from outside (`fill`), and a batch
 for what refers to all of it, or must not notice how it was made (`connect`).
 """
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.restore_side import (
     deliveries,
     ended,
@@ -50,17 +50,20 @@ _PATH_ROOM = 8192
 class Plan(Struct):
     """Where descriptors lie while a table is being built: what is parked lies where the program has nothing.
 
-    The kernel gives the lowest free number, so the numbers are known before a call is made: everything goes
-    into one batch. ``streams``: where those are parked that ``restore`` lends; ``lender``: and the directory of its
-    descriptors (`birth.lender_number`); ``inherited``: and what it was given for external resources; ``pipes`` and
-    ``ghosts``: ends of pipes, and files without a name, by number; ``sockets``: by inode. ``taken``: parked
-    ends that the program has got themselves. ``slots``: the table by number, once it is there.
+    The kernel gives the lowest free number, so the numbers are known before a call is made: no call has to wait for
+    the result of another. ``streams``: where those are parked that ``restore`` lends; ``lender``: and the directory
+    of its descriptors (`birth.lender_number`); ``inherited``: and what it was given for external resources;
+    ``pipes`` and ``ghosts``: ends of pipes, and files without a name, by number; ``sockets``: by inode. ``seats``:
+    the slots to which sockets (by inode) may be moved at once. ``taken``: parked ends that the program has got
+    themselves. ``slots``: the table by number, once it is there. ``begin``: lets calls be made and gives the batch
+    that follows.
     """
 
     batch: Batch
     pid: int
     shared: Shared
     spaces: Iterator[int]
+    begin: Callable[[Batch], Batch] | None = None
     used: set[int] = set()
     lowest: int = 0
     parked: list[int] = []
@@ -71,6 +74,7 @@ class Plan(Struct):
     taken: set[int] = set()
     ghosts: dict[int, int] = {}
     sockets: dict[int, int] = {}
+    seats: dict[int, Slot] = {}
     slots: dict[int, Slot] = {}
     _passed: list[int] = []
     _places: dict[int, int] = {}
@@ -80,6 +84,11 @@ class Plan(Struct):
     def state(self) -> Descriptors:
         """What the tables of the tree refer to."""
         return self.shared.descriptors
+
+    def go_ahead(self) -> None:
+        """Let the calls be made that have been added so far, while more are added to another batch."""
+        if self.begin is not None:
+            self.batch = self.begin(self.batch)
 
     def next_fd(self) -> int:
         """The number that the next opened descriptor gets; it counts as used."""
@@ -186,6 +195,7 @@ Opener = Callable[[Plan, Slot, Any], None]
 
 _KINDS: dict[str, Opener] = {
     "file": files.rebuild,
+    "inet": sockets.place,
     "pipe": pipes.open_end,
     "stream": terminals.rebuild,
     "ghost": ghosts.open_ghost,
@@ -201,7 +211,6 @@ _KINDS: dict[str, Opener] = {
     "external": external.rebuild,
     "terminal": ptys.rebuild,
     "unix": sockets.place,
-    "inet": sockets.place,
     "netlink": sockets.place,
     "packet": sockets.place,
 }
@@ -260,14 +269,18 @@ def room(process: Process, shared: Shared) -> int:
     return each + contents + paths + made + shared.needed_late[1]
 
 
-def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
-    """Add the calls; before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, 3 is the
-    directory of its descriptors, and those from 4 on are what it was given for external resources.
+def rebuild(
+    process: Process, shared: Shared, limit: int, batch: Batch, begin: Callable[[Batch], Batch] | None = None
+) -> Batch:
+    """Add the calls; the batch to which more can be added.
 
-    ``limit``: no number may be higher.
+    Before them, descriptors 0 to 2 are the standard streams that ``restore`` lends, 3 is the directory of its
+    descriptors, and those from 4 on are what it was given for external resources.
+
+    ``limit``: no number may be higher. ``begin``: as of `Plan`.
     """
     lent = _LENT_FROM + len(shared.inherited)
-    plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent))
+    plan = Plan(batch, process.pid, shared, spaces(process.slots, limit, lent), begin)
     kept = shared.kept.get(process.pid, [])
     plan.used.update(kept)
     for stream in range(_STREAMS):
@@ -281,6 +294,7 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
         batch.add(call("dup3", number, plan.inherited[resource], _O_CLOEXEC), f"lending what was given for {resource}")
     batch.add(call("close_range", 0, min(*plan.parked, *kept) - 1, 0), "clearing the descriptor table")
     mine = shared.made_by(process)
+    plan.seats = _seats(process, shared)
     plan.sockets |= shared.sockets_met(process.pid)
     plan.sockets |= unix_sockets.rebuild(plan, [one.unix for one in mine if one.unix])
     plan.sockets |= inet_sockets.rebuild(plan, [one.inet for one in mine if one.inet])
@@ -308,6 +322,17 @@ def rebuild(process: Process, shared: Shared, limit: int, batch: Batch) -> None:
             continue
         _open(plan, slot)
     plan.end()
+    return plan.batch
+
+
+def _seats(process: Process, shared: Shared) -> dict[int, Slot]:
+    """The first slots of the IP sockets that the process makes; connections are moved there at once."""
+    found: dict[int, Slot] = {}
+    for slot in process.slots:
+        inet = shared.descriptors.descriptions[slot.description].inet
+        if inet is not None and shared.descriptions[slot.description][0] == process.pid:
+            found.setdefault(inet.socket.inode, slot)
+    return found
 
 
 def _open(plan: Plan, slot: Slot) -> None:
@@ -316,6 +341,7 @@ def _open(plan: Plan, slot: Slot) -> None:
     for kind, opener in _KINDS.items():
         if (found := getattr(description, kind)) is not None:
             opener(plan, slot, found)
+            return
 
 
 def fill(process: Process, shared: Shared, pidfd: int) -> None:

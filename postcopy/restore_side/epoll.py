@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from postcopy.kernel.batch import Answers
 from postcopy.kernel.calls import call
 from postcopy.kernel.epoll import (
     EPOLL_CTL_ADD,
@@ -22,7 +23,6 @@ from postcopy.kernel.epoll import (
     EVENT_SIZE,
     event,
 )
-from postcopy.kernel.executor import Answers
 from postcopy.open_kinds import Epoll, EpollTarget
 from postcopy.state import Slot
 

@@ -1,7 +1,7 @@
 """Root, working directory and umask."""
 
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.state import Filesystem
 
 

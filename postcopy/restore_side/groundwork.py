@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import procfs, ptrace, tiny_elf
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import CODE_SIZE, Answers, Batch, Executor, lone_syscall, signal_bit, stop_signal
+from postcopy.kernel.executor import CODE_SIZE, Executor, lone_syscall, signal_bit, stop_signal
 from postcopy.kernel.page import page_up
 from postcopy.restore_side import attributes, birth, memory
 from postcopy.state import Memory, Sketch

@@ -15,14 +15,26 @@ if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
 
 _SHUT_RDWR = 2
+_AT_ONCE = 64
 _KINDS = {socket.IPPROTO_TCP: "TCP", socket.IPPROTO_UDP: "UDP"}
 
 
 def rebuild(plan: "Plan", sockets: Sequence[InetSocket]) -> dict[int, int]:
-    """Add the calls that make all of them; where each is parked, by its inode at the source."""
-    shop = Workshop(plan)
-    # Listeners first: a port with connections is not given to a listener any more.
-    return {one.socket.inode: _make(shop, one) for one in sorted(sockets, key=lambda one: one.backlog < 0)}
+    """Add the calls that make all of them; where each is then, by its inode at the source."""
+
+    # Listeners first: a port with connections is not given to a listener any more. Of connections, those with the
+    # highest numbers first: as long as lower ones are free, all are opened with the same one.
+    def order(one: InetSocket) -> tuple[bool, int]:
+        slot = plan.seats.get(one.socket.inode)
+        return one.backlog < 0, -slot.fd if slot and one.connection else 0
+
+    shop, made = Workshop(plan), dict[int, int]()
+    in_order = sorted(sockets, key=order)
+    for first in range(0, len(in_order), _AT_ONCE):
+        if first:
+            plan.go_ahead()
+        made |= {one.socket.inode: _make(shop, one) for one in in_order[first : first + _AT_ONCE]}
+    return made
 
 
 def _make(shop: Workshop, one: InetSocket) -> int:

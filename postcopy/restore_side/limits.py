@@ -2,8 +2,8 @@
 
 import struct
 
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.state import Limits
 
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from postcopy.errors import RestoreError
 from postcopy.huge_pages import is_lazy
 from postcopy.kernel import procfs
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import Call, call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.kernel.prctl import PR_SET_MM, PR_SET_MM_MAP, PR_SET_VMA, PR_SET_VMA_ANON_NAME
 from postcopy.kernel.process_memory import ProcessMemory

@@ -1,24 +1,47 @@
 """What sockets need beside the calls that make them: before the process is built, when it is, at commit, on failure."""
 
 import contextlib
+import fcntl
 import logging
 import os
-import socket
 import threading
 from collections.abc import Mapping
+from socket import SocketType
+
+from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import neighbours, pidfd, socket_address, tcp_repair
-from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET, SOL_TCP
+from postcopy.kernel.socket_options import SO_REUSEADDR, SOL_SOCKET
 from postcopy.kernel.tcp_repair import ESTABLISHED
 from postcopy.network_lock import NetworkLock, Traffic
 from postcopy.restore_side import tcp_connections, unix_names
+from postcopy.restore_side.groundwork import raise_limit
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.root import Root
 from postcopy.socket_kinds import InetSocket, TcpConnection
 from postcopy.state import Tree
 
 log = logging.getLogger("postcopy")
+
+
+class _Held(Struct):
+    """A connection that has been made, by a descriptor of ours."""
+
+    own: SocketType
+    one: InetSocket
+    waits: bool
+    reuse_address: int
+
+    @classmethod
+    def of(cls, own: SocketType, one: InetSocket, connection: TcpConnection) -> "_Held":
+        """``waits``: whether there is something for the peer to hear; ``reuse_address``: SO_REUSEADDR."""
+        waits = bool(connection.sent or connection.unsent) or connection.state != ESTABLISHED
+        reuse_address = 0
+        for each in one.socket.options:
+            if each.name == SO_REUSEADDR and each.level == SOL_SOCKET:
+                reuse_address = int.from_bytes(each.value, "little")
+        return cls(own, one, waits, reuse_address)
 
 
 class Network:
@@ -42,34 +65,71 @@ class Network:
         ]
         self._told_by = contextlib.ExitStack()
         # Duplicates, from when they have been made until they speak.
-        self._held: list[tuple[socket.socket, InetSocket, TcpConnection]] = []
+        self._held: list[_Held] = []
         self._lock = NetworkLock(lock, f"postcopy-{os.getpid()}") if self._connections else None
+        self._locking: threading.Thread | None = None
+        self._not_locked: BaseException | None = None
 
     def prepare(self, leftovers: Leftovers) -> None:
         """Before the tree is built. Raises PostcopyError."""
         with self._root.entered():
             unix_names.prepare(self._unix, leftovers)
         if self._lock is not None:
-            ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
-            listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
-            self._lock.lock(Traffic(ends, listeners))
+            # Most of that is waiting.
+            self._locking = threading.Thread(target=self._begin_lock, args=(self._lock,))
+            self._locking.start()
+
+    def _begin_lock(self, lock: NetworkLock) -> None:
+        ends = [(_end(one.local), _end(one.remote)) for _, one, _ in self._connections]
+        listeners = [(host if any(host) else b"", port) for host, port in map(_end, self._listeners)]
+        try:
+            lock.lock(Traffic(ends, listeners))
+        except BaseException as error:
+            self._not_locked = error
+
+    def await_lock(self) -> None:
+        """Before any socket is made: until the network is locked. Raises PostcopyError."""
+        if self._locking is not None:
+            self._locking.join()
+        if self._not_locked is not None:
+            raise self._not_locked
 
     def complete(self, built: Mapping[int, int]) -> None:
-        """Close what peers had closed, and see that every queue holds every byte; ``built``: pidfds by PID.
+        """Close what peers had closed, and see to it that `hold` cannot fail; ``built``: pidfds by PID.
 
         Raises RestoreError.
         """
-        for (pid, fd), one, connection in self._connections:
-            kind = one.socket.family, one.socket.type, one.socket.protocol
-            own = socket.socket(*kind, fileno=pidfd.getfd(built[pid], fd))
-            self._held.append((own, one, connection))
-            try:
-                if self._lock is not None:
+        reserve(len(self._connections))
+        for place, one, connection in self._connections:
+            if self._lock is not None and not tcp_connections.is_plain(connection):
+                own = self._hold(built, place, one, connection)
+                try:
                     tcp_connections.finish(own, one, connection, self._lock.mark)
-                tcp_connections.check(own, connection)
-            except OSError as error:
-                where = f"{socket_address.text(one.local)} to {socket_address.text(one.remote)}"
-                raise RestoreError(f"the connection {where}: {error}") from None
+                    tcp_connections.check(own, connection)
+                except OSError as error:
+                    raise RestoreError(f"the connection {tcp_connections.name(one)}: {error}") from None
+
+    def hold(self, built: Mapping[int, int]) -> None:
+        """Get hold of the other connections, to let them speak after commit."""
+        for place, one, connection in self._connections:
+            if tcp_connections.is_plain(connection):
+                try:
+                    self._hold(built, place, one, connection)
+                except RestoreError as error:
+                    # The source may have committed. Its process has been killed: nothing else is left to fail.
+                    log.error("%s", error.message)
+
+    def _hold(
+        self, built: Mapping[int, int], place: tuple[int, int], one: InetSocket, connection: TcpConnection
+    ) -> SocketType:
+        pid, fd = place
+        try:
+            taken = pidfd.getfd(built[pid], fd)
+        except OSError as error:
+            raise RestoreError(f"the connection {tcp_connections.name(one)}: {error.strerror}") from None
+        own = SocketType(one.socket.family, one.socket.type, one.socket.protocol, taken)
+        self._held.append(_Held.of(own, one, connection))
+        return own
 
     def settle(self) -> None:
         """After commit, before the tree runs: names are put in place, connections speak again.
@@ -82,18 +142,16 @@ class Network:
         self._announce()
         if self._lock is None:
             return
-        # For some milliseconds the kernel waits until nobody can be looking at the rules any more (RCU).
-        unlocking = threading.Thread(target=self._lock.close)
-        unlocking.start()
-        for own, one, connection in self._held:
-            if not _waits(connection):
-                _let_speak(own, one, tcp_repair.REPAIR_OFF_WITHOUT_PROBE)
-        unlocking.join()
-        # The peers of these are asked for their acknowledgement, which moves what waits here. Each time that takes the
-        # network's whole way down and up.
-        for own, one, connection in self._held:
-            if _waits(connection):
-                _let_speak(own, one, tcp_repair.REPAIR_OFF)
+        self._lock.let_pass()
+        for each in self._held:
+            # The peers of these are asked for their acknowledgement, which moves what waits here. Each time that takes
+            # the network's whole way down and up.
+            how = tcp_repair.REPAIR_OFF if each.waits else tcp_repair.REPAIR_OFF_WITHOUT_PROBE
+            try:
+                tcp_repair.end_repair(each.own, how, each.reuse_address)
+            except OSError as error:
+                name = tcp_connections.name(each.one)
+                log.error("the program runs, but its connection %s does not: %s", name, error.strerror)
 
     def _announce(self) -> None:
         """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
@@ -106,47 +164,43 @@ class Network:
         """What need not be waited for before the tree runs: ask the peers of which nothing is heard whether they are
         still there, and give back what was held."""
         self._told_by.close()
-        for own, one, connection in self._held:
+        for each in self._held:
             # Of a reset during the stand-still nothing is left: the lock has dropped it, and it is not sent again.
-            if not _waits(connection):
+            if not each.waits:
                 with contextlib.suppress(OSError):
-                    _speak(own, one, tcp_repair.REPAIR_OFF)
+                    tcp_repair.end_repair(each.own, tcp_repair.REPAIR_OFF, each.reuse_address)
         self._let_go()
+        if self._lock is not None:
+            # For some milliseconds the kernel waits until nobody can be looking at the rules any more (RCU).
+            self._lock.close()
 
     def give_up(self) -> None:
         """Leave nothing here; the tree has ended."""
         self._let_go()
+        if self._locking is not None:
+            self._locking.join()
         with self._root.entered():
             unix_names.clear_away(self._unix)
         if self._lock is not None:
             self._lock.close()
 
     def _let_go(self) -> None:
-        for own, _, _ in self._held:
-            own.close()
+        for each in self._held:
+            each.own.close()
         self._held.clear()
 
 
-def _waits(connection: TcpConnection) -> bool:
-    """Whether there is something for the peer to hear, or for the program."""
-    queued = connection.sent or connection.unsent or connection.received
-    return bool(queued) or connection.state != ESTABLISHED
-
-
-def _speak(own: socket.socket, one: InetSocket, how: int) -> None:
-    """End repair, if it has not ended; with REPAIR_OFF, ask the peer for an acknowledgement."""
-    own.setsockopt(SOL_TCP, tcp_repair.TCP_REPAIR, how)
-    for each in one.socket.options:
-        # That has taken it away.
-        if (each.level, each.name) == (SOL_SOCKET, SO_REUSEADDR):
-            own.setsockopt(SOL_SOCKET, SO_REUSEADDR, each.value)
-
-
-def _let_speak(own: socket.socket, one: InetSocket, how: int) -> None:
-    try:
-        _speak(own, one, how)
-    except OSError as error:
-        log.error("the program runs, but its connection to %s does not: %s", one.remote, error.strerror)
+def reserve(count: int) -> None:
+    """Make room for so many descriptors. Raises RestoreError."""
+    highest = len(os.listdir("/proc/self/fd")) + count
+    if raise_limit(os.getpid(), highest + 1) <= highest:
+        raise RestoreError(
+            f"restore needs {highest} descriptors to hold the connections of the program until they speak",
+            "raise the limit for it: ulimit -Hn",
+        )
+    # The kernel makes the table as large as that, once and for all.
+    with open(os.devnull) as nothing:
+        os.close(fcntl.fcntl(nothing, fcntl.F_DUPFD_CLOEXEC, highest))
 
 
 def _end(address: bytes) -> tuple[bytes, int]:

@@ -15,8 +15,9 @@ from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace, tiny_elf
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import CODE_SIZE, Batch, Executor, lone_syscall, signal_bit, stop_signal
+from postcopy.kernel.executor import CODE_SIZE, Executor, lone_syscall, signal_bit, stop_signal
 from postcopy.kernel.page import page_up
 from postcopy.kernel.prctl import PR_SET_DUMPABLE, PR_SET_NAME
 from postcopy.kinship import Making, Unrelated, joining, plan

@@ -7,8 +7,8 @@ import signal
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import NUMBERS, call
-from postcopy.kernel.executor import Batch
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.restore_side.root import Root
 from postcopy.roles import leave_output

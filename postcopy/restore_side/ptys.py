@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from postcopy import pty_queues
 from postcopy.errors import RestoreError
 from postcopy.kernel import pidfd, pty
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.open_kinds import Pty, PtyEnd
 from postcopy.state import Slot
 

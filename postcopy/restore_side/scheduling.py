@@ -4,8 +4,8 @@ import os
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import sched_attr
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.kernel.prctl import PR_SET_TIMERSLACK
 from postcopy.state import Scheduling
 

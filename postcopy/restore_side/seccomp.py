@@ -6,8 +6,8 @@ The filters come before the credentials: to add one takes CAP_SYS_ADMIN, or no_n
 import struct
 from itertools import takewhile
 
+from postcopy.kernel.batch import RECORD_SIZE, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import RECORD_SIZE, Batch
 from postcopy.kernel.prctl import PR_SET_SECCOMP
 from postcopy.state import SeccompFilter, Thread
 

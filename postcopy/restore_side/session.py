@@ -289,7 +289,10 @@ class _Takeover:
             self._run_scripts(Action.PRE_RESTORE)
             self._network = Network(tree, self._options.network_lock, self._options.root)
             self._network.prepare(self._leftovers)
-            self._built = build_tree(tree, pages, self._begun_for(tree), self._shared, parent_stays, self._options.root)
+            begun = self._begun_for(tree)
+            self._built = build_tree(
+                tree, pages, begun, self._shared, parent_stays, self._options.root, self._network.await_lock
+            )
             pages.close()
             self._network.complete(self._pidfds())
             self._boot_bytes = len(pages.content)
@@ -299,6 +302,8 @@ class _Takeover:
             self._check_daemon()
             self._run_scripts(Action.POST_RESTORE)
             self._channels.control.send(Kind.READY)
+            # While the source does its last.
+            self._network.hold(self._pidfds())
             self._go = self._await_go()
 
     def _begun_for(self, tree: Tree) -> Begun:
@@ -462,8 +467,6 @@ class _Takeover:
             # Before anybody is told that the program runs: who ends us from here on means the program.
             self._leave_signals_to_the_program()
         self._channels.control.close()
-        if self._network is not None:
-            self._network.close()
         gc.enable()
         if self._options.pidfile:
             try:
@@ -472,6 +475,13 @@ class _Takeover:
                 log.error("the program runs, but its PID cannot be written to %s: %s", error.filename, error.strerror)
         running()
         self._reporter.event("running", pid=pid, lazy_pages=self._lazy_pages)
+        if self._network is not None:
+            # The program comes first now, with those that answer its faults.
+            scheduling(nice=10)
+            try:
+                self._network.close()
+            finally:
+                scheduling()
         scripts.report(Action.POST_RESUME, pid)
 
     def _leave_signals_to_the_program(self) -> None:

@@ -3,8 +3,8 @@
 import contextlib
 import os
 
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import NUMBERS, call
-from postcopy.kernel.executor import Batch
 from postcopy.kernel.libc import address_of, syscall
 from postcopy.state import LateSignal, Signals
 

@@ -1,15 +1,20 @@
 """Sockets: the calls that those of all families need; each family's own module makes them."""
 
+import contextlib
 import functools
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import socket_options
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import Call, call
+from postcopy.kernel.pattern import Pattern
 from postcopy.kernel.socket_options import (
     SO_ATTACH_FILTER,
     SO_BUF_LOCK,
@@ -28,7 +33,7 @@ from postcopy.state import Description, Slot
 if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
 
-_F_SETFL = 4
+_F_SETFD, _F_SETFL = 2, 4
 _PER_SOCKET, _PER_MESSAGE = 8192, 1024  # bytes for the calls of a socket, and of a message in it
 _SIZES = ((SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF), (SOL_SOCKET, SO_BUF_LOCK))
 # With these, a socket without a name would be given one when a message is sent from it (unix(7), "Autobind").
@@ -38,15 +43,19 @@ _LATE = {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_BUF_LOCK), (SOL_SOCKET, SO_PEE
 
 def room(mine: Sequence[Description]) -> int:
     """Bytes that the calls for the sockets among ``mine`` may need."""
-    messages = [message.content for one in mine if one.unix for message in one.unix.queue]
-    found = [one.inet.connection for one in mine if one.inet and one.inet.connection]
-    streams = [queue for one in found for queue in (one.sent, one.unsent, one.received)]
-    queued = sum(len(content) + _PER_MESSAGE for content in messages)
-    queued += sum(len(content) + _PER_MESSAGE * (1 + (len(content) >> 16)) for content in streams)
-    memberships = sum(len(one.packet.memberships) for one in mine if one.packet)
-    memberships += sum(len(one.netlink.groups) for one in mine if one.netlink)
-    queued += _PER_MESSAGE * rights(mine)
-    return queued + _PER_SOCKET * sum(map(_is_socket, mine)) + _PER_MESSAGE * memberships
+    return sum(map(_room, mine)) + _PER_MESSAGE * rights(mine)
+
+
+def _room(one: Description) -> int:
+    if one.inet is not None:
+        found = one.inet.connection
+        queues = (found.sent, found.unsent, found.received) if found is not None else ()
+        return _PER_SOCKET + sum(len(queue) + _PER_MESSAGE * (1 + (len(queue) >> 16)) for queue in queues if queue)
+    if one.unix is not None:
+        return _PER_SOCKET + sum(len(message.content) + _PER_MESSAGE for message in one.unix.queue)
+    if one.packet is not None:
+        return _PER_SOCKET + _PER_MESSAGE * len(one.packet.memberships)
+    return _PER_SOCKET + _PER_MESSAGE * len(one.netlink.groups) if one.netlink is not None else 0
 
 
 def numbers(mine: Sequence[Description]) -> int:
@@ -65,12 +74,27 @@ def _is_socket(one: Description) -> bool:
 
 def place(plan: "Plan", slot: Slot, made: UnixSocket | InetSocket | NetlinkSocket | PacketSocket) -> None:
     """Add the call that gives ``slot`` a socket that has been made."""
-    purpose = f"placing a socket (descriptor {slot.fd})"
-    plan.duplicate(plan.sockets[made.socket.inode], slot.fd, slot.close_on_exec, purpose)
+    at = plan.sockets[made.socket.inode]
+    if at != slot.fd:
+        plan.duplicate(at, slot.fd, slot.close_on_exec, f"placing a socket (descriptor {slot.fd})")
+
+
+class Seat(Struct, frozen=True):
+    """Where a socket is opened, and where it is then: with its number in the table, or parked."""
+
+    opened: int
+    place: int
+    close_on_exec: bool
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is opened where it is wanted."""
+        return self.opened == self.place
 
 
 class Workshop:
-    """Where sockets are made: with numbers that are known beforehand, parked until their slots come."""
+    """Where sockets are made: with numbers that are known beforehand, and parked until their slots come, or moved there
+    at once (`seat`)."""
 
     def __init__(self, plan: "Plan") -> None:
         self._plan = plan
@@ -82,11 +106,27 @@ class Workshop:
         self._wanted: dict[tuple[int, int, int], dict[Option, bytes]] = {}
         self._widened: set[int] = set()
         self._last: tuple[Socket, dict[Option, bytes]] | None = None
-        self.batch = plan.batch
+        self._adder: Callable[[Call, str], object] | None = None
+        # By what they have in common.
+        self.patterns: dict[object, Pattern] = {}
+
+    @property
+    def batch(self) -> Batch:
+        """Where calls are added now."""
+        return self._plan.batch
 
     def add(self, made: Call, purpose: str) -> None:
         """A call that must not be refused."""
-        self.batch.add(made, purpose)
+        (self._adder or self.batch.add)(made, purpose)
+
+    @contextlib.contextmanager
+    def adding_to(self, add: Callable[[Call, str], object]) -> Iterator[None]:
+        """The calls do not go into the batch meanwhile."""
+        self._adder = add
+        try:
+            yield
+        finally:
+            self._adder = None
 
     def place(self, content: bytes) -> int:
         """The address of bytes that no call changes; equal ones lie there once."""
@@ -99,6 +139,25 @@ class Workshop:
         opened = [self._plan.next_fd() for _ in range(many)]
         self.add(made, purpose)
         return [self._plan.park(fd, purpose) for fd in opened]
+
+    def seat(self, inode: int) -> Seat:
+        """Where a socket (by its inode at the source) will be opened by the next call, and where it is to be then."""
+        plan, opened = self._plan, self._plan.next_fd()
+        slot = plan.seats.get(inode)
+        seat = Seat(opened, slot.fd, slot.close_on_exec) if slot else Seat(opened, plan.parking(), True)
+        if not seat.stays:
+            plan.release(opened)
+            plan.used.add(seat.place)
+        return seat
+
+    def sit_down(self, seat: Seat, place: int) -> None:
+        """Move the socket to ``place``, that of its seat."""
+        purpose = "placing a socket"
+        if seat.stays:
+            self.add(call("fcntl", seat.opened, _F_SETFD, int(seat.close_on_exec)), purpose)
+            return
+        self.add(call("dup3", seat.opened, place, os.O_CLOEXEC if seat.close_on_exec else 0), purpose)
+        self.add(call("close", seat.opened), purpose)
 
     def close(self, fd: int) -> None:
         """Close a descriptor."""
@@ -115,6 +174,13 @@ class Workshop:
         level, name, told = socket_options.setting(option, value)
         what = f"setting socket option {name} of level {level}"
         self.add(call("setsockopt", fd, level, name, self.place(told), len(told)), what)
+
+    def likeness(self, common: Socket) -> tuple[object, ...]:
+        """What is the same in sockets that are made by the same calls."""
+        return (
+            common.family, common.type, common.protocol, common.nonblocking, common.owner, common.filter,
+            *common.options,
+        )  # fmt: skip
 
     def given(self, common: Socket) -> dict[Option, bytes]:
         """The options that a socket is to have and a new one here has not."""
@@ -165,10 +231,11 @@ class Workshop:
 
     def finish(self, fd: int, common: Socket) -> None:
         """What comes last: the sizes and locks of the buffers, the filter, the owner, the flags."""
-        given = self.given(common)
-        if fd in self._widened or (SOL_SOCKET, SO_SNDBUF) in given:
+        given, resized = self.given(common), fd in self._widened
+        self._widened.discard(fd)
+        if resized or (SOL_SOCKET, SO_SNDBUF) in given:
             self.set(fd, (SOL_SOCKET, SO_SNDBUF), self.value(common, (SOL_SOCKET, SO_SNDBUF)))
-        if fd in self._widened or any(option in given for option in _SIZES):
+        if resized or any(option in given for option in _SIZES):
             # Setting a size locks it.
             self.set(fd, (SOL_SOCKET, SO_BUF_LOCK), self.value(common, (SOL_SOCKET, SO_BUF_LOCK)))
         for option in (*_GIVING_A_NAME, (SOL_SOCKET, SO_PEEK_OFF)):

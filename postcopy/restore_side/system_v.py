@@ -2,8 +2,8 @@
 
 from itertools import groupby
 
+from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Batch
 from postcopy.kernel.page import page_up
 from postcopy.kernel.system_v import SHM_RDONLY
 from postcopy.state import Memory, SharedMemory, Vma

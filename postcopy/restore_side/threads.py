@@ -5,16 +5,9 @@ from collections.abc import Generator
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import clone3, ptrace
+from postcopy.kernel.batch import RECORD_SIZE, Batch
 from postcopy.kernel.calls import NUMBERS, call
-from postcopy.kernel.executor import (
-    ERESTART_RESTARTBLOCK,
-    ERESTARTNOHAND,
-    RECORD_SIZE,
-    Batch,
-    interrupted,
-    make_and_interrupt,
-    untrapped,
-)
+from postcopy.kernel.executor import ERESTART_RESTARTBLOCK, ERESTARTNOHAND, interrupted, make_and_interrupt, untrapped
 from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.ptrace import Registers
 from postcopy.nesting import Nesting

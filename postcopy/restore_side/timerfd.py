@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from postcopy.kernel import timerfd
+from postcopy.kernel.batch import Answers
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers
 from postcopy.open_kinds import TimerDescriptor
 from postcopy.state import Slot
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from postcopy.errors import RestoreError
 from postcopy.kernel import posix_timer
+from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.executor import Answers, Batch
 from postcopy.kernel.posix_timer import TIMER_ABSTIME
 from postcopy.kernel.prctl import (
     PR_TIMER_CREATE_RESTORE_IDS,

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 from msgspec import Struct
@@ -106,10 +106,17 @@ class Begun:
 
 
 def build_tree(
-    tree: Tree, pages: SentPages, begun: Begun, memory: SharedObjects, parent_stays: bool, directory: Root = HERE
+    tree: Tree,
+    pages: SentPages,
+    begun: Begun,
+    memory: SharedObjects,
+    parent_stays: bool,
+    directory: Root = HERE,
+    before_sockets: Callable[[], None] = lambda: None,
 ) -> BuiltTree:
     """Build ``tree`` out of what has been ``begun`` of it, which is of its family; ``pages``: the content of the pages
-    that came with it, as `spaces_of` orders it; ``directory``: its root directory.
+    that came with it, as `spaces_of` orders it; ``directory``: its root directory; ``before_sockets``: what is to be
+    done before any socket is made.
 
     ``memory`` has what of the tree's is not of one process alone. Raises RestoreError; all processes are then to be
     killed, and ``memory`` undone.
@@ -131,6 +138,7 @@ def build_tree(
         building.built.state.pid: building.begin(part) for building, part in zip(buildings, parts, strict=True)
     }
     _owners_first(beginnings, begun.family)
+    before_sockets()
     meetings = Meetings(tree, shared, {building.built.state.pid: building.act for building in buildings})
     meetings.meet()
     with contextlib.closing(shared.ended):

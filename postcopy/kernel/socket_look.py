@@ -1,0 +1,140 @@
+"""What sockets tell whoever has a descriptor of them: of each some hundred things, asked in one go (`own_calls`)."""
+
+import functools
+import socket
+import struct
+from collections.abc import Sequence
+from itertools import accumulate
+from socket import SocketType
+
+from msgspec import Struct
+
+from postcopy.kernel import socket_options, tcp_repair
+from postcopy.kernel.batch import RECORD_SIZE
+from postcopy.kernel.calls import call
+from postcopy.kernel.own_calls import KEPT, OwnCalls
+from postcopy.kernel.socket_options import SO_GET_FILTER, SO_LOCK_FILTER, SO_PROTOCOL, SOL_SOCKET, SOL_TCP
+
+#: Family, type and protocol.
+Kind = tuple[int, int, int]
+#: What the options of a socket are, the very same where they have been the same before; and what is its own.
+Answers = tuple[bytes, bytes]
+
+_ADDRESS_SIZE = 28
+
+# The name of a call, its arguments between the descriptor and the value, and the size of the value (bytes).
+_Asked = tuple[str, tuple[int, ...], int]
+
+
+class Told(Struct, frozen=True):
+    """``values``: for `socket_options.named`. ``filter_length``: in instructions, or a negated errno; see
+    `socket_options.read_filter`. ``peek_offset``: SO_PEEK_OFF. ``info``: struct tcp_info of TCP sockets; ``local``,
+    ``remote``: struct sockaddr of IP sockets; empty where the kernel tells nothing."""
+
+    kind: Kind
+    values: tuple[bytes | None, ...]
+    is_filter_locked: bool
+    filter_length: int
+    peek_offset: int
+    info: bytes
+    local: bytes
+    remote: bytes
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether something filters what it receives."""
+        return self.filter_length != 0
+
+
+class _Questions:
+    """Some to a socket: calls that each leave a value, and its length. What they give is kept in one piece: results,
+    lengths, values."""
+
+    def __init__(self, calls: OwnCalls, asked: Sequence[_Asked]) -> None:
+        """Add the calls."""
+        self._made, sizes = calls, [size for *_, size in asked]
+        content = struct.pack(f"={len(sizes)}I", *sizes) + bytes(sum(sizes))
+        self._place, self._size = calls.place(content), len(content)
+        self._codes = struct.Struct(f"={len(sizes)}q{len(sizes)}I")
+        self._starts = list(accumulate(sizes, initial=self._codes.size))
+        numbers = []
+        for number, ((name, arguments, _), start) in enumerate(zip(asked, self._starts, strict=False)):
+            value = self._place + start - 8 * len(sizes)
+            numbers.append(calls.add(call(name, KEPT, *arguments, value, self._place + 4 * number)))
+        self._first = numbers[0] if numbers else 0
+
+    @staticmethod
+    def room(asked: Sequence[_Asked]) -> int:
+        """Bytes that the calls take."""
+        return sum(RECORD_SIZE + 4 + size for *_, size in asked) + 2 * RECORD_SIZE
+
+    def answers(self) -> bytes:
+        """For `values`, once the calls have been made."""
+        made = self._made
+        return made.results(self._first, len(self._starts) - 1) + made.read(self._place, self._size)
+
+    def values(self, answers: bytes) -> list[tuple[int, bytes, int]]:
+        """Of each call the result, the value and its length."""
+        count, codes = len(self._starts) - 1, self._codes.unpack_from(answers)
+        parts = zip(codes[:count], codes[count:], self._starts, strict=False)
+        return [(code, answers[start : start + size], size) for code, size, start in parts]
+
+
+class _Look:
+    """All questions to sockets of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        family, type_, protocol = self.kind = kind
+        is_ip = family in (socket.AF_INET, socket.AF_INET6)
+        is_tcp = is_ip and (type_, protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        told = [*socket_options.readable(*kind), (SOL_SOCKET, SO_LOCK_FILTER, 4), (SOL_SOCKET, SO_GET_FILTER, 0)]
+        options = [("getsockopt", (level, name), size) for level, name, size in told]
+        own: list[_Asked] = [("getsockopt", (SOL_TCP, socket.TCP_INFO), tcp_repair.INFO_SIZE)] if is_tcp else []
+        own += [(name, (), _ADDRESS_SIZE) for name in ("getsockname", "getpeername") if is_ip]
+        names = [(level, name) for level, name, _ in told]
+        self._peek = names.index(socket_options.PEEK_OFF) if socket_options.PEEK_OFF in names else None
+        self._before_own = [b""] * (not is_tcp)
+        self._calls = OwnCalls(_Questions.room(options) + _Questions.room(own))
+        self._options, self._own = _Questions(self._calls, options), _Questions(self._calls, own)
+        # Those of thousands of sockets are often the same.
+        self._known: dict[bytes, bytes] = {}
+        self._of_options = functools.cache(self._parse)
+
+    def ask(self, fd: int) -> Answers:
+        """As the function."""
+        self._calls.make(fd)
+        options = self._options.answers()
+        return self._known.setdefault(options, options), self._own.answers()
+
+    def told(self, answers: Answers) -> Told:
+        """As the function."""
+        options, own = answers
+        single = [*self._before_own, *(b"" if code else value for code, value, _ in self._own.values(own)), b"", b""]
+        return Told(self.kind, *self._of_options(options), single[0], single[1], single[2])
+
+    def _parse(self, options: bytes) -> tuple[tuple[bytes | None, ...], bool, int, int]:
+        found = self._options.values(options)
+        of_program = tuple(None if code else value for code, value, _ in found[:-2])
+        (_, locked, _), (code, _, length) = found[-2:]
+        peek = of_program[self._peek] if self._peek is not None else None
+        peek_offset = int.from_bytes(peek, "little", signed=True) if peek else -1
+        return of_program, any(locked), code or length, peek_offset
+
+
+_look = functools.cache(_Look)
+
+
+def ask(fd: int, kind: Kind) -> Answers:
+    """What the socket of that kind behind a descriptor of ours tells, for `told`."""
+    return _look(kind).ask(fd)
+
+
+def told(kind: Kind, answers: Answers) -> Told:
+    """What `ask` has given, here or in another process of ours."""
+    return _look(kind).told(answers)
+
+
+def look(own: SocketType) -> Told:
+    """What a socket tells."""
+    kind = int(own.family), int(own.type), own.getsockopt(SOL_SOCKET, SO_PROTOCOL)
+    return told(kind, ask(own.fileno(), kind))
