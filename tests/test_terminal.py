@@ -145,22 +145,28 @@ def test_job_that_is_stopped_gives_the_terminal_to_the_shell() -> None:
         assert wait_until(lambda: destination.foreground == destination.pid, 10, "the shell has its terminal")
         destination.type("echo $((6 * 7))")
         destination.read_until("42")
+        restore = child_named(destination.pid, "python")
+        cat = child_named(restore, "cat")
+
+        def has_terminal() -> bool:
+            # Until then it may be as the shell has it while it reads a command: nothing is echoed.
+            return destination.foreground == os.getpgid(cat)
+
         destination.type("fg")
         destination.read_until(f"{PORT}\r\n")
-        wait_until(lambda: destination.foreground != destination.pid, 10, "the job has the terminal")
+        wait_until(has_terminal, 10, "the program has the terminal")
         destination.type("once more")
         destination.read_until("once more\r\nonce more\r\n")
         # In the background it cannot read; in front again it can.
         destination.press("\x1a")
         destination.read_until("Stopped")
-        restore = child_named(destination.pid, "python")
-        cat = child_named(restore, "cat")
         before = switches(cat)
         destination.type("bg")
         destination.read_until(f"{PORT} &\r\n")
         wait_until(lambda: switches(cat) > before and {state(cat), state(restore)} == {"T"}, 10, "both are stopped")
         destination.type("fg")
         destination.read_until(f"{PORT}\r\n")
+        wait_until(has_terminal, 10, "the program has the terminal")
         destination.type("at last")
         destination.read_until("at last\r\nat last\r\n")
         destination.press("\x03")
