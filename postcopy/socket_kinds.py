@@ -8,6 +8,8 @@ from msgspec import Struct
 
 from postcopy.integers import Int16, Int31, Int32, Pid, Unsigned
 
+WindowScale = Annotated[int, msgspec.Meta(ge=0, le=14)]  # RFC 7323, 2.3
+
 
 class SocketOption(Struct, frozen=True):
     """A socket option as getsockopt(2) gave it."""
@@ -119,7 +121,7 @@ class TcpConnection(Struct, frozen=True):
     send_sequence: Int32
     receive_sequence: Int32
     mss: Int32
-    scales: tuple[Unsigned, Unsigned] | None
+    scales: tuple[WindowScale, WindowScale] | None
     sack: bool
     timestamp: Int32 | None
     window: Annotated[bytes, msgspec.Meta(min_length=20, max_length=20)]

@@ -262,7 +262,12 @@ def _rules(kind: type) -> _Rules:
     own: list[Callable[[Any], Iterable[str]]]
     own = [functools.partial(rule, table[kind]) for rule, table in _TABLES if kind in table]
     own += [_CHECKS[kind]] if kind in _CHECKS else []
-    fields = (name for name, hint in _hints(kind).items() if any(_is_looked_at(each) for each in _structs(hint)))
+    included = socket_soundness.INCLUDED.get(kind, ())
+    fields = (
+        name
+        for name, hint in _hints(kind).items()
+        if name not in included and any(_is_looked_at(each) for each in _structs(hint))
+    )
     return _Rules(tuple(own), tuple(fields))
 
 
