@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import pickle
 import select
@@ -121,7 +122,7 @@ class Looker:
                 while words := questions.read(_ASKED.size):
                     pid, root = _ASKED.unpack(words)
                     try:
-                        found = [look(pid, root, known)] if root else _look_at_sockets(pid, self._read_division())
+                        found = [look(pid, root, known)] if root else _look_at_sockets(pid, self._divided)
                         for each in found:
                             _send(answers, each)
                     except (OSError, LookupError, ValueError) as error:
@@ -139,7 +140,9 @@ class Looker:
         """What its share of the sockets is; before `ask_for_sockets`."""
         os.pwrite(self._division, pickle.dumps(division, pickle.HIGHEST_PROTOCOL), 0)
 
-    def _read_division(self) -> Division:
+    @functools.cached_property
+    def _divided(self) -> Division:
+        """What `divide` has been told, for the process that looks."""
         content = os.pread(self._division, os.fstat(self._division).st_size, 0)
         found: Division = pickle.loads(content)
         return found

@@ -62,7 +62,7 @@ def _look(entries: procfs.Entries, share: Share, locked: Collection[tuple[bytes,
     calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_PROTOCOL, kind + 8, length))
     signal = calls.add(call("fcntl", KEPT, _F_GETSIG))
     calls.add(call("fcntl", KEPT, _F_GETOWN_EX, owner))
-    repair, left = Repair(), set(share.connections) if locked else set()
+    repair, connections, taken = Repair(), share.connections if locked else frozenset(), set[int]()
     for fd in share.descriptors.get(entries.pid, ()):
         calls.write(path, b"%d\0" % fd)
         calls.change(opened, 2, fd)
@@ -76,8 +76,8 @@ def _look(entries: procfs.Entries, share: Share, locked: Collection[tuple[bytes,
                 continue
             answers = socket_look.ask(own, of_kind := _KIND.unpack(kinds := calls.read(kind, _KIND.size)))
             found, apart = calls.read(status, _STAT.size), b""
-            if (inode := _inode(found)) in left:
-                left.remove(inode)
+            if (inode := _inode(found)) in connections and inode not in taken:
+                taken.add(inode)
                 apart = _apart(own, socket_look.told(of_kind, answers), repair, locked)
         finally:
             os.close(own)
