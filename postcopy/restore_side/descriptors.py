@@ -256,7 +256,8 @@ def room(process: Process, shared: Shared) -> int:
     pipes = shared.pipes_made_by(process)
     contents = sum(2 * len(pipe.content) + 128 * len(pipe.packets) + _PATH_ROOM for pipe in pipes)
     paths = _PATH_ROOM * len(shared.ghosts_made_by(process))
-    for description in shared.made_by(process):
+    mine = shared.made_by(process)
+    for description in mine:
         if description.file is not None:
             paths += 4 * len(description.file.path)
         elif description.epoll is not None:
@@ -265,7 +266,7 @@ def room(process: Process, shared: Shared) -> int:
             paths += sum(256 + 4 * len(watch.path) for watch in description.inotify.watches)
         elif description.fanotify is not None:
             paths += sum(256 + 4 * len(mark.path) for mark in description.fanotify.marks)
-    made = sockets.room([*shared.made_by(process), *shared.met_by(process)])
+    made = sockets.room([*mine, *shared.met_by(process)])
     return each + contents + paths + made + shared.needed_late[1]
 
 

@@ -63,6 +63,7 @@ class Network:
             for number, one in enumerate(descriptions)
             if one.inet and one.inet.connection and number in where
         ]
+        self._addresses: set[bytes] = set()
         self._told_by = contextlib.ExitStack()
         # Duplicates, from when they have been made until they speak.
         self._held: list[_Held] = []
@@ -111,6 +112,7 @@ class Network:
 
     def hold(self, built: Mapping[int, int]) -> None:
         """Get hold of the other connections, to let them speak after commit."""
+        self._addresses = {_end(one.local)[0] for _, one, _ in self._connections}
         for place, one, connection in self._connections:
             if tcp_connections.is_plain(connection):
                 try:
@@ -156,7 +158,7 @@ class Network:
     def _announce(self) -> None:
         """Tell the neighbours where the connections are now: they would ask only when nobody has answered for long."""
         try:
-            neighbours.announce({_end(one.local)[0] for _, one, _ in self._connections}, self._told_by)
+            neighbours.announce(self._addresses, self._told_by)
         except OSError as error:
             log.warning("nobody could be told that the addresses of the program are here now: %s", error.strerror)
 
