@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Struct
 
-from postcopy.integers import Int16, Int31, Int32, Pid, Unsigned
+from postcopy.integers import Pid, Unsigned, Unsigned16, Unsigned31, Unsigned32
 
 WindowScale = Annotated[int, msgspec.Meta(ge=0, le=14)]  # RFC 7323, 2.3
 
@@ -14,8 +14,8 @@ WindowScale = Annotated[int, msgspec.Meta(ge=0, le=14)]  # RFC 7323, 2.3
 class SocketOption(Struct, frozen=True):
     """A socket option as getsockopt(2) gave it."""
 
-    level: Int31
-    name: Int31
+    level: Unsigned31
+    name: Unsigned31
     value: Annotated[bytes, msgspec.Meta(max_length=1024)]
 
 
@@ -39,10 +39,10 @@ class Socket(Struct, frozen=True):
 
     family: Annotated[int, msgspec.Meta(ge=0, lt=64)]
     type: Annotated[int, msgspec.Meta(ge=0, lt=16)]
-    protocol: Int16
+    protocol: Unsigned16
     inode: Unsigned
     nonblocking: bool
-    owner: tuple[Int32, Int32]
+    owner: tuple[Unsigned32, Unsigned32]
     options: Annotated[list[SocketOption], msgspec.Meta(max_length=511)]
     filter: bytes
 
@@ -118,12 +118,12 @@ class TcpConnection(Struct, frozen=True):
     sent: bytes
     unsent: bytes
     received: bytes
-    send_sequence: Int32
-    receive_sequence: Int32
-    mss: Int32
+    send_sequence: Unsigned32
+    receive_sequence: Unsigned32
+    mss: Unsigned32
     scales: tuple[WindowScale, WindowScale] | None
     sack: bool
-    timestamp: Int32 | None
+    timestamp: Unsigned32 | None
     window: Annotated[bytes, msgspec.Meta(min_length=20, max_length=20)]
     state: Annotated[int, msgspec.Meta(ge=1, le=11)]
     fin_unsent: bool

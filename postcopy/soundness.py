@@ -651,7 +651,8 @@ _kinds_of = attrgetter(*Description.__struct_fields__)
 
 
 def _description(description: Description) -> Iterator[str]:
-    if len(_kinds_of(description)) - _kinds_of(description).count(None) != 1:
+    values = _kinds_of(description)
+    if len(values) - values.count(None) != 1:
         kinds = [name for name in description.__struct_fields__ if getattr(description, name) is not None]
         yield f"kind: {' and '.join(kinds) or 'none'} where exactly one is due"
 

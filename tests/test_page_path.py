@@ -229,20 +229,30 @@ def test_locked_memory_that_grows_by_a_move_is_populated_before_the_move_is_told
     run(program, background)
 
 
-def test_memory_that_was_populated_is_in_one_piece_when_its_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    grown = MIB // 2 + 2 * PAGE_SIZE
+def _with_lazy_memory(then: Callable[[], None], locked: int = 0) -> tuple[int, int]:
+    """A child with lazy memory at BASE, of which the first bytes are there and ``locked``, and its userfaultfd; what
+    ``then`` changes of the layout ends when its events are read."""
     here, there = socket.socketpair()
     pid = os.fork()
     if not pid:
         uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)
         uffdio.api(uffd, FEATURES)
         map_memory(BASE, MIB)
-        syscall("mlock", SYS_MLOCK, BASE, MIB // 2)
+        if locked:
+            syscall("mlock", SYS_MLOCK, BASE, locked)
         uffdio.register(uffd, BASE, MIB, uffdio.UFFDIO_REGISTER_MODE_MISSING)
         socket.send_fds(there, [b"u"], [uffd])
-        mremap(BASE, MIB // 2, grown, ELSEWHERE)
+        then()
         signal.pause()
     _, (uffd,), _, _ = socket.recv_fds(here, 1, 1)
+    here.close()
+    there.close()
+    return pid, uffd
+
+
+def test_memory_that_was_populated_is_in_one_piece_when_its_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = MIB // 2 + 2 * PAGE_SIZE
+    pid, uffd = _with_lazy_memory(lambda: mremap(BASE, MIB // 2, grown, ELSEWHERE), locked=MIB // 2)
     read_messages = uffdio.read_messages
     populated = set[int]()
 
@@ -270,8 +280,6 @@ def test_memory_that_was_populated_is_in_one_piece_when_its_thread_goes_on(monke
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(uffd)
-        here.close()
-        there.close()
 
 
 def _in_child(body: Callable[[], None]) -> int:
@@ -386,21 +394,12 @@ def test_exec_ends_the_need_for_pages() -> None:
 
 def _unmaps_and_waits(unmapped: bool) -> tuple[int, int]:
     """A child with lazy memory at BASE, and its userfaultfd; its munmap(2) ends when its event is read."""
-    here, there = socket.socketpair()
-    pid = os.fork()
-    if not pid:
-        uffd = uffdio.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)
-        uffdio.api(uffd, FEATURES)
-        map_memory(BASE, MIB)
-        uffdio.register(uffd, BASE, MIB, uffdio.UFFDIO_REGISTER_MODE_MISSING)
-        socket.send_fds(there, [b"u"], [uffd])
+
+    def unmaps() -> None:
         if unmapped:
             syscall("munmap", SYS_MUNMAP, BASE + MIB // 2, MIB // 2)
-        signal.pause()
-    _, fds, _, _ = socket.recv_fds(here, 1, 1)
-    here.close()
-    there.close()
-    return pid, fds[0]
+
+    return _with_lazy_memory(unmaps)
 
 
 def test_an_address_space_in_the_middle_of_a_change_does_not_hold_up_the_others_for_ever() -> None:

@@ -92,12 +92,12 @@ def _collect(
     sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)), trusted.orders)
     problems += [*sharing.problems, *kin.problems(sharing)]
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
+    table.theirs = division.theirs.connections
     owners = [each for each in frozen.processes if each.pid not in sharing.tables]
     for each in owners:
         if each.face in division.theirs.descriptors:
             ours = socket_looks.look(each.face, division.ours, division.locked)
             table.asked[each.face] = chain(ours, looker.ask_for_sockets(each.face))
-            table.theirs = division.theirs.connections
     looker.ask(frozen.faces, frozen.root.face)
     for each in owners:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)

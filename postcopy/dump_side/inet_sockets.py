@@ -71,7 +71,7 @@ def _tcp(table: Table, common: Socket, told: Told, opened: Opened) -> InetSocket
             if apart is None:
                 if common.inode in table.theirs:
                     table.all_shown()
-                apart = tcp_connections.look(opened.own, told.peek_offset)
+                apart = tcp_repair.take_apart(opened.own, told.peek_offset)
             connection = tcp_connections.connection(apart, info)
     return InetSocket(
         socket=common,

@@ -14,7 +14,7 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.own_calls import KEPT, OwnCalls
 from postcopy.kernel.socket_look import Told
 from postcopy.kernel.socket_options import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET
-from postcopy.kernel.tcp_repair import Apart, Repair
+from postcopy.kernel.tcp_repair import Apart
 
 #: As it goes from one process of ours to another: descriptor, fdinfo, struct stat, delivery, kind, what it tells, and
 #: how it is taken apart.
@@ -62,7 +62,7 @@ def _look(entries: procfs.Entries, share: Share, locked: Collection[tuple[bytes,
     calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_PROTOCOL, kind + 8, length))
     signal = calls.add(call("fcntl", KEPT, _F_GETSIG))
     calls.add(call("fcntl", KEPT, _F_GETOWN_EX, owner))
-    repair, connections, taken = Repair(), share.connections if locked else frozenset(), set[int]()
+    connections, taken = share.connections if locked else frozenset(), set[int]()
     for fd in share.descriptors.get(entries.pid, ()):
         calls.write(path, b"%d\0" % fd)
         calls.change(opened, 2, fd)
@@ -78,7 +78,7 @@ def _look(entries: procfs.Entries, share: Share, locked: Collection[tuple[bytes,
             found, apart = calls.read(status, _STAT.size), b""
             if (inode := _inode(found)) in connections and inode not in taken:
                 taken.add(inode)
-                apart = _apart(own, socket_look.told(of_kind, answers), repair, locked)
+                apart = _apart(own, socket_look.told(of_kind, answers), locked)
         finally:
             os.close(own)
         delivery = calls.results(signal, 1) + calls.read(owner, 8)
@@ -89,12 +89,12 @@ def _inode(status: bytes) -> int:
     return int.from_bytes(status[8:16], "little")
 
 
-def _apart(own: int, told: Told, repair: Repair, locked: Collection[tuple[bytes, bytes]]) -> bytes:
+def _apart(own: int, told: Told, locked: Collection[tuple[bytes, bytes]]) -> bytes:
     """How a connection is taken apart, if it is one and nothing more comes for it."""
     if (told.local, told.remote) not in locked or tcp_repair.of_raw(told.info).state not in tcp_repair.SYNCHRONIZED:
         return b""
     try:
-        return msgspec.msgpack.encode(repair.look(own, told.peek_offset))
+        return msgspec.msgpack.encode(tcp_repair.take_apart(own, told.peek_offset))
     except OSError:
         # Who is to say why asks once more.
         return b""

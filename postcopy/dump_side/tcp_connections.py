@@ -4,19 +4,12 @@ The connection must be locked (see `network_lock`): what arrived between two rea
 """
 
 import errno
-import functools
 
 from postcopy.kernel import tcp_repair
-from postcopy.kernel.tcp_repair import Apart, Info, Repair
+from postcopy.kernel.tcp_repair import Apart, Info
 from postcopy.socket_kinds import TcpConnection
 
 _SEQUENCES = 1 << 32
-_repair = functools.cache(Repair)
-
-
-def look(fd: int, peek_offset: int) -> Apart:
-    """Take a connection of a frozen process apart; ``fd`` is ours, ``peek_offset`` its SO_PEEK_OFF."""
-    return _repair().look(fd, peek_offset)
 
 
 def connection(found: Apart, info: Info) -> TcpConnection:

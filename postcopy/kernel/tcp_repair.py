@@ -4,6 +4,7 @@ While it is on, closing the socket tells the peer nothing, and connect(2) is bel
 """
 
 import fcntl
+import functools
 import select
 import socket
 import struct
@@ -191,6 +192,14 @@ def _queues(fd: int, lengths: tuple[int, int], peek_offset: int) -> tuple[bytes,
         own.detach()
     received, written = found
     return received, written
+
+
+_repair = functools.cache(Repair)
+
+
+def take_apart(fd: int, peek_offset: int) -> Apart:
+    """As `Repair.look`."""
+    return _repair().look(fd, peek_offset)
 
 
 def end_repair(own: SocketType, how: int, reuse_address: int) -> None:
