@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
+from postcopy.dump_side.lineage import is_ending
 from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
@@ -55,6 +57,27 @@ import os, sys
 print("ready", flush=True)
 os.read(0, 1)
 os.execv(sys.executable, [sys.executable, "-c", "import os; print('again', flush=True); os.read(0, 1)"])
+"""
+
+# The end of the main thread takes long: it frees memory that it alone has in its descriptor table.
+LEADING = """
+import ctypes, os, threading
+libc = ctypes.CDLL(None)
+unshared = threading.Event()
+fd = os.memfd_create("large")
+os.posix_fallocate(fd, 0, 512 << 20)
+def stay():
+    unshared.wait()
+    os.close(fd)
+    print("ready", flush=True)
+    os.dup2(2, 1)
+    os.dup2(2, 0)
+    threading.Event().wait()
+threading.Thread(target=stay).start()
+libc.unshare(0x400)
+unshared.set()
+os.read(0, 1)
+libc.syscall(60, 0)
 """
 
 FAMILY = """
@@ -244,6 +267,26 @@ def test_flag_that_changes_between_survey_and_freeze_is_not_overlooked() -> None
             capture.verify()
             (found,) = capture.tree.processes
             assert [vma.start for vma in found.memory.vmas if "dc" in vma.flags]
+
+
+def test_survey_while_the_main_thread_ends_finds_what_the_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    with program(LEADING) as process:
+        looks: list[float] = []
+
+        def wait(seconds: float) -> None:
+            looks.append(seconds)
+            wait_until(lambda: procfs.stat(process.pid)[3] == "Z", 10, "the main thread is gone")
+
+        monkeypatch.setattr("postcopy.dump_side.survey.time", SimpleNamespace(sleep=wait))
+        assert process.stdin is not None
+        process.stdin.write(b"x")
+        process.stdin.flush()
+        while not is_ending(process.pid, process.pid):
+            pass
+        manifest, _ = survey(process.pid)
+        assert len(looks) == 1
+        assert manifest.vdso
+        assert manifest.memory_bytes > 0
 
 
 def test_reader_of_smaps_ends_well_with_the_process_that_it_reads() -> None:

@@ -325,6 +325,27 @@ def test_parent_and_children_each_get_every_page(background: Background) -> None
 
 
 @pytest.mark.parametrize("background", MODES, ids=lambda mode: mode.mode)
+def test_what_fork_has_left_out_does_not_come_to_where_the_child_has_something_else(background: Background) -> None:
+    left_out, grown = BASE + MIB, 16 * PAGE_SIZE
+
+    def program() -> None:
+        syscall("madvise", SYS_MADVISE, left_out, MIB, mmap.MADV_DONTFORK)
+
+        def child() -> None:
+            # Answered once it is known with which layout it was born.
+            expect(BASE + 2 * MIB, 1, BASE + 2 * MIB)
+            mremap(BASE, PAGE_SIZE, grown, left_out)
+            expect(left_out, 1, BASE)
+            expect(left_out + PAGE_SIZE, 15, None)
+
+        pid = _in_child(child)
+        assert os.waitpid(pid, 0)[1] == 0
+        expect(BASE, SIZE // PAGE_SIZE, BASE)
+
+    run(program, background)
+
+
+@pytest.mark.parametrize("background", MODES, ids=lambda mode: mode.mode)
 def test_a_child_has_what_another_thread_had_moved_and_not_told_yet(background: Background) -> None:
     old = BASE + SIZE - MIB
 

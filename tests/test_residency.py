@@ -1,7 +1,7 @@
 """Residency against a dictionary that says of each current page which source page it is, and in what state."""
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Container
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +154,7 @@ class Kernel:
         # The layout of a child, from its fork to the next proof that no event is due; and what is to be told of it.
         self.birth: dict[int, int | None] | None = None
         self.child: AddressSpace | None = None
+        self.holes: list[tuple[int, int]] = []
         self.later: list[tuple[int, int, int]] = []
         # What nobody tells of.
         self.grown: set[int] = set()
@@ -251,6 +252,8 @@ class Kernel:
             event, first, second, pages = self.due[thread].pop(0)
             if event == "fork":
                 self.child = space.fork()
+                assert self.birth is not None
+                self.holes = holes(self.child, self.birth)
                 return
             if self.child is not None:
                 self.later.append((first * PAGE_SIZE, second * PAGE_SIZE, pages * PAGE_SIZE))
@@ -270,24 +273,29 @@ class Kernel:
             child.born(self.later, lambda address: address // PAGE_SIZE in born.pages)
             self.later.clear()
             born.settle(child)
-            # What lies where nothing is registered does no harm: a fill says so, and drops it.
-            born.check(child, born.pages.keys())
+            child.give_up(self.holes + holes(child, born.pages))
+            born.check(child)
         if not any(self.due):
             self.covered = False
             self.behind.clear()
         space.settle((start, end) for start, end in space.doubtful if start // PAGE_SIZE not in self.pages)
 
-    def check(self, space: AddressSpace, places: Collection[int] = range(2 * PLACES)) -> None:
+    def check(self, space: AddressSpace) -> None:
         """With no event due, every page is where it is, and there is none but these."""
         at = {content: place for place, content in self.pages.items() if content is not None}
         seen = {}
         for run in space.missing_runs(0, PLACES):
             for number in range(run.pages):
                 place = space.source_address(run.ordinal + number) // PAGE_SIZE
-                if run.address // PAGE_SIZE + number in places:
-                    seen[place] = run.address // PAGE_SIZE + number
+                seen[place] = run.address // PAGE_SIZE + number
         assert at.items() <= seen.items()
         assert seen.keys() == at.keys()
+
+
+def holes(space: AddressSpace, registered: Container[int]) -> list[tuple[int, int]]:
+    """Where pages would be missing and nothing is registered."""
+    places = ((run.address + number * PAGE_SIZE) for run in space.missing() for number in range(run.pages))
+    return [(place, place + PAGE_SIZE) for place in places if place // PAGE_SIZE not in registered]
 
 
 THREADS = 3

@@ -1,12 +1,17 @@
 """Shared memory that follows lazily; and in a checkpoint directory, by `tests/programs/cases/shared_memory.py`."""
 
 import json
+import mmap
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from postcopy.dump_side.opened import Table
+from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.kernel.page import PAGE_SIZE
 from tests.hosts import Host, Pair, Process, postcopy_command, wait_until
 from tests.migrate import move
@@ -34,6 +39,20 @@ def test_shared_memory_is_kept_in_a_checkpoint(hosts: Pair, tmp_path: Path) -> N
     (tmp_path / "go").touch()
     assert restore.wait(60) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == dict.fromkeys(names)
+
+
+def test_mapped_files_without_a_name_are_found_beside_processes_that_have_ended(tmp_path: Path) -> None:
+    ended = []
+    for _ in range(20):
+        with subprocess.Popen("true") as program:
+            ended.append(program.pid)
+    with open(tmp_path / "deleted", "w+b") as stream:
+        stream.truncate(PAGE_SIZE)
+        os.unlink(stream.name)
+        found = os.fstat(stream.fileno())
+        with mmap.mmap(stream.fileno(), PAGE_SIZE):
+            table = Table(frozenset({os.getpid(), *ended}), SharedObjects())
+            assert (found.st_dev, found.st_ino) in table.mapped_without_name()
 
 
 @dataclass

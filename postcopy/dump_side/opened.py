@@ -386,11 +386,9 @@ class Table(Struct, dict=True):
         if self._mapped is None:
             self._mapped = set()
             for pid in self.pids:
-                for line in procfs.for_each_vma(pid):
-                    if line.inode and line.name.endswith(DELETED):
-                        with contextlib.suppress(OSError):
-                            found = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
-                            self._mapped.add((found.st_dev, found.st_ino))
+                # One that has ended meanwhile maps nothing.
+                with contextlib.suppress(OSError):
+                    self._mapped |= _mapped_without_name(pid)
         return self._mapped
 
     def first_holders(self) -> dict[int, tuple[int, int]]:
@@ -400,6 +398,17 @@ class Table(Struct, dict=True):
             for slot in slots:
                 found.setdefault(slot.description, (pid, slot.fd))
         return found
+
+
+def _mapped_without_name(pid: int) -> set[Key]:
+    """The deleted files that a process maps."""
+    mapped = set()
+    for line in procfs.for_each_vma(pid):
+        if line.inode and line.name.endswith(DELETED):
+            with contextlib.suppress(OSError):
+                found = os.stat(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}")
+                mapped.add((found.st_dev, found.st_ino))
+    return mapped
 
 
 def common(table: Table, pid: int, tid: int | None = None) -> int:

@@ -79,15 +79,18 @@ def survey(pid: int, choices: Choices | None = None) -> tuple[Manifest, Trusted]
 
 
 def _survey(pid: int, choices: Choices) -> tuple[Manifest, Trusted]:
-    """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much."""
+    """Look until what is found cannot be a moment's: a child between vfork(2) and its program shares much, and a thread
+    in exit(2) has given up what the other threads of its process still have.
+    """
     looks = 0
     while True:
-        descendants = procfs.descendants(pid)
+        faces = {each: _face(each) for each in (pid, *procfs.descendants(pid))}
         looks += 1
         try:
-            return _look({each: _face(each) for each in (pid, *descendants)}, choices)
-        except ProblemsError:
-            if not descendants or looks == _LOOKS:
+            return _look(faces, choices)
+        except (ProblemsError, OSError) as error:
+            in_passing = isinstance(error, ProblemsError) and len(faces) > 1
+            if looks == _LOOKS or not (in_passing or any(lineage.is_ending(*each) for each in faces.items())):
                 raise
             time.sleep(_BETWEEN_LOOKS)
 

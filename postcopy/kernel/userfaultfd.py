@@ -208,14 +208,17 @@ def continue_(fd: int, start: int, length: int) -> None:
     _ioctl(fd, UFFDIO_CONTINUE, bytearray(_CONTINUE.pack(start, length, 0, 0)))
 
 
-def registered(fd: int, address: int) -> bool:
-    """Whether the page at ``address`` is in the hands of the userfaultfd, present or not; EAGAIN: as of `copy`."""
+def registered(fd: int, start: int, length: int = PAGE_SIZE) -> bool:
+    """Whether a range is in one mapping that is in the hands of the userfaultfd, its pages present or not.
+
+    Of a process that is gone, anything may be said to be. Raises OSError EAGAIN: as of `copy`.
+    """
     try:
-        continue_(fd, address, PAGE_SIZE)
+        continue_(fd, start, length)
     except OSError as error:
         if error.errno == errno.EAGAIN:
             raise
-        return error.errno not in (errno.ENOENT, errno.ESRCH)
+        return error.errno != errno.ENOENT
     return True
 
 

@@ -450,8 +450,8 @@ class FaultHandler:
             self._filling.incomplete.discard(mm)
 
     def _fork(self, mm: Mm, uffd: int) -> None:
-        os.set_blocking(uffd, False)
         self._filling.adopt_child(uffd, mm)
+        os.set_blocking(uffd, False)
         self._report({"event": "forked", "uffd": uffd}, uffd)
 
     def _bear(self) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from time import monotonic_ns
 
 from msgspec import Struct, field
@@ -19,6 +20,7 @@ from postcopy.kernel import userfaultfd as uffdio
 from postcopy.kernel.libc import address_of
 from postcopy.kernel.page import PAGE_SHIFT, PAGE_SIZE
 from postcopy.page_ranges import PageRange, PageRanges
+from postcopy.restore_side import newborn
 from postcopy.restore_side.arrivals import Arrivals
 from postcopy.restore_side.hole_watch import HoleWatch, Undecided
 from postcopy.restore_side.populating import populating
@@ -63,6 +65,8 @@ class Mm(Struct, eq=False):
     # The parent's layout changes since the fork was told, and what the child itself has told meanwhile.
     later: list[tuple[int, int, int]] = []
     early: list[uffdio.Message] = []
+    # Of the places that its parent's missing pages had at the fork, those where it has no memory; None: not known.
+    holes: list[tuple[int, int]] | None = None
     # Forked here: nothing keeps huge pages in reserve for its private memory.
     forked: bool = False
     # Private hugetlb memory that no layout change has been about.
@@ -118,12 +122,16 @@ class Filling:
 
     def adopt_child(self, uffd: int, parent: Mm) -> None:
         """One that has been forked; nothing is filled there, nor are its messages read, before it is `born`."""
-        residency = parent.residency
+        holes, residency = None, parent.residency
+        # At once, while it begins: what it makes grow into such a place, nobody tells.
+        with suppress(BlockingIOError):
+            holes = newborn.holes(residency, partial(uffdio.registered, uffd))
         child = self.adopt(uffd, residency.fork(), parent.parts.fork() if parent.parts is not None else None)
         child.parent = parent
         child.forked = True
         child.untouched = parent.untouched
         child.stalled_since = monotonic_ns()
+        child.holes = holes
         self.newborns.append(child)
 
     def moved(self, mm: Mm, first: int, second: int, length: int = 0) -> None:
@@ -148,16 +156,20 @@ class Filling:
         if parent is None or not (parent.gone or self.settled(parent)):
             return False
         residency = child.residency
-        if child.later or residency.unsettled:
+        holes = child.holes or []
+        if child.later or residency.unsettled or child.holes is None:
             residency = residency.fork()
             try:
-                residency.born(child.later, lambda address: _was_registered(child, address))
-                residency.settle(place for place in residency.doubtful if not _was_registered(child, place[0]))
+                was_registered = partial(newborn.was_registered, child.uffd, child.early)
+                residency.born(child.later, was_registered)
+                residency.settle(place for place in residency.doubtful if not was_registered(place[0]))
+                holes += newborn.holes(residency, was_registered)
             except BlockingIOError:
                 # It lives on meanwhile, and changes its layout.
                 child.early += uffdio.read_messages(child.uffd)
                 return False
             child.residency = residency
+        residency.give_up(holes)
         child.parent = None
         child.later.clear()
         child.end_stall()
@@ -606,18 +618,3 @@ class Filling:
         """Everything that was put off has been done: whatever it waited for, it is there."""
         self.waits_for_memory = False
         self._out_of_memory_since = 0
-
-
-def _was_registered(child: Mm, address: int) -> bool:
-    """Whether it was when the child was born; EAGAIN: its layout is changing."""
-    for message in child.early:
-        match message:
-            case uffdio.Remap(old, new, length):
-                if old <= address < old + length:
-                    return True
-                if new <= address < new + length:
-                    return False
-            case uffdio.Unmap(start, end):
-                if start <= address < end:
-                    return True
-    return uffdio.registered(child.uffd, address)

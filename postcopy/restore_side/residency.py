@@ -172,6 +172,16 @@ class AddressSpace:
             elif registered(first):
                 known.add(first, second)
 
+    def give_up(self, places: Iterable[tuple[int, int]]) -> None:
+        """Nothing is, nor comes to, where a child has no memory: of that, too, nobody tells (MADV_DONTFORK)."""
+        for start, end in places:
+            for _, ordinal, pages in self._take(start, end):
+                self.mark(ordinal, pages, REMOVED)
+
+    def missing(self) -> Iterator[Run]:
+        """Where all missing pages are now, as maximal runs; see `missing_runs`."""
+        return self._runs(0, len(self.states))
+
     def lookup(self, address: int) -> int:
         """The ordinal of the page that is at ``address`` now, or -1 when no lazy page is."""
         at = bisect_right(self._starts, address) - 1

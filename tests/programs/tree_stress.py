@@ -139,6 +139,8 @@ class Worker(Actor):
     def op_wipe(self) -> None:
         if region := self._whole("wiped"):
             sys_madvise(region.address, region.length, MADV_WIPEONFORK)
+            # It may have moved in between: what is missing when that is said would come to a child all the same.
+            region.check()
 
     def op_hide(self) -> None:
         if region := self._whole("hidden"):
@@ -156,6 +158,9 @@ class Worker(Actor):
         region = self._whole("guard")
         if region is None:
             return
+        # It may move in between: what is missing when that is said would come all the same.
+        sys_madvise(region.address, region.length, MADV_DONTNEED)
+        region.put(0, [0] * region.pages)
         try:
             sys_madvise(region.address, region.length, MADV_GUARD_INSTALL)
         except OSError as error:
@@ -163,7 +168,6 @@ class Worker(Actor):
                 raise
             region.kind = "anonymous"
             return
-        region.put(0, [0] * region.pages)
         self.regions.remove(region)
         self.guarded.append(region)
 
