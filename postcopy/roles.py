@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from postcopy.deadline import uninterrupted
@@ -16,6 +16,9 @@ from postcopy.kernel.prctl import PR_SET_NAME, PR_SET_PDEATHSIG
 from postcopy.kernel.sched import scheduling
 
 log = logging.getLogger("postcopy")
+
+# Of the role that this process plays.
+_parent = 0
 
 
 class Role:
@@ -69,11 +72,15 @@ def start(name: str, body: Callable[[], None], *, dies_with_parent: bool, keep: 
     with uninterrupted():
         pid = os.fork()
         if not pid:
-            _play(name, body, parent if dies_with_parent else 0, keep)
+            _play(name, body, parent, dies_with_parent, keep)
         return Role(name, pid)
 
 
-def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] | None) -> NoReturn:
+def _play(
+    name: str, body: Callable[[], None], parent: int, dies_with_parent: bool, keep: Iterable[int] | None
+) -> NoReturn:
+    global _parent
+    _parent = parent
     code = 1
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
@@ -83,10 +90,8 @@ def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] 
         scheduling()
         text = name.encode()[:15] + b"\0"
         syscall("naming a process", NUMBERS["prctl"], PR_SET_NAME, address_of(text))
-        if parent:
-            syscall("tying a process to its parent", NUMBERS["prctl"], PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
+        if dies_with_parent:
+            _die_with_parent()
         if keep is not None:
             close_all_but(keep)
         body()
@@ -98,6 +103,31 @@ def _play(name: str, body: Callable[[], None], parent: int, keep: Iterable[int] 
         log.exception("%s failed; this is a bug", name)
     finally:
         os._exit(code)
+
+
+@contextlib.contextmanager
+def outliving_parent() -> Iterator[None]:
+    """Put off the death with the parent, for a role that dies so."""
+    _set_death_signal(0)
+    try:
+        yield
+    finally:
+        _die_with_parent()
+
+
+def is_orphaned() -> bool:
+    """Whether the parent of this role has ended."""
+    return os.getppid() != _parent
+
+
+def _die_with_parent() -> None:
+    _set_death_signal(signal.SIGKILL)
+    if is_orphaned():
+        os._exit(1)
+
+
+def _set_death_signal(number: int) -> None:
+    syscall("tying a process to its parent", NUMBERS["prctl"], PR_SET_PDEATHSIG, number)
 
 
 def leave_output(but_logs: bool) -> None:

@@ -19,6 +19,16 @@ class SocketOption(Struct, frozen=True):
     value: Annotated[bytes, msgspec.Meta(max_length=1024)]
 
 
+class SocketChange(Struct, frozen=True):
+    """What is otherwise than the state says of a socket: whether it blocks, and these options. ``pid``, ``fd``: a
+    descriptor of it."""
+
+    pid: Pid
+    fd: Unsigned31
+    nonblocking: bool
+    options: list[SocketOption]
+
+
 class SocketDefaults(Struct, frozen=True):
     """The options of a new socket at the source: what those of this family, type and protocol have where their own
     state says nothing else."""

@@ -21,7 +21,7 @@ from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
-from postcopy.dump_side.socket_shares import Division, divide
+from postcopy.dump_side.socket_looks import Known
 from postcopy.dump_side.survey import survey
 from postcopy.errors import ProtocolError
 from postcopy.restore_side.birth import Newborn, give_birth, take_back
@@ -170,14 +170,12 @@ def frozen(pid: int) -> Iterator[FrozenTree]:
         tree.close()
 
 
-def state_of(
-    tree: FrozenTree, trusted: Trusted, division: Division | None = None, choices: Choices | None = None
-) -> Tree:
+def state_of(tree: FrozenTree, trusted: Trusted, known: Known | None = None, choices: Choices | None = None) -> Tree:
     """What is collected of a frozen tree."""
     smaps, looker = SmapsReader(trusted.known), Looker(trusted.known)
-    looker.divide(division or Division())
+    looker.tell(known or Known())
     try:
-        return collect(tree, smaps, looker, trusted, {}, SharedObjects(), choices, division=division)
+        return collect(tree, smaps, looker, trusted, {}, SharedObjects(), choices, known=known)
     finally:
         smaps.close()
         looker.close()
@@ -266,7 +264,7 @@ def test_sockets_that_another_process_looks_at_are_what_a_look_would_find(holdin
         f"kept[93] = os.open({str(holding.directory / 'name')!r}, os.O_PATH)",
     )
     with frozen(holding.pid) as tree:
-        told = state_of(tree, trusted, divide(trusted.sockets, frozenset()))
+        told = state_of(tree, trusted, Known(trusted.sockets))
         looked = state_of(tree, trusted)
     assert told.descriptors == looked.descriptors
     (path,) = [one.file for one in told.descriptors.descriptions if one.file and one.file.kind == "path"]
@@ -287,7 +285,7 @@ def test_external_sockets_are_left_out_among_many(holding: Holding) -> None:
     choices = Choices(external=frozenset({f"socket:[{inode}]"}))
     _, trusted = survey(holding.pid, choices)
     with frozen(holding.pid) as tree:
-        state = state_of(tree, trusted, divide(trusted.sockets, frozenset()), choices)
+        state = state_of(tree, trusted, Known(trusted.sockets), choices)
     described = {slot.fd: state.descriptors.descriptions[slot.description] for slot in state.processes[0].slots}
     assert described[fd].external is not None
     assert sum(one.inet is not None for one in described.values()) == 39

@@ -3,11 +3,12 @@
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import signal
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,21 @@ from postcopy import roles
 from postcopy.dump_side import network, socket_looks
 from postcopy.dump_side.capture import Capture
 from postcopy.dump_side.choices import MOVED, Choices
-from postcopy.dump_side.socket_looks import Shown
-from postcopy.dump_side.socket_shares import Share, divide
+from postcopy.dump_side.looks import Looker
+from postcopy.dump_side.socket_looks import Known, Looks, Shown
 from postcopy.dump_side.survey import survey
-from postcopy.errors import DumpError
+from postcopy.errors import DumpError, RestoreError
 from postcopy.kernel import procfs, socket_look, socket_options, tcp_repair
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SOL_SOCKET
 from postcopy.kernel.tcp_repair import Apart
 from postcopy.reporting import Silent
+from postcopy.restore_side import socket_changes
+from postcopy.socket_kinds import InetSocket, SocketChange, SocketOption
+from tests.hosts import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="taking descriptors and TCP_REPAIR need root")
 
+LOCKED = Choices(connections=MOVED, network_lock="skip")
 Ends = tuple[socket.socket, socket.socket]
 # struct sock_fprog with one instruction, BPF_RET | BPF_K.
 _ACCEPT = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0xFFFF))
@@ -58,8 +63,17 @@ def holding() -> Iterator[int]:
 
 def shown(pid: int, locked: Collection[socket.socket] = ()) -> dict[int, Shown]:
     """What the sockets of a process show, by descriptor."""
-    share = Share({pid: procfs.descriptors(pid)}, frozenset(os.fstat(own.fileno()).st_ino for own in locked))
-    return {seen[0]: socket_looks.shown(seen) for seen in socket_looks.look(pid, share, set(map(names, locked)))}
+    return {seen[0]: socket_looks.shown(seen) for seen in Looks(known(pid, locked)).look(pid)}
+
+
+def known(pid: int, locked: Collection[socket.socket]) -> Known:
+    """What is known of a process."""
+    sockets = {}
+    for fd in procfs.descriptors(pid):
+        # Listing them has taken one more.
+        with contextlib.suppress(FileNotFoundError):
+            sockets[fd] = os.stat(f"/proc/{pid}/fd/{fd}").st_ino
+    return Known({pid: sockets}, frozenset(map(names, locked)))
 
 
 def names(own: socket.socket) -> tuple[bytes, bytes]:
@@ -176,39 +190,151 @@ def test_what_the_peer_has_not_acknowledged_is_among_what_is_taken() -> None:
         assert received.endswith(apart.written)
 
 
-def test_connections_go_on_when_who_takes_them_apart_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    us, pairs = os.getpid(), [connected() for _ in range(40)]
+@contextlib.contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[tuple[int, list[Ends]]]:
+    """A process that has the other ends of so many connections, and nothing else: its PID. We have both ends."""
+    pairs = [connected() for _ in range(count)]
     pid = os.fork()
     if not pid:
         # What else is open here is other tests' business.
         roles.close_all_but(other.fileno() for _, other in pairs)
-        signal.pause()
-    for _, other in pairs:
-        other.close()
-
-    def dies(repair: tcp_repair.Repair, fd: int, lengths: tuple[int, int]) -> tuple[bytes, bytes]:
-        if os.getpid() != us:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return give_back(repair, fd, lengths)
-
-    give_back = tcp_repair.Repair._give_back
-    monkeypatch.setattr(tcp_repair.Repair, "_give_back", dies)
-    # What else the process has is not the point here.
+        signal.signal(signal.SIGUSR1, lambda *_: os.set_inheritable(pairs[0][1].fileno(), True))
+        while True:
+            signal.pause()
+    # What else has them is not the point here.
     monkeypatch.setattr("postcopy.dump_side.pipes.holder_outside", lambda *_: None)
     monkeypatch.setattr("postcopy.dump_side.inet_sockets.check_loops", lambda *_: None)
     try:
-        choices = Choices(connections=MOVED, network_lock="skip")
-        _, trusted = survey(pid, choices)
-        with pytest.raises(DumpError, match="cannot be looked at"), Capture(pid, trusted, Silent(), choices) as capture:
+        yield pid, pairs
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for end in itertools.chain(*pairs):
+            end.close()
+
+
+def test_connections_go_on_when_who_takes_them_apart_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    us = os.getpid()
+
+    def dies(repair: tcp_repair.Repair, fd: int, peek_offset: int) -> Apart:
+        if os.getpid() == us:
+            return look(repair, fd, peek_offset)
+        socket.socket(fileno=fd).setsockopt(socket_options.SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_ON)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    look = tcp_repair.Repair.look
+    monkeypatch.setattr(tcp_repair.Repair, "look", dies)
+    with serving(monkeypatch, 40) as (pid, _):
+        _, trusted = survey(pid, LOCKED)
+        with pytest.raises(DumpError, match="cannot be looked at"), Capture(pid, trusted, Silent(), LOCKED) as capture:
             capture.take()
         assert procfs.stat(pid)[3] == "S"
         repairing = [tcp_repair.is_repairing(own) for own in network._tcp_sockets([pid])]
         assert repairing == [False] * 40
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        for one, _ in pairs:
-            one.close()
+
+
+Change = Callable[[int, socket.socket], object]
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, change: Change) -> tuple[list[SocketChange], list[InetSocket], int]:
+    """What is found of connections of which one is changed once they were foreseen: the changes, what was collected,
+    and its descriptor."""
+
+    def foresee(looker: Looker) -> None:
+        foresees(looker)
+        change(pid, pairs[0][1])
+
+    foresees = Looker.foresee
+    monkeypatch.setattr(Looker, "foresee", foresee)
+    with serving(monkeypatch, 5) as (pid, pairs):
+        _, trusted = survey(pid, LOCKED)
+        with Capture(pid, trusted, Silent(), LOCKED, foresees=True) as capture:
+            capture.take()
+            capture.begin_verifying()
+            inet = [one.inet for one in capture.tree.descriptors.descriptions if one.inet]
+            assert [one.connection is not None for one in inet] == [True] * 5
+            return capture.changes(), inet, pairs[0][1].fileno()
+
+
+def test_what_was_foreseen_of_connections_is_how_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, foreseen, _ = captured(monkeypatch, lambda _, own: own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, 3))
+    assert changes == []
+    # What changes without a call is not foreseen.
+    offset = SocketOption(SOL_SOCKET, SO_PEEK_OFF, (3).to_bytes(4, "little"))
+    assert sum(offset in one.socket.options for one in foreseen) == 1
+
+
+def test_options_that_were_otherwise_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(_: int, own: socket.socket) -> None:
+        own.setblocking(False)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        own.setsockopt(SOL_SOCKET, socket.SO_PRIORITY, 5)
+
+    changes, _, fd = captured(monkeypatch, change)
+    (told,) = changes
+    assert (told.fd, told.nonblocking) == (fd, True)
+    options = {(each.level, each.name): int.from_bytes(each.value, "little") for each in told.options}
+    assert options == {(socket.IPPROTO_TCP, socket.TCP_NODELAY): 1, (SOL_SOCKET, socket.SO_PRIORITY): 5}
+
+
+def inherit(pid: int, own: socket.socket) -> None:
+    """Have the process change close-on-exec."""
+    before = procfs.fdinfo(pid, own.fileno())["flags"]
+    os.kill(pid, signal.SIGUSR1)
+    wait_until(lambda: procfs.fdinfo(pid, own.fileno())["flags"] != before, 10, "it is inherited")
+
+
+MORE: dict[str, Change] = {
+    "owner": lambda pid, own: fcntl.fcntl(own, fcntl.F_SETOWN, pid),
+    "signal": lambda _, own: fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGUSR1),
+    "append": lambda _, own: fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_APPEND),
+    "lock": lambda _, own: fcntl.flock(own, fcntl.LOCK_EX),
+    "filter": lambda _, own: own.setsockopt(SOL_SOCKET, socket_options.SO_ATTACH_FILTER, ACCEPT_ALL),
+    "address": lambda _, own: own.setsockopt(SOL_SOCKET, socket.SO_REUSEADDR, 1),
+    "close-on-exec": inherit,
+}
+
+
+@pytest.mark.parametrize("change", MORE.values(), ids=MORE.keys())
+def test_what_cannot_be_told_any_more_is_an_error(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    with pytest.raises(DumpError, match="changed the connection with descriptor") as failure:
+        captured(monkeypatch, change)
+    assert failure.value.hint == "it runs on: try again"
+
+
+def test_another_socket_under_the_number_of_one_that_was_foreseen_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = connected()
+    again, _ = ends = connected()
+    place = again.fileno()
+    with one, other, ends[0], ends[1]:
+        looks = Looks(known(os.getpid(), {one, again}))
+        looks.foresee()
+        os.dup2(other.fileno(), place)
+        found = {seen[0]: socket_looks.shown(seen) for seen in looks.look(os.getpid())}
+        assert (found[one.fileno()].foreseen, found[place].foreseen) == (True, False)
+        assert found[place].status.st_ino == os.fstat(other.fileno()).st_ino
+        assert list(looks.verify()) == []
+
+
+def test_changes_are_made_of_what_another_process_has() -> None:
+    one, other = connected()
+    options = [SocketOption(socket.IPPROTO_TCP, socket.TCP_NODELAY, (1).to_bytes(4, "little"))]
+    with one, other, holding() as pid:
+        pidfd = os.pidfd_open(pid)
+        one.setblocking(True)
+        socket_changes.apply([SocketChange(7, one.fileno(), True, options)], {7: pidfd})
+        assert not one.getblocking() or os.get_blocking(one.fileno()) is False
+        assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        socket_changes.apply([SocketChange(7, one.fileno(), False, [])], {7: pidfd})
+        assert os.get_blocking(one.fileno())
+        for pid_of, fd, text in ((8, one.fileno(), "not of the tree"), (7, 9999, "EBADF")):
+            with pytest.raises(RestoreError, match=text):
+                socket_changes.apply([SocketChange(pid_of, fd, True, options)], {7: pidfd})
+        wrong = [SocketOption(SOL_SOCKET, 9999, bytes(4))]
+        with pytest.raises(RestoreError, match="Protocol not available"):
+            socket_changes.apply([SocketChange(7, one.fileno(), True, wrong)], {7: pidfd})
+        os.close(pidfd)
 
 
 def test_a_connection_is_taken_apart_once_however_many_descriptors_it_has() -> None:
@@ -218,24 +344,3 @@ def test_a_connection_is_taken_apart_once_however_many_descriptors_it_has() -> N
         first, second = sorted((one.fileno(), again.fileno()))
         assert isinstance(found[first].apart, Apart)
         assert found[second].apart is None
-
-
-def test_no_connection_is_taken_apart_by_two_processes() -> None:
-    # A dup in the other one's share, one in the same share, one in another process that has many, or few.
-    many = {1: {fd: 1000 + fd for fd in range(100)}, 2: {fd: 2000 + fd for fd in range(40)}, 3: {7: 1005, 8: 3008}}
-    many[1] |= {90: 1010, 31: 1020}
-    many[2] |= {39: 1099, 38: 1000, 37: 1040}
-    division = divide(many, frozenset())
-    ours, theirs = division.ours, division.theirs
-    for pid in (1, 2):
-        assert ours.descriptors[pid] + theirs.descriptors[pid] == sorted(many[pid])
-    assert 3 not in {*ours.descriptors, *theirs.descriptors}
-    holders: dict[int, set[object]] = {}
-    for pid, inodes in many.items():
-        for fd, inode in inodes.items():
-            share = next((each for each in (ours, theirs) if fd in each.descriptors.get(pid, ())), None)
-            holders.setdefault(inode, set()).add(id(share) if share else None)
-    assert ours.connections == {inode for inode, found in holders.items() if found == {id(ours)}}
-    assert theirs.connections == {inode for inode, found in holders.items() if found == {id(theirs)}}
-    assert not {1005, 1010, 1000, 3008} & (ours.connections | theirs.connections)
-    assert {1020} <= ours.connections and {1099, 1040} <= theirs.connections

@@ -122,6 +122,15 @@ def move_service(trio: Trio) -> Migration:
     return migration
 
 
+def test_options_that_change_all_the_time_arrive_as_they_were_set_last(trio: Trio, tmp_path: Path) -> None:
+    (tmp_path / "restless").touch()
+    service = serve(trio, tmp_path, count=10)
+    move_service(trio)
+    service.goes_on()
+    report = service.report()
+    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+
+
 def test_clients_see_a_pause_and_nothing_else(trio: Trio, tmp_path: Path) -> None:
     service = serve(trio, tmp_path, count=5)
     trio.add_service(trio.b)
@@ -371,8 +380,10 @@ def test_connections_go_on_when_dump_is_killed_before_commit(
         pytest.skip("killed too late")
     service.goes_on()
     wait_until(lambda: not locks(trio.a) and not locks(trio.b), SECONDS, "the network is unlocked")
-    report = service.report()
-    assert (report["errors"], report["missing"], service.errors()) == ([], 0, [])
+    report, errors = service.report(), service.errors()
+    # The one that was under repair at that moment, if any: "The source's sockets are unharmed" in docs/architecture.md.
+    assert errors in ([], ["PermissionError"])
+    assert (len(report["errors"]) <= len(errors), report["missing"]) == (True, 0)
 
 
 def test_connections_go_on_when_restore_is_killed_before_commit(trio: Trio, tmp_path: Path) -> None:

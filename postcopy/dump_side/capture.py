@@ -9,7 +9,7 @@ from types import TracebackType
 
 from postcopy.action_scripts import Action
 from postcopy.deadline import uninterrupted
-from postcopy.dump_side import network, signals, sleepers
+from postcopy.dump_side import network, signals, sleepers, socket_changes, socket_looks
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -20,13 +20,13 @@ from postcopy.dump_side.page_source import FrozenProcess
 from postcopy.dump_side.sent_pages import sent_pages
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
-from postcopy.dump_side.socket_shares import divide
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.sent_pages import PageSource, SentPages
+from postcopy.socket_kinds import SocketChange
 from postcopy.spaces import huge_areas, spaces_of
 from postcopy.state import LateSignal, Tree
 
@@ -38,8 +38,17 @@ class Capture:
     sent: dict[int, PageRanges]
     lazy: dict[int, PageRanges]
 
-    def __init__(self, pid: int, trusted: Trusted, reporter: Reporter, choices: Choices | None = None) -> None:
-        """``trusted``: what the survey said. Nothing is frozen yet."""
+    def __init__(
+        self,
+        pid: int,
+        trusted: Trusted,
+        reporter: Reporter,
+        choices: Choices | None = None,
+        *,
+        foresees: bool = False,
+    ) -> None:
+        """``trusted``: what the survey said. Nothing is frozen yet. ``foresees``: much of connections is taken as it is
+        just before the freeze; `changes` has to be asked for what was otherwise."""
         self.frozen = FrozenTree(pid)
         self.committed = False
         self.began = 0
@@ -47,6 +56,7 @@ class Capture:
         self._trusted = trusted
         self._choices = choices or Choices()
         self._shared = SharedObjects()
+        self._foresees = foresees
         self._ended = False
         self._collects_garbage = False
         self._gave_up_addresses = False
@@ -99,8 +109,12 @@ class Capture:
         root = self.frozen.root.pid
         pids = [root, *procfs.descendants(root)]
         self._silence.prepare(list(_faces(pids)))
-        division = divide(self._trusted.sockets, frozenset(self._silence.locked))
-        self._looker.divide(division)
+        # Few are looked at without help; but connections in repair must not outlive us, while the tree lives on.
+        locked = frozenset(self._silence.locked)
+        known = socket_looks.Known(self._trusted.sockets if locked else {}, locked)
+        self._looker.tell(known)
+        if self._foresees:
+            self._looker.foresee()
         sleeping = {tid: seen for pid in pids for tid, seen in _asleep(pid)}
         self.began = time.monotonic_ns()
         self.frozen.freeze()
@@ -119,12 +133,24 @@ class Capture:
             self._shared,
             self._choices,
             self._silence.cover,
-            division,
+            known,
         )
         self._spaces = spaces_of(self.tree)
         self.sent = {space.number: space.sent for space in self._spaces}
         self.lazy = {space.number: space.lazy for space in self._spaces}
         self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
+
+    def begin_verifying(self) -> None:
+        """Look again at what was foreseen, while others work."""
+        if self._foresees:
+            self._looker.begin_verifying()
+
+    def changes(self) -> list[SocketChange]:
+        """What is otherwise than ``tree`` says, once `begin_verifying` was called. Raises DumpError for what cannot be
+        changed any more."""
+        pairs = zip(self.frozen.faces, self.tree.processes, strict=True)
+        pids = {face: state.pid for face, state in pairs}
+        return socket_changes.changes(self._looker.otherwise(), pids) if self._foresees else []
 
     def verify(self) -> None:
         """To be called once before the tree is given away. Raises DumpError where ``tree`` is not how it is."""

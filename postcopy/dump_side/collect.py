@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Generator
-from itertools import chain
 
 from msgspec.structs import replace
 
@@ -19,6 +18,7 @@ from postcopy.dump_side import (
     memory,
     seccomp,
     signals,
+    socket_changes,
     socket_looks,
     threads,
     timers,
@@ -33,7 +33,6 @@ from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
-from postcopy.dump_side.socket_shares import Division
 from postcopy.errors import DumpError, PostcopyError, ProblemsError
 from postcopy.kernel.batch import Answers
 from postcopy.state import FileIdentity, Process, Tree
@@ -54,14 +53,14 @@ def collect(
     shared: SharedObjects,
     choices: Choices | None = None,
     silence: Silence | None = None,
-    division: Division | None = None,
+    known: socket_looks.Known | None = None,
 ) -> Tree:
     """The state of the tree; process number N has address space N.
 
     ``smaps`` reads meanwhile, and is to verify in the end; ``looker`` looks at each process; ``sleepers`` were observed
     before the freeze. The memory that its processes may share is added to ``shared``, which must stay open as long as
-    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at. ``division``:
-    who looks at which sockets.
+    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at. ``known``:
+    what ``looker`` has been told of sockets.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -69,7 +68,7 @@ def collect(
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
-        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, division or Division())
+        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, known or socket_looks.Known())
 
 
 def _collect(
@@ -80,7 +79,7 @@ def _collect(
     sleepers: Sleepers,
     shared: SharedObjects,
     table: Table,
-    division: Division,
+    known: socket_looks.Known,
 ) -> Tree:
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
@@ -92,12 +91,11 @@ def _collect(
     sharing = lineage.Sharing(dict(zip(frozen.pids, frozen.faces, strict=True)), trusted.orders)
     problems += [*sharing.problems, *kin.problems(sharing)]
     zombies = [kin.zombie(pid, problems) for pid in frozen.zombies]
-    table.theirs = division.theirs.connections
+    table.theirs = known.inodes
     owners = [each for each in frozen.processes if each.pid not in sharing.tables]
     for each in owners:
-        if each.face in division.theirs.descriptors:
-            ours = socket_looks.look(each.face, division.ours, division.locked)
-            table.asked[each.face] = chain(ours, looker.ask_for_sockets(each.face))
+        if each.face in known.sockets:
+            table.asked[each.face] = looker.ask_for_sockets(each.face)
     looker.ask(frozen.faces, frozen.root.face)
     for each in owners:
         table.slots[each.face] = descriptors.collect(table, each.face, problems)
@@ -209,6 +207,7 @@ def _process(
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
         if pid in table.slots:
             edges.find(table, pid, executors[0])
+            socket_changes.check_close_on_exec(table, pid, executors[0])
         locks = memory.future_locks(frozen, arena.range)
         arena.leave()
         yield

@@ -119,7 +119,10 @@ def _on_its_way(table: Table, fd: int) -> int:
 def _collect(table: Table, entries: procfs.Entries, fd: int, shown: Shown | None, seen: set[int]) -> Slot:
     """One entry of a table. ``seen``: the descriptions that this process is known to have."""
     if shown is not None:
-        return _entered(table, Opened.of_socket(table.pid, fd, shown, entries.process), seen)
+        slot = _entered(table, Opened.of_socket(table.pid, fd, shown, entries.process), seen)
+        if shown.foreseen:
+            table.foreseen.setdefault(table.pid, []).append(slot)
+        return slot
     info, known = entries.info(fd), table.remembered.get((table.pid, fd))
     if known is not None and known.still(info):
         number = _as_before(table, fd, known)

@@ -18,6 +18,7 @@ from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
 from postcopy.sent_pages import PageSource, SentPages
+from postcopy.socket_kinds import SocketChange
 from postcopy.state import Clocks, Draft, FileIdentity, Manifest, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
@@ -117,6 +118,12 @@ class Giving:
         self.control.expect(Kind.READY, control.Nothing)
         self._check_servers()
         self._reporter.event("ready")
+
+    def change(self, sockets: list[SocketChange]) -> None:
+        """Have the destination change that, and be ready again."""
+        if sockets:
+            self.control.send(Kind.CHANGES, control.Changes(sockets))
+            self.await_ready()
 
     def _check_servers(self) -> None:
         """What a destination can do to them before commit must not cost the tree."""

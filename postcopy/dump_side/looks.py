@@ -1,6 +1,7 @@
 """What can be seen of a frozen process without its help, by a process of ours: meanwhile it is asked for the rest."""
 
 import contextlib
+import enum
 import fcntl
 import functools
 import os
@@ -17,15 +18,13 @@ from msgspec import Struct
 from postcopy import roles
 from postcopy.dump_side import attributes, filesystem, lineage, memory, namespaces, socket_looks, threads, timers
 from postcopy.dump_side.smaps import Known
-from postcopy.dump_side.socket_shares import Division
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.pagemap import Pagemap
 from postcopy.kernel.sched import scheduling
 from postcopy.state import Filesystem
 
-# A process and the root to look at; or a process alone, whose sockets are to be looked at.
-_ASKED = struct.Struct("=QQ")
+_ASKED = struct.Struct("=QQQ")
 _LAST_SOCKETS_SECONDS = 1
 _PIPE_SIZE = 1 << 20  # fs.pipe-max-size
 _LENGTH = struct.Struct("=Q")
@@ -33,6 +32,16 @@ _LENGTH = struct.Struct("=Q")
 _AHEAD = 64
 _SOCKETS_AT_ONCE = 32
 T = TypeVar("T")
+
+
+class _Question(enum.IntEnum):
+    """What a process shows, and has in common with the root; what its sockets do; and what is done of these before and
+    after (`socket_looks.Looks`)."""
+
+    PROCESS = 1
+    SOCKETS = 2
+    FORESEE = 3
+    VERIFY = 4
 
 
 class Look(Struct, frozen=True):
@@ -87,12 +96,18 @@ def _threads(pid: int, tids: Iterable[int]) -> Iterator[tuple[int, threads.Seen]
             yield tid, threads.see(pid, tid)
 
 
-def _look_at_sockets(pid: int, division: Division) -> Iterator[list[socket_looks.Seen]]:
-    """The sockets of a process, some at a time; in the end nothing."""
-    with contextlib.closing(socket_looks.look(pid, division.theirs, division.locked)) as found:
-        while some := list(islice(found, _SOCKETS_AT_ONCE)):
-            yield some
-        yield []
+def _outliving(found: Iterator[T]) -> Iterator[T]:
+    """What is found, by a process that does not die in the middle of that when its parent is killed: then the tree goes
+    on at once, and is to find no connection in repair."""
+    with roles.outliving_parent():
+        yield from found
+
+
+def _some(found: Iterator[T]) -> Iterator[list[T]]:
+    """What is found, some at a time; in the end nothing."""
+    while some := list(islice(found, _SOCKETS_AT_ONCE)):
+        yield some
+    yield []
 
 
 class Looker:
@@ -107,23 +122,36 @@ class Looker:
             # As much as everybody may have: it is to go on while nobody reads.
             fcntl.fcntl(found_write, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._waiting: deque[tuple[int, int]] = deque()
-        self._division = os.memfd_create("postcopy-sockets", os.MFD_CLOEXEC)
+        self._told = os.memfd_create("postcopy-sockets", os.MFD_CLOEXEC)
 
         def body() -> None:
+            # Else nobody's death would be noticed.
             os.close(self._asking)
+            os.close(self._found)
             # The tree stands still.
             scheduling(nice=-20)
             # Where nobody wants to know any more.
             with contextlib.suppress(BrokenPipeError):
                 answer(asked_read, found_write)
 
+        def found(what: int, pid: int, root: int) -> Iterable[object]:
+            match what:
+                case _Question.PROCESS:
+                    return [look(pid, root, known)]
+                case _Question.SOCKETS:
+                    return _outliving(_some(self._sockets.look(pid)))
+                case _Question.FORESEE:
+                    self._sockets.foresee()
+                    return [[]]
+            # Others, whom the stand-still waits for, come first; some of them are the tree's at the destination.
+            scheduling(nice=19)
+            return [list(self._sockets.verify())]
+
         def answer(asked_read: int, found_write: int) -> None:
             with open(asked_read, "rb") as questions, open(found_write, "wb") as answers:
                 while words := questions.read(_ASKED.size):
-                    pid, root = _ASKED.unpack(words)
                     try:
-                        found = [look(pid, root, known)] if root else _look_at_sockets(pid, self._divided)
-                        for each in found:
+                        for each in found(*_ASKED.unpack(words)):
                             _send(answers, each)
                     except (OSError, LookupError, ValueError) as error:
                         # Of a process that has just been killed anything may be read.
@@ -136,16 +164,29 @@ class Looker:
         os.close(found_write)
         self._answers = open(self._found, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def divide(self, division: Division) -> None:
-        """What its share of the sockets is; before `ask_for_sockets`."""
-        os.pwrite(self._division, pickle.dumps(division, pickle.HIGHEST_PROTOCOL), 0)
+    def tell(self, known: socket_looks.Known) -> None:
+        """What sockets there are; before `ask_for_sockets`."""
+        os.pwrite(self._told, pickle.dumps(known, pickle.HIGHEST_PROTOCOL), 0)
 
     @functools.cached_property
-    def _divided(self) -> Division:
-        """What `divide` has been told, for the process that looks."""
-        content = os.pread(self._division, os.fstat(self._division).st_size, 0)
-        found: Division = pickle.loads(content)
-        return found
+    def _sockets(self) -> socket_looks.Looks:
+        """By what `tell` has been told, for the process that looks."""
+        content = os.pread(self._told, os.fstat(self._told).st_size, 0)
+        found: socket_looks.Known = pickle.loads(content)
+        return socket_looks.Looks(found, lambda: not roles.is_orphaned())
+
+    def foresee(self) -> None:
+        """Let it look at the connections while the tree runs, and wait for that; after `tell`."""
+        self._ask(_Question.FORESEE)
+        self._receive(list)
+
+    def begin_verifying(self) -> None:
+        """Let it find out whether that was still so when the tree was frozen; after the last `result`."""
+        self._ask(_Question.VERIFY)
+
+    def otherwise(self) -> list[tuple[int, socket_looks.Seen, socket_looks.OfProgram]]:
+        """As of `socket_looks.Looks.verify`, which must have begun."""
+        return self._receive(list)
 
     @property
     def is_taking_apart(self) -> bool:
@@ -155,7 +196,7 @@ class Looker:
     def ask_for_sockets(self, pid: int) -> Iterator[socket_looks.Seen]:
         """What the sockets of a process show that are in its share, in the order of their descriptors; before `ask`.
         All must be taken before the first `result`."""
-        self._ask(pid, 0)
+        self._ask(_Question.SOCKETS, pid)
         self._looking_at += 1
 
         def answers() -> Iterator[socket_looks.Seen]:
@@ -173,12 +214,12 @@ class Looker:
 
     def _ask_next(self) -> None:
         if self._waiting:
-            self._ask(*self._waiting.popleft())
+            self._ask(_Question.PROCESS, *self._waiting.popleft())
 
-    def _ask(self, pid: int, root: int) -> None:
+    def _ask(self, what: _Question, pid: int = 0, root: int = 0) -> None:
         # That it has ended is told where its answer is missed.
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._asking, _ASKED.pack(pid, root))
+            os.write(self._asking, _ASKED.pack(what, pid, root))
 
     def result(self) -> Look:
         """That of the next one. Raises what `look` does, and DumpError when it cannot look any more."""
@@ -200,7 +241,7 @@ class Looker:
         os.close(self._asking)
         self._answers.close()
         os.close(self._found)
-        os.close(self._division)
+        os.close(self._told)
         if self.is_taking_apart:
             select.select([self._role.pidfd], [], [], _LAST_SOCKETS_SECONDS)
         self._role.kill()

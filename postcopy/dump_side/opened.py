@@ -258,7 +258,8 @@ class Table(Struct, dict=True):
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
     ``asked``: by process, what its sockets show; ``theirs``: the connections (by inode) that another process of
-    ours takes apart meanwhile. ``level``: see `pid_namespaces.level`.
+    ours takes apart meanwhile; ``foreseen``: by process, entries of which part was seen before the freeze.
+    ``level``: see `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -292,6 +293,7 @@ class Table(Struct, dict=True):
     socket_options: dict[tuple[object, object], list[SocketOption]] = {}
     asked: dict[int, Iterator[socket_looks.Seen]] = {}
     theirs: frozenset[int] = frozenset()
+    foreseen: dict[int, list[Slot]] = {}
     carrying: list[int] = []
     received: list[int] = []
     unix_names: list[UnixName] = []

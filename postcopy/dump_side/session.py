@@ -208,7 +208,7 @@ def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Repo
             giving.agree(manifest, clocks.now(options.pid))
             # A tree that changes all the time would have changed by the time that it is frozen, too.
             giving.send_draft(trusted.draft if trusted.known.keys() == before.known.keys() else Draft())
-            with Capture(options.pid, trusted, reporter, options.choices) as capture:
+            with Capture(options.pid, trusted, reporter, options.choices, foresees=True) as capture:
                 # On a busy host, every other process would lengthen the stand-still.
                 scheduling(nice=-20)
                 # Forks have made our own memory copy-on-write; this touches most of it before the tree stands still.
@@ -218,9 +218,12 @@ def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Repo
                     # Before the destination's first: what they take away here is to come up there.
                     scripts.run(Action.POST_DUMP, options.pid)
                     giving.send_state(capture.tree, capture.sent_pages)
+                    capture.begin_verifying()
                     # Forked while the destination builds: this costs no stand-still.
                     giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
-                    go = _await_go(capture, giving, reporter)
+                    giving.await_ready()
+                    giving.change(capture.changes())
+                    go = _stop(capture, giving, reporter)
                 _commit(options, capture, giving, go)
     except (ConnectionLost, LostAfterCommit):
         raise
@@ -248,7 +251,8 @@ def _offer(
             if not has_state:
                 giving.send_state(capture.tree, capture.sent_pages)
             giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
-            go = _await_go(capture, giving, reporter)
+            giving.await_ready()
+            go = _stop(capture, giving, reporter)
         _commit(options, capture, giving, go)
     except (LostAfterCommit, Interrupted):
         raise
@@ -260,9 +264,8 @@ def _offer(
         channels.close()
 
 
-def _await_go(capture: Capture, giving: Giving, reporter: Reporter) -> control.Go:
-    """Once the destination is ready: the order to go. The process is then stopped durably."""
-    giving.await_ready()
+def _stop(capture: Capture, giving: Giving, reporter: Reporter) -> control.Go:
+    """The destination is ready: the order to go. The process is then stopped durably."""
     capture.verify()
     capture.stop()
     go = control.Go(capture.late_signals())

@@ -1,5 +1,6 @@
 """What sockets tell whoever has a descriptor of them: of each some hundred things, asked in one go (`own_calls`)."""
 
+import fcntl
 import functools
 import socket
 import struct
@@ -13,14 +14,17 @@ from postcopy.kernel import socket_options, tcp_repair
 from postcopy.kernel.batch import RECORD_SIZE
 from postcopy.kernel.calls import call
 from postcopy.kernel.own_calls import KEPT, OwnCalls
-from postcopy.kernel.socket_options import SO_GET_FILTER, SO_LOCK_FILTER, SO_PROTOCOL, SOL_SOCKET, SOL_TCP
+from postcopy.kernel.socket_options import LIVELY, SO_GET_FILTER, SO_LOCK_FILTER, SO_PROTOCOL, SOL_SOCKET, SOL_TCP
 
 #: Family, type and protocol.
 Kind = tuple[int, int, int]
-#: What the options of a socket are, the very same where they have been the same before; and what is its own.
-Answers = tuple[bytes, bytes]
+#: What the options of a socket are, but for those that are `socket_options.LIVELY`, and what these are, each the very
+#: same where they have been the same before; and what is its own.
+Answers = tuple[bytes, bytes, bytes]
 
+F_GETSIG, F_GETOWN_EX = 11, 16
 _ADDRESS_SIZE = 28
+_STAT_SIZE = 144
 
 # The name of a call, its arguments between the descriptor and the value, and the size of the value (bytes).
 _Asked = tuple[str, tuple[int, ...], int]
@@ -87,38 +91,76 @@ class _Look:
         family, type_, protocol = self.kind = kind
         is_ip = family in (socket.AF_INET, socket.AF_INET6)
         is_tcp = is_ip and (type_, protocol) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        told = [*socket_options.readable(*kind), (SOL_SOCKET, SO_LOCK_FILTER, 4), (SOL_SOCKET, SO_GET_FILTER, 0)]
-        options = [("getsockopt", (level, name), size) for level, name, size in told]
+        sizes = {(level, name): size for level, name, size in socket_options.readable(*kind)}
+        self._names = list(sizes)
+        self._steady_names = [each for each in sizes if each not in LIVELY]
+        self._lively_names = [each for each in sizes if each in LIVELY]
+        sizes |= {(SOL_SOCKET, SO_LOCK_FILTER): 4, (SOL_SOCKET, SO_GET_FILTER): 0}
+        steady, lively = (
+            [("getsockopt", each, size) for each, size in sizes.items() if (each in LIVELY) is wanted]
+            for wanted in (False, True)
+        )
         own: list[_Asked] = [("getsockopt", (SOL_TCP, socket.TCP_INFO), tcp_repair.INFO_SIZE)] if is_tcp else []
         own += [(name, (), _ADDRESS_SIZE) for name in ("getsockname", "getpeername") if is_ip]
-        names = [(level, name) for level, name, _ in told]
-        self._peek = names.index(socket_options.PEEK_OFF) if socket_options.PEEK_OFF in names else None
         self._before_own = [b""] * (not is_tcp)
-        self._calls = OwnCalls(_Questions.room(options) + _Questions.room(own))
-        self._options, self._own = _Questions(self._calls, options), _Questions(self._calls, own)
+        changing = _Questions.room(lively) + _Questions.room(own)
+        self._calls, self._again = OwnCalls(_Questions.room(steady) + changing), OwnCalls(1024 + changing)
+        self._steady = _Questions(self._calls, steady)
+        self._lively, self._own = _Questions(self._calls, lively), _Questions(self._calls, own)
+        self._opened = self._again.add(call("pidfd_getfd", 0, 0, 0), keep=True)
+        self._status = self._again.room(_STAT_SIZE)
+        self._again.add(call("fstat", KEPT, self._status))
+        self._lively_again, self._own_again = _Questions(self._again, lively), _Questions(self._again, own)
+        self._program = OwnCalls(1024 + _Questions.room(steady))
+        self._owner = self._program.room(8)
+        self._flags = self._program.add(call("fcntl", KEPT, fcntl.F_GETFL))
+        self._program.add(call("fcntl", KEPT, F_GETSIG))
+        self._program.add(call("fcntl", KEPT, F_GETOWN_EX, self._owner))
+        self._of_program = _Questions(self._program, steady)
         # Those of thousands of sockets are often the same.
         self._known: dict[bytes, bytes] = {}
         self._of_options = functools.cache(self._parse)
 
+    def _same(self, answers: bytes) -> bytes:
+        return self._known.setdefault(answers, answers)
+
     def ask(self, fd: int) -> Answers:
         """As the function."""
         self._calls.make(fd)
-        options = self._options.answers()
-        return self._known.setdefault(options, options), self._own.answers()
+        return self._same(self._steady.answers()), self._same(self._lively.answers()), self._own.answers()
+
+    def ask_again(self, process: int, fd: int) -> tuple[int, bytes, bytes, bytes]:
+        """As the function."""
+        again = self._again
+        again.change(self._opened, 1, process)
+        again.change(self._opened, 2, fd)
+        again.make()
+        status = again.read(self._status, _STAT_SIZE)
+        return again.result(self._opened), status, self._same(self._lively_again.answers()), self._own_again.answers()
+
+    def ask_of_program(self, fd: int) -> tuple[int, bytes, bytes]:
+        """As the function."""
+        program = self._program
+        program.make(fd)
+        delivery = program.results(self._flags + 1, 1) + program.read(self._owner, 8)
+        return program.result(self._flags), delivery, self._same(self._of_program.answers())
 
     def told(self, answers: Answers) -> Told:
         """As the function."""
-        options, own = answers
+        steady, lively, own = answers
         single = [*self._before_own, *(b"" if code else value for code, value, _ in self._own.values(own)), b"", b""]
-        return Told(self.kind, *self._of_options(options), single[0], single[1], single[2])
+        return Told(self.kind, *self._of_options(steady, lively), single[0], single[1], single[2])
 
-    def _parse(self, options: bytes) -> tuple[tuple[bytes | None, ...], bool, int, int]:
-        found = self._options.values(options)
-        of_program = tuple(None if code else value for code, value, _ in found[:-2])
-        (_, locked, _), (code, _, length) = found[-2:]
-        peek = of_program[self._peek] if self._peek is not None else None
+    def _parse(self, steady: bytes, lively: bytes) -> tuple[tuple[bytes | None, ...], bool, int, int]:
+        *of_program, (_, locked, _), (code, _, length) = self._steady.values(steady)
+        found = {
+            option: None if refused else value
+            for names, told in ((self._steady_names, of_program), (self._lively_names, self._lively.values(lively)))
+            for option, (refused, value, _) in zip(names, told, strict=True)
+        }
+        peek = found.get(socket_options.PEEK_OFF)
         peek_offset = int.from_bytes(peek, "little", signed=True) if peek else -1
-        return of_program, any(locked), code or length, peek_offset
+        return tuple(found[option] for option in self._names), any(locked), code or length, peek_offset
 
 
 _look = functools.cache(_Look)
@@ -127,6 +169,18 @@ _look = functools.cache(_Look)
 def ask(fd: int, kind: Kind) -> Answers:
     """What the socket of that kind behind a descriptor of ours tells, for `told`."""
     return _look(kind).ask(fd)
+
+
+def ask_again(process: int, fd: int, kind: Kind) -> tuple[int, bytes, bytes, bytes]:
+    """The same of descriptor ``fd`` of a process (a pidfd), but for what has been asked before and does not change by
+    itself: our own descriptor of it, or a negated errno; struct stat; and the last two of `Answers`."""
+    return _look(kind).ask_again(process, fd)
+
+
+def ask_of_program(fd: int, kind: Kind) -> tuple[int, bytes, bytes]:
+    """Of a descriptor of ours, what does not change by itself: F_GETFL; F_GETSIG, as 64 bits, and F_GETOWN_EX; and the
+    first of `Answers`."""
+    return _look(kind).ask_of_program(fd)
 
 
 def told(kind: Kind, answers: Answers) -> Told:

@@ -66,6 +66,10 @@ TCP_MAXSEG: Option = (SOL_TCP, 2)
 TCP_WINDOW_CLAMP: Option = (SOL_TCP, 10)
 TCP_FASTOPEN_CONNECT: Option = (SOL_TCP, 30)
 TCP_ULP: Option = (SOL_TCP, _TCP_ULP)
+#: What changes without a call: sizes that follow the traffic, and how far somebody has peeked.
+LIVELY: frozenset[Option] = frozenset(
+    {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF), PEEK_OFF, TCP_MAXSEG, TCP_WINDOW_CLAMP}
+)
 UDP_ENCAP: Option = (SOL_UDP, 100)
 
 

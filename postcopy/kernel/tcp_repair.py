@@ -26,7 +26,7 @@ TCPOPT_MSS, TCPOPT_WINDOW, TCPOPT_SACK_PERMITTED, TCPOPT_TIMESTAMP = 2, 3, 4, 8
 _TCPI_OPT_TIMESTAMPS, _TCPI_OPT_SACK, _TCPI_OPT_WSCALE = 1, 2, 4
 _SIOCOUTQNSD = 0x894B
 INFO_SIZE, _WINDOW_SIZE = 104, 20
-_INT, _POLL, _APART = struct.Struct("=i"), struct.Struct("=ihh"), struct.Struct(f"=IIiiiII{_WINDOW_SIZE}s")
+_INT, _POLL, _APART = struct.Struct("=i"), struct.Struct("=ihh"), struct.Struct(f"=IIiiII{_WINDOW_SIZE}s")
 
 # So many bytes of a queue are read in one go with the rest.
 _AT_ONCE = 2048
@@ -65,12 +65,17 @@ def info(sock: SocketType) -> Info:
     return of_raw(sock.getsockopt(SOL_TCP, socket.TCP_INFO, INFO_SIZE))
 
 
+def state_of_raw(raw: bytes) -> int:
+    """Of struct tcp_info, the state alone."""
+    return raw[0] if raw else 0
+
+
 def of_raw(raw: bytes) -> Info:
     """What struct tcp_info says."""
     options, scales = raw[5], raw[6]
     waiting, backlog = struct.unpack_from("=II", raw, 24)
     return Info(
-        state=raw[0],
+        state=state_of_raw(raw),
         timestamps=bool(options & _TCPI_OPT_TIMESTAMPS),
         sack=bool(options & _TCPI_OPT_SACK),
         scales=(scales & 15, scales >> 4) if options & _TCPI_OPT_WSCALE else None,
@@ -99,99 +104,89 @@ class Apart(Struct, frozen=True):
 
 
 class Repair:
-    """Takes connections apart, which go on afterwards as if nothing had been."""
+    """Takes connections apart, which go on afterwards as if nothing had been: what can be asked without is not asked
+    under repair, in which whoever reads would fail (EPERM)."""
 
     def __init__(self) -> None:
-        """Prepare the calls: those that begin, and those that read the queues and end it."""
-        self._begin, self._end = begin, end = OwnCalls(4096), OwnCalls(4096 + 2 * _AT_ONCE)
-        self._reuse, self._poll, self._found = begin.room(4), begin.place(bytes(_POLL.size)), begin.room(_APART.size)
-        on, *queues = (begin.place(_INT.pack(each)) for each in (REPAIR_ON, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE))
-        four, of_window = (begin.place(_INT.pack(size)) for size in (4, _WINDOW_SIZE))
-        begin.add(call("getsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, four))
-        begin.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, on, 4))
-        for queue, place in zip(queues, (self._found, self._found + 4, 0), strict=True):
-            begin.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
-            if place:
-                begin.add(call("getsockopt", KEPT, SOL_TCP, TCP_QUEUE_SEQ, place, four))
-        for number, request in enumerate((termios.FIONREAD, termios.TIOCOUTQ, _SIOCOUTQNSD), start=2):
-            begin.add(call("ioctl", KEPT, request, self._found + 4 * number))
-        for number, name in enumerate((socket.TCP_MAXSEG, TCP_TIMESTAMP), start=5):
-            begin.add(call("getsockopt", KEPT, SOL_TCP, name, self._found + 4 * number, four))
-        begin.add(call("getsockopt", KEPT, SOL_TCP, TCP_REPAIR_WINDOW, self._found + 28, of_window))
-        self._count = begin.add(call("poll", self._poll, 1, 0)) + 1
-        self._results = struct.Struct(f"={self._count}q")
-        self._contents = [end.room(_AT_ONCE) for _ in (RECEIVE_QUEUE, SEND_QUEUE)]
-        off, *queues = (
-            end.place(_INT.pack(each)) for each in (REPAIR_OFF_WITHOUT_PROBE, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE)
+        """Prepare the calls."""
+        self._calls = calls = OwnCalls(4096 + 2 * _AT_ONCE)
+        self._reuse, self._poll, self._found = calls.room(4), calls.place(bytes(_POLL.size)), calls.room(_APART.size)
+        self._contents = [calls.room(_AT_ONCE) for _ in (RECEIVE_QUEUE, SEND_QUEUE)]
+        on, off, *queues = (
+            calls.place(_INT.pack(each))
+            for each in (REPAIR_ON, REPAIR_OFF_WITHOUT_PROBE, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE)
         )
-        self._peeks = list[int]()
-        for queue, place in zip(queues, (*self._contents, 0), strict=True):
-            end.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
+        four, of_window = (calls.place(_INT.pack(size)) for size in (4, _WINDOW_SIZE))
+        calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, four))
+        calls.add(call("poll", self._poll, 1, 0))
+        for number, request in enumerate((termios.TIOCOUTQ, _SIOCOUTQNSD), start=2):
+            calls.add(call("ioctl", KEPT, request, self._found + 4 * number))
+        calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_TIMESTAMP, self._found + 20, four))
+        calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, on, 4))
+        for queue, place in zip(queues, (self._found, self._found + 4, 0), strict=True):
+            if not place:
+                calls.add(call("getsockopt", KEPT, SOL_TCP, socket.TCP_MAXSEG, self._found + 16, four))
+                calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_REPAIR_WINDOW, self._found + 24, of_window))
+                # Of the queue to write.
+                sent = calls.add(call("recvfrom", KEPT, self._contents[1], _AT_ONCE, _PEEK, 0, 0))
+            calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
             if place:
-                self._peeks.append(end.add(call("recvfrom", KEPT, place, 0, _PEEK, 0, 0)))
-        self._ended = end.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, off, 4))
-        self._reuse_again = end.room(4)
-        end.add(call("setsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse_again, 4))
+                calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_QUEUE_SEQ, place, four))
+        calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, off, 4))
+        # Repair has taken it away.
+        count = calls.add(call("setsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, 4)) + 1
+        self._peeks = calls.add(call("recvfrom", KEPT, self._contents[0], _AT_ONCE, _PEEK, 0, 0)), sent
+        self._results = struct.Struct(f"={count}q")
 
     def look(self, fd: int, peek_offset: int) -> Apart:
         """Take the connection behind a descriptor of ours apart, and let it go on; ``peek_offset``: its SO_PEEK_OFF.
 
         Raises OSError.
         """
-        begin = self._begin
-        begin.write(self._poll, _POLL.pack(fd, select.POLLRDHUP, 0))
-        begin.make(fd)
-        lengths, queues = (0, 0), None
-        try:
-            worst = min(self._results.unpack(begin.results(0, self._count)))
-            if worst < 0:
-                raise refused("taking a TCP connection apart", -worst)
-            found = _APART.unpack(begin.read(self._found, _APART.size))
-            lengths = found[2:4]
-            if max(lengths) > _AT_ONCE or peek_offset >= 0:
-                queues, lengths = _queues(fd, lengths, peek_offset), (0, 0)
-        finally:
-            small = self._give_back(fd, lengths)
-        read, written, unread, unacknowledged, unsent, mss, clock, window = found
-        *_, events = _POLL.unpack(begin.read(self._poll, _POLL.size))
+        calls, (received, sent) = self._calls, self._peeks
+        calls.write(self._poll, _POLL.pack(fd, select.POLLRDHUP, 0))
+        # Where there is nothing, peeking would take an error; and with an offset, it would begin there and move it.
+        unread = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")
+        calls.change(received, 3, min(unread, _AT_ONCE) if peek_offset < 0 else 0)
+        calls.make(fd)
+        results = self._results.unpack(calls.results(0, self._results.size // 8))
+        worst = min(0, *results[:sent], *results[sent + 1 :])
+        if worst < 0:
+            raise refused("taking a TCP connection apart", -worst)
+        read, written, unacknowledged, unsent, mss, clock, window = _APART.unpack(calls.read(self._found, _APART.size))
+        if max(unread, unacknowledged) > _AT_ONCE or peek_offset >= 0:
+            reuse = int.from_bytes(calls.read(self._reuse, 4), "little")
+            queues = _queues(fd, (unread, unacknowledged), peek_offset, reuse)
+        else:
+            places = zip(self._contents, self._peeks, strict=True)
+            queues = [calls.read(place, max(calls.result(number), 0)) for place, number in places]
+        *_, events = _POLL.unpack(calls.read(self._poll, _POLL.size))
         ends = bool(events & select.POLLRDHUP)
-        return Apart(read, written, unread, unacknowledged, unsent, mss, clock, window, ends, *(queues or small))
-
-    def _give_back(self, fd: int, lengths: tuple[int, int]) -> tuple[bytes, bytes]:
-        """End repair; the first so many bytes of the queues."""
-        end = self._end
-        for number, length in zip(self._peeks, lengths, strict=True):
-            end.change(number, 3, length)
-        # Repair has taken it away.
-        end.write(self._reuse_again, self._begin.read(self._reuse, 4))
-        end.make(fd)
-        for number in (self._ended, self._ended + 1):
-            if (result := end.result(number)) < 0:
-                raise refused("putting a TCP connection together", -result)
-        received, written = (
-            end.read(place, max(end.result(number), 0))
-            for place, number in zip(self._contents, self._peeks, strict=True)
-        )
-        return received, written
+        return Apart(read, written, unread, unacknowledged, unsent, mss, clock, window, ends, *queues)
 
 
-def _queues(fd: int, lengths: tuple[int, int], peek_offset: int) -> tuple[bytes, bytes]:
-    """The first so many bytes of the queues of a connection under repair, which stay there."""
-    own = SocketType(fileno=fd)
-    found = []
-    if peek_offset >= 0:
-        own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+def _queues(fd: int, lengths: tuple[int, int], peek_offset: int, reuse_address: int) -> list[bytes]:
+    """The first so many bytes of the queues of a connection, which stay there."""
+    own, (unread, written) = SocketType(fileno=fd), lengths
     try:
-        for queue, length in zip((RECEIVE_QUEUE, SEND_QUEUE), lengths, strict=True):
-            own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, queue)
-            found.append(own.recv(length, _PEEK) if length else b"")
-    finally:
-        own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
         if peek_offset >= 0:
-            own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, peek_offset)
+            own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, -1)
+        try:
+            received = own.recv(unread, _PEEK) if unread else b""
+        finally:
+            if peek_offset >= 0:
+                own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, peek_offset)
+        if not written:
+            return [received, b""]
+        own.setsockopt(SOL_TCP, TCP_REPAIR, REPAIR_ON)
+        try:
+            own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+            return [received, own.recv(written, _PEEK)]
+        finally:
+            own.setsockopt(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+            end_repair(own, REPAIR_OFF_WITHOUT_PROBE, reuse_address)
+    finally:
         own.detach()
-    received, written = found
-    return received, written
 
 
 _repair = functools.cache(Repair)

@@ -35,7 +35,7 @@ from postcopy.kernel.poll import readable
 from postcopy.kernel.sched import scheduling
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.restore_side import eager, ptys
+from postcopy.restore_side import eager, ptys, socket_changes
 from postcopy.restore_side import manifest as manifests
 from postcopy.restore_side.birth import Newborn, give_birth, kill, take_back
 from postcopy.restore_side.clocks import ProgramClocks
@@ -332,11 +332,16 @@ class _Takeover:
 
     def _await_go(self) -> control.Go:
         assert self._watchdog is not None
-        select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
-        self._check_daemon()
-        go = self._channels.control.expect(Kind.GO, control.Go)
-        soundness.check_message("go", go)
-        return go
+        while True:
+            select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
+            self._check_daemon()
+            _, order = self._channels.control.receive({Kind.GO: control.Go, Kind.CHANGES: control.Changes})
+            soundness.check_message("order", order)
+            if isinstance(order, control.Go):
+                return order
+            assert isinstance(order, control.Changes)
+            socket_changes.apply(order.sockets, self._pidfds())
+            self._channels.control.send(Kind.READY)
 
     def _check_daemon(self) -> None:
         assert self._watchdog is not None

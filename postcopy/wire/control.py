@@ -12,9 +12,10 @@ from postcopy import __version__
 from postcopy.errors import ProtocolError
 from postcopy.kernel import cpu
 from postcopy.kernel.page import PAGE_SIZE
+from postcopy.socket_kinds import SocketChange
 from postcopy.state import Clocks, LateSignal, Manifest, decode, encode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"POSTCOPY"
 HEADER = struct.Struct("<8sHHI")  # magic, protocol version, kind, length of the body in bytes
 GREETING_LIMIT = 64 * 1024
@@ -38,6 +39,7 @@ class Kind(enum.IntEnum):
     PAGES = 11
     DRAFT = 12
     DRAFTED = 13
+    CHANGES = 14
 
 
 # Bytes of a body: nobody can make the other side keep more in memory. What no limit stands for here is the state.
@@ -45,6 +47,7 @@ LIMITS = dict.fromkeys(Kind, GREETING_LIMIT) | {
     Kind.MANIFEST: 256 * _MIB,
     Kind.PROBLEMS: 16 * _MIB,
     Kind.GO: 16 * _MIB,
+    Kind.CHANGES: 256 * _MIB,
     Kind.STATE: BODY_LIMIT,
     Kind.DRAFT: BODY_LIMIT,
     Kind.PAGES: BODY_LIMIT,
@@ -93,6 +96,12 @@ class Failed(Struct, frozen=True):
 
     message: str
     hint: str
+
+
+class Changes(Struct, frozen=True):
+    """What has been found otherwise than the state says, while the destination was building."""
+
+    sockets: list[SocketChange]
 
 
 class Go(Struct, frozen=True):

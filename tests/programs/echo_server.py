@@ -1,10 +1,13 @@
 """Echoes what comes over TCP: ``python -m tests.programs.echo_server DIRECTORY ADDRESS...``.
 
 Listens at port 7000 of each address and then makes ``DIRECTORY/ready``. While ``DIRECTORY/hold`` is there it neither
-reads nor writes. Writes the errors that connections end with to ``DIRECTORY/errors``, one a line.
+reads nor writes. Writes the errors that connections end with to ``DIRECTORY/errors``, one a line. With
+``DIRECTORY/restless`` it changes options of its connections all the time, and an option that is not as it was set last
+is an error, too.
 """
 
 import contextlib
+import random
 import resource
 import selectors
 import socket
@@ -14,6 +17,11 @@ from pathlib import Path
 
 PORT = 7000
 _PIECE = 1 << 16
+_SWITCHES = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+]
 
 
 class Connection:
@@ -24,6 +32,16 @@ class Connection:
         self.sock = sock
         self.pending = b""
         self.ended = False
+        self.set: list[int] = [0] * len(_SWITCHES)
+
+    def switch(self) -> None:
+        """Change options that must be as they were set last."""
+        found = [int(self.sock.getsockopt(*option) != 0) for option in _SWITCHES]
+        if found != self.set:
+            raise OSError(f"options are {found} and were set to {self.set}")
+        self.set = [random.randrange(2) for _ in _SWITCHES]
+        for option, value in zip(_SWITCHES, self.set, strict=True):
+            self.sock.setsockopt(*option, value)
 
     def go_on(self, events: int) -> bool:
         """Read and write what can be; False at the end."""
@@ -53,6 +71,7 @@ def main() -> None:
         listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ)
     (directory / "ready").touch()
+    is_restless = (directory / "restless").exists()
     while True:
         while (directory / "hold").exists():
             (directory / "holding").touch()
@@ -65,6 +84,8 @@ def main() -> None:
                     selector.register(accepted.sock, selectors.EVENT_READ, accepted)
                 continue
             try:
+                if is_restless:
+                    connection.switch()
                 alive = connection.go_on(events)
             except OSError as error:
                 with open(directory / "errors", "a") as errors:
