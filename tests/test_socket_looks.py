@@ -251,7 +251,6 @@ def captured(monkeypatch: pytest.MonkeyPatch, change: Change) -> tuple[list[Sock
         _, trusted = survey(pid, LOCKED)
         with Capture(pid, trusted, Silent(), LOCKED, foresees=True) as capture:
             capture.take()
-            capture.begin_verifying()
             inet = [one.inet for one in capture.tree.descriptors.descriptions if one.inet]
             assert [one.connection is not None for one in inet] == [True] * 5
             return capture.changes(), inet, pairs[0][1].fileno()

@@ -140,17 +140,11 @@ class Capture:
         self.lazy = {space.number: space.lazy for space in self._spaces}
         self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
 
-    def begin_verifying(self) -> None:
-        """Look again at what was foreseen, while others work."""
-        if self._foresees:
-            self._looker.begin_verifying()
-
     def changes(self) -> list[SocketChange]:
-        """What is otherwise than ``tree`` says, once `begin_verifying` was called. Raises DumpError for what cannot be
-        changed any more."""
+        """What is otherwise than ``tree`` says; once. Raises DumpError for what cannot be changed any more."""
         pairs = zip(self.frozen.faces, self.tree.processes, strict=True)
         pids = {face: state.pid for face, state in pairs}
-        return socket_changes.changes(self._looker.otherwise(), pids) if self._foresees else []
+        return socket_changes.changes(self._looker.otherwise(), pids)
 
     def verify(self) -> None:
         """To be called once before the tree is given away. Raises DumpError where ``tree`` is not how it is."""

@@ -116,6 +116,7 @@ class Looker:
     def __init__(self, known: Mapping[int, Known]) -> None:
         """Fork it, before the freeze; it waits for `ask`."""
         self._looking_at = 0
+        self._has_to_verify = self._is_verifying = False
         asked_read, self._asking = os.pipe()
         self._found, found_write = os.pipe()
         with contextlib.suppress(OSError):
@@ -176,17 +177,15 @@ class Looker:
         return socket_looks.Looks(found, lambda: not roles.is_orphaned())
 
     def foresee(self) -> None:
-        """Let it look at the connections while the tree runs, and wait for that; after `tell`."""
+        """Let it look at the connections while the tree runs, and wait for that; after `tell`. Once it has nothing else
+        to do, it finds out whether that was still so when the tree was frozen."""
         self._ask(_Question.FORESEE)
         self._receive(list)
-
-    def begin_verifying(self) -> None:
-        """Let it find out whether that was still so when the tree was frozen; after the last `result`."""
-        self._ask(_Question.VERIFY)
+        self._has_to_verify = True
 
     def otherwise(self) -> list[tuple[int, socket_looks.Seen, socket_looks.OfProgram]]:
-        """As of `socket_looks.Looks.verify`, which must have begun."""
-        return self._receive(list)
+        """What was not: as of `socket_looks.Looks.verify`; after the last `result`."""
+        return self._receive(list) if self._is_verifying else []
 
     @property
     def is_taking_apart(self) -> bool:
@@ -215,6 +214,9 @@ class Looker:
     def _ask_next(self) -> None:
         if self._waiting:
             self._ask(_Question.PROCESS, *self._waiting.popleft())
+        elif self._has_to_verify:
+            self._ask(_Question.VERIFY)
+            self._has_to_verify, self._is_verifying = False, True
 
     def _ask(self, what: _Question, pid: int = 0, root: int = 0) -> None:
         # That it has ended is told where its answer is missed.

@@ -218,7 +218,6 @@ def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Repo
                     # Before the destination's first: what they take away here is to come up there.
                     scripts.run(Action.POST_DUMP, options.pid)
                     giving.send_state(capture.tree, capture.sent_pages)
-                    capture.begin_verifying()
                     # Forked while the destination builds: this costs no stand-still.
                     giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
                     giving.await_ready()
