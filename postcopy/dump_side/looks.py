@@ -119,14 +119,15 @@ class Looker:
         self._has_to_verify = self._is_verifying = False
         asked_read, self._asking = os.pipe()
         self._found, found_write = os.pipe()
-        with contextlib.suppress(OSError):
-            # As much as everybody may have: it is to go on while nobody reads.
-            fcntl.fcntl(found_write, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+        for pipe in (self._asking, found_write):
+            with contextlib.suppress(OSError):
+                # As much as everybody may have: neither of us is to wait for the other one to read.
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         self._waiting: deque[tuple[int, int]] = deque()
         self._told = os.memfd_create("postcopy-sockets", os.MFD_CLOEXEC)
 
         def body() -> None:
-            # Else nobody's death would be noticed.
+            # Else it would wait for itself when nobody else is left.
             os.close(self._asking)
             os.close(self._found)
             # The tree stands still.
@@ -193,8 +194,8 @@ class Looker:
         return self._looking_at > 0
 
     def ask_for_sockets(self, pid: int) -> Iterator[socket_looks.Seen]:
-        """What the sockets of a process show that are in its share, in the order of their descriptors; before `ask`.
-        All must be taken before the first `result`."""
+        """What the sockets of a process show that are known, in the order of descriptors; before `ask`. All must
+        be taken before the first `result`."""
         self._ask(_Question.SOCKETS, pid)
         self._looking_at += 1
 
