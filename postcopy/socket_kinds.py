@@ -20,12 +20,11 @@ class SocketOption(Struct, frozen=True):
 
 
 class SocketChange(Struct, frozen=True):
-    """What is otherwise than the state says of a socket: whether it blocks, and these options. ``pid``, ``fd``: a
-    descriptor of it."""
+    """Options of a socket that are otherwise than the state says, in the order in which they are to be set. ``pid``,
+    ``fd``: a descriptor of it."""
 
     pid: Pid
     fd: Unsigned31
-    nonblocking: bool
     options: list[SocketOption]
 
 

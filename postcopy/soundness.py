@@ -22,6 +22,7 @@ from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SHIFT, PAGE_SIZE, page_up
 from postcopy.kinship import Unrelated, check_sharing, plan
 from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRange, PageRanges
+from postcopy.socket_kinds import SocketChange
 from postcopy.state import (
     Attributes,
     Clocks,
@@ -220,7 +221,7 @@ def check_message(name: str, message: Any) -> None:
 
 def prepare() -> None:
     """Find the rules of every type now, which takes milliseconds."""
-    remaining: list[Any] = [Manifest, Tree, Draft]
+    remaining: list[Any] = [Manifest, Tree, Draft, SocketChange]
     for kind in remaining:
         hints = _hints(kind)
         remaining += [each for name in _rules(kind).inner for each in _structs(hints[name]) if each not in remaining]

@@ -173,7 +173,7 @@ def frozen(pid: int) -> Iterator[FrozenTree]:
 def state_of(tree: FrozenTree, trusted: Trusted, known: Known | None = None, choices: Choices | None = None) -> Tree:
     """What is collected of a frozen tree."""
     smaps, looker = SmapsReader(trusted.known), Looker(trusted.known)
-    looker.tell(known or Known())
+    looker.begin(known or Known())
     try:
         return collect(tree, smaps, looker, trusted, {}, SharedObjects(), choices, known=known)
     finally:

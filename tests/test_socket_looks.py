@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
@@ -21,12 +23,13 @@ from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.socket_looks import Known, Looks, Shown
 from postcopy.dump_side.survey import survey
 from postcopy.errors import DumpError, RestoreError
-from postcopy.kernel import procfs, socket_look, socket_options, tcp_repair
+from postcopy.kernel import locks, procfs, socket_look, socket_options, tcp_repair
 from postcopy.kernel.socket_options import SO_PEEK_OFF, SOL_SOCKET
 from postcopy.kernel.tcp_repair import Apart
 from postcopy.reporting import Silent
 from postcopy.restore_side import socket_changes
-from postcopy.socket_kinds import InetSocket, SocketChange, SocketOption
+from postcopy.socket_kinds import SocketChange, SocketOption
+from postcopy.state import Tree
 from tests.hosts import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="taking descriptors and TCP_REPAIR need root")
@@ -63,7 +66,9 @@ def holding() -> Iterator[int]:
 
 def shown(pid: int, locked: Collection[socket.socket] = ()) -> dict[int, Shown]:
     """What the sockets of a process show, by descriptor."""
-    return {seen[0]: socket_looks.shown(seen) for seen in Looks(known(pid, locked)).look(pid)}
+    looks = Looks()
+    looks.begin(known(pid, locked))
+    return {seen[0]: socket_looks.shown(seen) for seen in looks.look(pid)}
 
 
 def known(pid: int, locked: Collection[socket.socket]) -> Known:
@@ -237,12 +242,12 @@ def test_connections_go_on_when_who_takes_them_apart_is_killed(monkeypatch: pyte
 Change = Callable[[int, socket.socket], object]
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, change: Change) -> tuple[list[SocketChange], list[InetSocket], int]:
+def captured(monkeypatch: pytest.MonkeyPatch, change: Change) -> tuple[list[SocketChange], Tree, int]:
     """What is found of connections of which one is changed once they were foreseen: the changes, what was collected,
     and its descriptor."""
 
-    def foresee(looker: Looker) -> None:
-        foresees(looker)
+    def foresee(looker: Looker, known: Known) -> None:
+        foresees(looker, known)
         change(pid, pairs[0][1])
 
     foresees = Looker.foresee
@@ -253,28 +258,22 @@ def captured(monkeypatch: pytest.MonkeyPatch, change: Change) -> tuple[list[Sock
             capture.take()
             inet = [one.inet for one in capture.tree.descriptors.descriptions if one.inet]
             assert [one.connection is not None for one in inet] == [True] * 5
-            return capture.changes(), inet, pairs[0][1].fileno()
+            return capture.changes(), capture.tree, pairs[0][1].fileno()
 
 
-def test_what_was_foreseen_of_connections_is_how_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    changes, foreseen, _ = captured(monkeypatch, lambda _, own: own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, 3))
+def options_of(tree: Tree, fd: int) -> dict[socket_options.Option, int]:
+    """Those of a connection that are not as in a new socket."""
+    (process,) = tree.processes
+    (number,) = [slot.description for slot in process.slots if slot.fd == fd]
+    inet = tree.descriptors.descriptions[number].inet
+    assert inet is not None
+    return {(each.level, each.name): int.from_bytes(each.value, "little") for each in inet.socket.options}
+
+
+def test_what_changes_without_a_call_is_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, tree, fd = captured(monkeypatch, lambda _, own: own.setsockopt(SOL_SOCKET, SO_PEEK_OFF, 3))
     assert changes == []
-    # What changes without a call is not foreseen.
-    offset = SocketOption(SOL_SOCKET, SO_PEEK_OFF, (3).to_bytes(4, "little"))
-    assert sum(offset in one.socket.options for one in foreseen) == 1
-
-
-def test_options_that_were_otherwise_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(_: int, own: socket.socket) -> None:
-        own.setblocking(False)
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        own.setsockopt(SOL_SOCKET, socket.SO_PRIORITY, 5)
-
-    changes, _, fd = captured(monkeypatch, change)
-    (told,) = changes
-    assert (told.fd, told.nonblocking) == (fd, True)
-    options = {(each.level, each.name): int.from_bytes(each.value, "little") for each in told.options}
-    assert options == {(socket.IPPROTO_TCP, socket.TCP_NODELAY): 1, (SOL_SOCKET, socket.SO_PRIORITY): 5}
+    assert options_of(tree, fd)[SOL_SOCKET, SO_PEEK_OFF] == 3
 
 
 def inherit(pid: int, own: socket.socket) -> None:
@@ -284,14 +283,52 @@ def inherit(pid: int, own: socket.socket) -> None:
     wait_until(lambda: procfs.fdinfo(pid, own.fileno())["flags"] != before, 10, "it is inherited")
 
 
+def test_what_is_asked_without_much_ado_is_not_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(pid: int, own: socket.socket) -> None:
+        own.setblocking(False)
+        fcntl.fcntl(own, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGUSR2)
+        inherit(pid, own)
+
+    changes, tree, fd = captured(monkeypatch, change)
+    assert changes == []
+    (process,), (delivery,) = tree.processes, tree.descriptors.deliveries
+    assert {slot.fd: slot.close_on_exec for slot in process.slots}[fd] is False
+    assert [slot.close_on_exec for slot in process.slots].count(True) == 4
+    blocking = [not one.inet.socket.nonblocking for one in tree.descriptors.descriptions if one.inet]
+    assert blocking.count(False) == 1
+    assert (delivery.signal, delivery.owner) == (signal.SIGUSR2, process.pid)
+
+
+def test_options_that_were_otherwise_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(_: int, own: socket.socket) -> None:
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        own.setsockopt(SOL_SOCKET, socket.SO_PRIORITY, 5)
+
+    changes, tree, fd = captured(monkeypatch, change)
+    (told,) = changes
+    assert (told.pid, told.fd) == (tree.processes[0].pid, fd)
+    options = {(each.level, each.name): int.from_bytes(each.value, "little") for each in told.options}
+    assert options == {(socket.IPPROTO_TCP, socket.TCP_NODELAY): 1, (SOL_SOCKET, socket.SO_PRIORITY): 5}
+
+
+def test_what_was_foreseen_is_looked_at_again_behind_all_others_until_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(monkeypatch, 5) as (pid, _):
+        _, trusted = survey(pid, LOCKED)
+        with Capture(pid, trusted, Silent(), LOCKED, foresees=True) as capture:
+            capture.take()
+            looker = capture._looker._role.pid
+            wait_until(lambda: os.getpriority(os.PRIO_PROCESS, looker) == 19, 10, "it gives way")
+            assert capture.changes() == []
+            assert os.getpriority(os.PRIO_PROCESS, looker) == -20
+
+
 MORE: dict[str, Change] = {
-    "owner": lambda pid, own: fcntl.fcntl(own, fcntl.F_SETOWN, pid),
-    "signal": lambda _, own: fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGUSR1),
-    "append": lambda _, own: fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_APPEND),
     "lock": lambda _, own: fcntl.flock(own, fcntl.LOCK_EX),
     "filter": lambda _, own: own.setsockopt(SOL_SOCKET, socket_options.SO_ATTACH_FILTER, ACCEPT_ALL),
     "address": lambda _, own: own.setsockopt(SOL_SOCKET, socket.SO_REUSEADDR, 1),
-    "close-on-exec": inherit,
 }
 
 
@@ -302,38 +339,138 @@ def test_what_cannot_be_told_any_more_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert failure.value.hint == "it runs on: try again"
 
 
-def test_another_socket_under_the_number_of_one_that_was_foreseen_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_something_else_with_that_number_is_none_on_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = connected()
+    with one, other:
+        looks, found = Looks(), known(os.getpid(), {one})
+        looks.foresee(found)
+        looks.begin(found)
+        assert any(seen[-1] for seen in looks.look(os.getpid()))
+        locked = os.fstat(one.fileno())
+        monkeypatch.setattr("postcopy.kernel.locks.files", lambda: {(locked.st_dev + 1, locked.st_ino)})
+        assert looks.verify() == []
+        monkeypatch.setattr("postcopy.kernel.locks.files", lambda: {(locked.st_dev, locked.st_ino)})
+        assert [each.inode for each in looks.verify()] == [locked.st_ino]
+
+
+def test_locked_files_are_told(tmp_path: Path) -> None:
+    with open(tmp_path / "locked", "w") as stream:
+        status = os.fstat(stream.fileno())
+        assert (status.st_dev, status.st_ino) not in locks.files()
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert (status.st_dev, status.st_ino) in locks.files()
+
+
+def test_a_connection_with_several_descriptors_is_foreseen_once() -> None:
+    one, other = connected()
+    with one, other, one.dup() as again, holding() as pid:
+        looks, found = Looks(), known(pid, {one})
+        looks.foresee(found)
+        looks.begin(found)
+        # What changes in between must not make two of them.
+        one.setblocking(False)
+        seen = {each[0]: socket_looks.shown(each) for each in looks.look(pid)}
+        first, second = seen[one.fileno()], seen[again.fileno()]
+        assert (first.foreseen, second.foreseen) == (True, True)
+        assert first.info == second.info
+        flags = int(first.info.split(b"\n")[1].partition(b":")[2], 8)
+        assert flags & os.O_NONBLOCK
+        assert [first.apart is None, second.apart is None].count(True) == 1
+
+
+def test_another_socket_under_the_number_of_one_that_was_foreseen_is_looked_at() -> None:
     one, other = connected()
     again, _ = ends = connected()
     place = again.fileno()
     with one, other, ends[0], ends[1]:
-        looks = Looks(known(os.getpid(), {one, again}))
-        looks.foresee()
+        looks, found = Looks(), known(os.getpid(), {one, again})
+        looks.foresee(found)
+        looks.begin(found)
         os.dup2(other.fileno(), place)
-        found = {seen[0]: socket_looks.shown(seen) for seen in looks.look(os.getpid())}
-        assert (found[one.fileno()].foreseen, found[place].foreseen) == (True, False)
-        assert found[place].status.st_ino == os.fstat(other.fileno()).st_ino
-        assert list(looks.verify()) == []
+        seen = {each[0]: socket_looks.shown(each) for each in looks.look(os.getpid())}
+        assert (seen[one.fileno()].foreseen, seen[place].foreseen) == (True, False)
+        assert seen[place].status.st_ino == os.fstat(other.fileno()).st_ino
+        assert looks.verify() == []
+
+
+def change_of(fd: int, *options: tuple[int, int, bytes], pid: int = 7) -> SocketChange:
+    """One that the source has sent."""
+    return SocketChange(pid, fd, [SocketOption(*option) for option in options])
 
 
 def test_changes_are_made_of_what_another_process_has() -> None:
     one, other = connected()
-    options = [SocketOption(socket.IPPROTO_TCP, socket.TCP_NODELAY, (1).to_bytes(4, "little"))]
-    with one, other, holding() as pid:
-        pidfd = os.pidfd_open(pid)
-        one.setblocking(True)
-        socket_changes.apply([SocketChange(7, one.fileno(), True, options)], {7: pidfd})
-        assert not one.getblocking() or os.get_blocking(one.fileno()) is False
+    nodelay = socket.IPPROTO_TCP, socket.TCP_NODELAY, (1).to_bytes(4, "little")
+    with one, other, holding() as pid, open(os.devnull) as null:
+        built = {7: os.pidfd_open(pid)}
+        before = len(os.listdir("/proc/self/fd"))
+        socket_changes.apply([change_of(one.fileno(), nodelay)], built)
         assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        socket_changes.apply([SocketChange(7, one.fileno(), False, [])], {7: pidfd})
-        assert os.get_blocking(one.fileno())
-        for pid_of, fd, text in ((8, one.fileno(), "not of the tree"), (7, 9999, "EBADF")):
+        wrong = {
+            "no such process": change_of(one.fileno(), nodelay, pid=8),
+            "EBADF": change_of(9999, nodelay),
+            "cannot be changed so late": change_of(one.fileno(), (SOL_SOCKET, 9999, bytes(4))),
+            "19.*cannot be changed so late": change_of(one.fileno(), (6, tcp_repair.TCP_REPAIR, bytes(4))),
+            "Invalid argument": change_of(one.fileno(), (SOL_SOCKET, socket.SO_PRIORITY, b"")),
+            "did not stay": change_of(one.fileno(), (SOL_SOCKET, socket.SO_PRIORITY, (5).to_bytes(8, "little"))),
+            "interface|embedded|device": change_of(one.fileno(), (0, 50, b"no\0interface")),
+        }
+        if null.fileno() in procfs.descriptors(pid):
+            wrong["socket"] = change_of(null.fileno(), nodelay)
+        for text, change in wrong.items():
             with pytest.raises(RestoreError, match=text):
-                socket_changes.apply([SocketChange(pid_of, fd, True, options)], {7: pidfd})
-        wrong = [SocketOption(SOL_SOCKET, 9999, bytes(4))]
-        with pytest.raises(RestoreError, match="Protocol not available"):
-            socket_changes.apply([SocketChange(7, one.fileno(), True, wrong)], {7: pidfd})
-        os.close(pidfd)
+                socket_changes.apply([change], built)
+        assert len(os.listdir("/proc/self/fd")) == before
+        os.close(built[7])
+
+
+def test_options_that_take_one_another_back_arrive_as_they_were() -> None:
+    one, other = connected()
+    stamps = {name: (SOL_SOCKET, name) for name in (29, 35)}
+    with one, other, holding() as pid:
+        built = {7: os.pidfd_open(pid)}
+        for first, then in ((29, 35), (35, 29)):
+            # At the source, in that order.
+            other.setsockopt(*stamps[first], 1)
+            before = {option: other.getsockopt(*option, 4) for option in stamps.values()}
+            other.setsockopt(*stamps[then], 1)
+            after = {option: other.getsockopt(*option, 4) for option in stamps.values()}
+            one.setsockopt(*stamps[first], 1)
+            changed = {option for option in after if before[option] != after[option]}
+            assert socket_options.together(changed) >= set(stamps.values())
+            told = [(*option, value) for option, value in socket_options.in_order(after)]
+            socket_changes.apply([change_of(one.fileno(), *told)], built)
+            assert {option: one.getsockopt(*option, 4) for option in stamps.values()} == after
+        os.close(built[7])
+
+
+def checksum(content: bytes) -> int:
+    """That of the Internet (RFC 1071)."""
+    total = sum(struct.unpack(f"!{len(content) // 2}H", content))
+    return int(~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+
+
+def say_unreachable(own: socket.socket, sequence: int) -> None:
+    """Have an ICMP message come about a segment of a connection over IPv4."""
+    ports, local = (own.getsockname()[1], own.getpeername()[1]), socket.inet_aton("127.0.0.1")
+    quoted = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40, 0, 0, 64, socket.IPPROTO_TCP, 0, local, local)
+    quoted += struct.pack("!HHIIBBHHH", *ports, sequence, 0, 0x50, 0x10, 100, 0, 0)
+    message = struct.pack("!BBHI", 3, 1, 0, 0) + quoted
+    message = message[:2] + struct.pack("!H", checksum(message)) + message[4:]
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp:
+        icmp.sendto(message, ("127.0.0.1", 0))
+
+
+def test_an_error_that_waits_for_the_program_still_waits_once_it_was_taken_apart() -> None:
+    one, other = connected()
+    with one, other:
+        one.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR: that a host is unreachable is told at once
+        say_unreachable(one, tcp_repair.take_apart(one.fileno(), -1).next_written)
+        poll = select.poll()
+        poll.register(one, 0)
+        wait_until(lambda: poll.poll(0), 10, "it is told")
+        assert tcp_repair.take_apart(one.fileno(), -1).unread == 0
+        assert one.getsockopt(SOL_SOCKET, socket.SO_ERROR) == errno.EHOSTUNREACH
 
 
 def test_a_connection_is_taken_apart_once_however_many_descriptors_it_has() -> None:

@@ -108,13 +108,13 @@ class Capture:
         gc.disable()
         root = self.frozen.root.pid
         pids = [root, *procfs.descendants(root)]
+        # Not later: from then on, nobody new can connect.
+        if self._foresees and self._choices.connections == MOVED:
+            self._looker.foresee(socket_looks.Known(self._trusted.sockets))
         self._silence.prepare(list(_faces(pids)))
-        # Few are looked at without help; but connections in repair must not outlive us, while the tree lives on.
         locked = frozenset(self._silence.locked)
         known = socket_looks.Known(self._trusted.sockets if locked else {}, locked)
-        self._looker.tell(known)
-        if self._foresees:
-            self._looker.foresee()
+        self._looker.begin(known)
         sleeping = {tid: seen for pid in pids for tid, seen in _asleep(pid)}
         self.began = time.monotonic_ns()
         self.frozen.freeze()
@@ -142,9 +142,7 @@ class Capture:
 
     def changes(self) -> list[SocketChange]:
         """What is otherwise than ``tree`` says; once. Raises DumpError for what cannot be changed any more."""
-        pairs = zip(self.frozen.faces, self.tree.processes, strict=True)
-        pids = {face: state.pid for face, state in pairs}
-        return socket_changes.changes(self._looker.otherwise(), pids)
+        return socket_changes.changes(self._looker.otherwise(), self.tree)
 
     def verify(self) -> None:
         """To be called once before the tree is given away. Raises DumpError where ``tree`` is not how it is."""

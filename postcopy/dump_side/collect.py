@@ -207,7 +207,7 @@ def _process(
         answers = [_checked(pid, executor.finish()) for executor, _ in asked]
         if pid in table.slots:
             edges.find(table, pid, executors[0])
-            socket_changes.check_close_on_exec(table, pid, executors[0])
+            socket_changes.read_close_on_exec(table, pid, executors[0])
         locks = memory.future_locks(frozen, arena.range)
         arena.leave()
         yield

@@ -121,7 +121,7 @@ def _collect(table: Table, entries: procfs.Entries, fd: int, shown: Shown | None
     if shown is not None:
         slot = _entered(table, Opened.of_socket(table.pid, fd, shown, entries.process), seen)
         if shown.foreseen:
-            table.foreseen.setdefault(table.pid, []).append(slot)
+            table.foreseen.setdefault(table.pid, []).append(fd)
         return slot
     info, known = entries.info(fd), table.remembered.get((table.pid, fd))
     if known is not None and known.still(info):

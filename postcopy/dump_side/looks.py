@@ -3,7 +3,6 @@
 import contextlib
 import enum
 import fcntl
-import functools
 import os
 import pickle
 import select
@@ -41,7 +40,8 @@ class _Question(enum.IntEnum):
     PROCESS = 1
     SOCKETS = 2
     FORESEE = 3
-    VERIFY = 4
+    BEGIN = 4
+    VERIFY = 5
 
 
 class Look(Struct, frozen=True):
@@ -136,18 +136,23 @@ class Looker:
             with contextlib.suppress(BrokenPipeError):
                 answer(asked_read, found_write)
 
+        sockets = socket_looks.Looks(lambda: not roles.is_orphaned())
+
         def found(what: int, pid: int, root: int) -> Iterable[object]:
             match what:
                 case _Question.PROCESS:
                     return [look(pid, root, known)]
                 case _Question.SOCKETS:
-                    return _outliving(_some(self._sockets.look(pid)))
+                    return _outliving(_some(sockets.look(pid)))
                 case _Question.FORESEE:
-                    self._sockets.foresee()
+                    sockets.foresee(self._known)
                     return [[]]
-            # Others, whom the stand-still waits for, come first; some of them are the tree's at the destination.
+                case _Question.BEGIN:
+                    sockets.begin(self._known)
+                    return []
+            # Others, whom the stand-still waits for, come first, until somebody waits for this.
             scheduling(nice=19)
-            return [list(self._sockets.verify())]
+            return [sockets.verify()]
 
         def answer(asked_read: int, found_write: int) -> None:
             with open(asked_read, "rb") as questions, open(found_write, "wb") as answers:
@@ -166,27 +171,37 @@ class Looker:
         os.close(found_write)
         self._answers = open(self._found, "rb", closefd=False)  # noqa: SIM115 (closed by `close`)
 
-    def tell(self, known: socket_looks.Known) -> None:
-        """What sockets there are; before `ask_for_sockets`."""
+    def _tell(self, what: _Question, known: socket_looks.Known) -> None:
+        # Too much for the pipe.
         os.pwrite(self._told, pickle.dumps(known, pickle.HIGHEST_PROTOCOL), 0)
+        self._ask(what)
 
-    @functools.cached_property
-    def _sockets(self) -> socket_looks.Looks:
-        """By what `tell` has been told, for the process that looks."""
+    @property
+    def _known(self) -> socket_looks.Known:
+        """What `_tell` has been told last, for the process that looks."""
         content = os.pread(self._told, os.fstat(self._told).st_size, 0)
         found: socket_looks.Known = pickle.loads(content)
-        return socket_looks.Looks(found, lambda: not roles.is_orphaned())
+        return found
 
-    def foresee(self) -> None:
-        """Let it look at the connections while the tree runs, and wait for that; after `tell`. Once it has nothing else
-        to do, it finds out whether that was still so when the tree was frozen."""
-        self._ask(_Question.FORESEE)
+    def foresee(self, known: socket_looks.Known) -> None:
+        """Let it look at the connections while the tree runs, and wait for that. Once it has nothing else to do, it
+        finds out whether that was still so when the tree was frozen."""
+        self._tell(_Question.FORESEE, known)
         self._receive(list)
         self._has_to_verify = True
 
-    def otherwise(self) -> list[tuple[int, socket_looks.Seen, socket_looks.OfProgram]]:
+    def begin(self, known: socket_looks.Known) -> None:
+        """What sockets there are; before `ask_for_sockets`."""
+        self._tell(_Question.BEGIN, known)
+
+    def otherwise(self) -> list[socket_looks.Otherwise]:
         """What was not: as of `socket_looks.Looks.verify`; after the last `result`."""
-        return self._receive(list) if self._is_verifying else []
+        if not self._is_verifying:
+            return []
+        # From here on it is waited for.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._role.pid, -20)
+        return self._receive(list)
 
     @property
     def is_taking_apart(self) -> bool:

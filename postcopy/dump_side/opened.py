@@ -226,9 +226,8 @@ def _still_there(known: Remembered, lines: Sequence[str]) -> os.stat_result | No
 class Trusted(Struct, frozen=True):
     """What an earlier look has not found outside of the tree, for looking takes long: pipes and sockets (by inode),
     memory. ``ranks``, ``remembered``: see `Table`. ``known``: the mappings of each process as they were; ``draft``:
-    what has been seen of the tree; ``sockets``: of each process those descriptors that are
-    sockets, with their inodes; ``orders``: see
-    `lineage.Sharing`."""
+    what has been seen of the tree; ``sockets``: of each process those descriptors that are sockets, with their inodes;
+    ``orders``: see `lineage.Sharing`."""
 
     pipes: frozenset[int] = frozenset()
     memory: frozenset[Key] = frozenset()
@@ -257,9 +256,9 @@ class Table(Struct, dict=True):
     ``watched_ghosts``: inotify instances with watches of what has no name: of each its device and inode.
     ``has_lent_terminal``: whether restore is to lend its own. ``sockets``: in which process each was found, by inode;
     ``silence``: is told of those that speak TCP; ``loops``: the ends of TCP connections within this host.
-    ``asked``: by process, what its sockets show; ``theirs``: the connections (by inode) that another process of
-    ours takes apart meanwhile; ``foreseen``: by process, entries of which part was seen before the freeze.
-    ``level``: see `pid_namespaces.level`.
+    ``asked``: by process, what its sockets show; ``theirs``: the sockets (by inode) that another process of ours looks
+    at meanwhile; ``foreseen``: by process, descriptors of which part was seen before the freeze. ``level``: see
+    `pid_namespaces.level`.
     """
 
     pids: frozenset[int]
@@ -293,7 +292,7 @@ class Table(Struct, dict=True):
     socket_options: dict[tuple[object, object], list[SocketOption]] = {}
     asked: dict[int, Iterator[socket_looks.Seen]] = {}
     theirs: frozenset[int] = frozenset()
-    foreseen: dict[int, list[Slot]] = {}
+    foreseen: dict[int, list[int]] = {}
     carrying: list[int] = []
     received: list[int] = []
     unix_names: list[UnixName] = []

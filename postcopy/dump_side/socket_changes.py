@@ -1,11 +1,10 @@
-"""What a program has changed of its connections after they were foreseen, and before it was frozen."""
+"""What was foreseen of a tree's connections and was otherwise when it was frozen; and what could not be foreseen."""
 
-import os
 from collections.abc import Iterable, Mapping
 
 from postcopy.dump_side import socket_looks
 from postcopy.dump_side.opened import Table
-from postcopy.dump_side.socket_looks import OfProgram, Seen
+from postcopy.dump_side.socket_looks import Otherwise
 from postcopy.errors import DumpError
 from postcopy.kernel import socket_options
 from postcopy.kernel.batch import RECORD_SIZE
@@ -13,59 +12,69 @@ from postcopy.kernel.calls import call
 from postcopy.kernel.executor import Executor
 from postcopy.kernel.pattern import Blank, Pattern
 from postcopy.kernel.socket_look import Told
-from postcopy.kernel.socket_options import LIVELY, SO_REUSEADDR, SOL_SOCKET, TCP_ULP, Option
+from postcopy.kernel.socket_options import Option
 from postcopy.socket_kinds import SocketChange, SocketOption
+from postcopy.state import Slot, Tree
 
-# What has more to it than its value.
-_NOT_ALONE = {TCP_ULP, (SOL_SOCKET, SO_REUSEADDR)}
 _F_GETFD, _FD_CLOEXEC = 1, 1
 
 
-def check_close_on_exec(table: Table, pid: int, executor: Executor) -> None:
-    """That it is as foreseen in all descriptors of the process: nobody else can tell of many at once.
+def read_close_on_exec(table: Table, pid: int, executor: Executor) -> None:
+    """Ask the process for what is not known of its descriptors: nobody else can tell of many at once.
 
     Raises DumpError.
     """
     left, pattern = table.foreseen.pop(pid, []), Pattern()
     pattern.add(call("fcntl", Blank(0), _F_GETFD), "reading the flags of descriptor {}")
+    closing: set[int] = set()
     while left:
         batch = executor.batch()
         some, left = left[: batch.free // RECORD_SIZE], left[batch.free // RECORD_SIZE :]
-        for slot in some:
-            pattern.repeat(batch, (slot.fd,), slot.fd)
-        for slot, flags in zip(some, executor.run(batch).results, strict=True):
-            if (flags & _FD_CLOEXEC != 0) is not slot.close_on_exec:
-                raise _missed(pid, slot.fd)
+        for fd in some:
+            pattern.repeat(batch, (fd,), fd)
+        answers = executor.run(batch)
+        for made, purpose, errno in answers.refusals():
+            raise DumpError(f"process {pid}: {purpose}: {made} was refused with errno {errno}")
+        closing.update(fd for fd, flags in zip(some, answers.results, strict=True) if flags & _FD_CLOEXEC)
+    if closing:
+        table.slots[pid] = [
+            Slot(slot.fd, slot.fd in closing or slot.close_on_exec, slot.description) for slot in table.slots[pid]
+        ]
 
 
-def changes(otherwise: Iterable[tuple[int, Seen, OfProgram]], pids: Mapping[int, int]) -> list[SocketChange]:
-    """Of what `socket_looks.Looks.verify` has found. ``pids``: the processes as the tree numbers them.
+def changes(otherwise: Iterable[Otherwise], tree: Tree) -> list[SocketChange]:
+    """What the destination has to change of the tree. Raises DumpError for what it cannot change any more."""
+    found = list(otherwise)
+    places = _places(tree) if found else {}
+    return [_change(each, *places[each.inode]) for each in found if each.inode in places]
 
-    Raises DumpError for what the destination cannot change any more.
-    """
-    return [_change(pid, pids.get(pid, 0), seen, now) for pid, seen, now in otherwise]
+
+def _places(tree: Tree) -> Mapping[int, tuple[int, int]]:
+    """A process and a descriptor of each IP socket, by inode."""
+    inodes = {number: one.inet.socket.inode for number, one in enumerate(tree.descriptors.descriptions) if one.inet}
+    return {
+        inodes[slot.description]: (process.pid, slot.fd)
+        for process in tree.processes
+        for slot in process.slots
+        if slot.description in inodes
+    }
 
 
-def _change(pid: int, number: int, seen: Seen, now: OfProgram) -> SocketChange:
-    fd, _, _, _, kinds, (_, lively, own), _, _ = seen
-    flags, delivery, steady = now
-    old_flags, old_delivery, old_steady = socket_looks.of_program(seen)
-    old, new = (socket_looks.told(kinds, (each, lively, own)) for each in (old_steady, steady))
+def _change(otherwise: Otherwise, pid: int, fd: int) -> SocketChange:
+    _, lively, own = otherwise.answers
+    old = socket_looks.told(otherwise.kinds, otherwise.answers)
+    new = socket_looks.told(otherwise.kinds, (otherwise.steady, lively, own))
     before, after = _options(old), _options(new)
     changed = {option for option in before.keys() | after.keys() if before.get(option) != after.get(option)}
-    filtered = {(each.filter_length, each.is_filter_locked) for each in (old, new)}
-    is_more = (flags ^ old_flags) & ~os.O_NONBLOCK or delivery != old_delivery or len(filtered) > 1
-    if not number or is_more or not changed <= after.keys() - _NOT_ALONE:
-        raise _missed(pid, fd)
-    options = [SocketOption(*option, after[option]) for option in sorted(changed)]
-    return SocketChange(number, fd, bool(flags & os.O_NONBLOCK), options)
-
-
-def _missed(pid: int, fd: int) -> DumpError:
-    text = f"process {pid} has changed the connection with descriptor {fd} while it was being frozen"
-    return DumpError(text, "it runs on: try again")
+    filters = {(each.filter_length, each.is_filter_locked) for each in (old, new)}
+    if otherwise.is_locked or len(filters) > 1 or not changed <= after.keys() & socket_options.changeable(new.kind):
+        raise DumpError(
+            f"process {pid} has changed the connection with descriptor {fd} while it was being frozen",
+            "it runs on: try again",
+        )
+    values = {option: after[option] for option in socket_options.together(changed) if option in after}
+    return SocketChange(pid, fd, [SocketOption(*option, value) for option, value in socket_options.in_order(values)])
 
 
 def _options(told: Told) -> dict[Option, bytes]:
-    named = socket_options.named(told.kind, told.values)
-    return {option: value for option, value in named.items() if option not in LIVELY}
+    return socket_options.named(told.kind, told.values)

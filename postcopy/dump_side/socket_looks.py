@@ -20,17 +20,18 @@ from postcopy.kernel.tcp_repair import Apart
 #: As it goes from one process of ours to another: descriptor, fdinfo, struct stat, delivery, kind, what it tells, how
 #: it is taken apart, and whether part of this was foreseen.
 Seen = tuple[int, bytes, bytes, bytes, bytes, socket_look.Answers, bytes, bool]
-#: What of it only the program changes: status flags, delivery, and the first of `socket_look.Answers`.
-OfProgram = tuple[int, bytes, bytes]
 
 _INFO_ROOM, _PATH_ROOM = 1024, 16
 _STAT = struct.Struct("=QQQIII4xQQ88x")
+# Some seconds, before the freeze.
+_MOST_FORESEEN = 20_000
 _KIND, _DELIVERY = struct.Struct("=iii"), struct.Struct("=qii")
 
 
 class Shown(Struct, frozen=True):
     """``info``: its fdinfo; ``signal``, ``owner_kind``, ``owner``: F_GETSIG, F_GETOWN_EX (fcntl(2)). ``apart``: of a
-    connection that is locked. ``foreseen``: what only the program changes is as it was before the freeze."""
+    connection that is locked. ``foreseen``: options that only the program changes are as they were before the freeze,
+    and close-on-exec is not told."""
 
     info: bytes
     status: os.stat_result
@@ -56,71 +57,85 @@ class Known(Struct, frozen=True):
         return frozenset(inode for inodes in self.sockets.values() for inode in inodes.values())
 
 
+class Otherwise(Struct, frozen=True):
+    """A connection (by inode) that was not as foreseen: its kind and what it told, as in `Seen`; the first of
+    `socket_look.Answers` as it is; and whether somebody has locked it (flock(2))."""
+
+    inode: int
+    kinds: bytes
+    answers: socket_look.Answers
+    steady: bytes
+    is_locked: bool
+
+
 class Looks:
     """What the sockets of a tree show to a process of ours, which takes the connections apart.
 
-    Most of it takes long, and only the program changes it: of connections it can be found out while the tree runs
-    (`foresee`), and whether it still was so when the tree was frozen, while others work (`verify`).
+    Most of their options take long to ask for, and only the program changes them: those of connections can be found out
+    while the tree runs (`foresee`), and whether they still were so when it was frozen, while others work (`verify`).
     """
 
-    def __init__(self, known: Known, is_wanted: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """``is_wanted``: asked before each connection is taken apart."""
-        self._known, self._inodes, self._is_wanted = known, known.inodes, is_wanted
+        self._is_wanted = is_wanted
+        self._known, self._inodes = Known(), frozenset[int]()
         self._taken = set[int]()
-        self._foreseen: dict[tuple[int, int], _Foreseen] = {}
+        self._foreseen: dict[int, _Foreseen] = {}
 
-    def foresee(self) -> None:
-        """Look at the connections of a tree that runs."""
-        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        for pid, inodes in self._known.sockets.items():
+    def foresee(self, known: Known) -> None:
+        """Look at the connections of a tree that runs, at some thousands at the most."""
+        left = min(_MOST_FORESEEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        for pid, inodes in known.sockets.items():
             with contextlib.suppress(OSError), _Whole.of(pid) as whole:
-                for fd in islice(inodes, left):
-                    if (seen := whole.look(fd)) is None:
-                        continue
-                    _, info, status, _, kinds, answers, _, _ = seen
-                    if self._is_locked(told(kinds, answers)) and b"lock:" not in info:
-                        self._foreseen[pid, fd] = _Foreseen(_KIND.unpack(kinds), _inode(status), seen)
+                for fd, inode in islice(inodes.items(), left):
+                    if inode not in self._foreseen and (seen := whole.look(fd)) is not None:
+                        self._note(seen)
             left -= min(left, len(inodes))
+
+    def _note(self, seen: Seen) -> None:
+        _, info, status, _, kinds, answers, _, _ = seen
+        if b"lock:" not in info and _is_connection(told(kinds, answers)):
+            kind, inode = _KIND.unpack(kinds), _inode(status)
+            self._foreseen[inode] = _Foreseen(kind, _file(status), info.split(b"\n", 2)[2], kinds, answers)
+
+    def begin(self, known: Known) -> None:
+        """The tree is about to be frozen; before `look`."""
+        self._known, self._inodes = known, known.inodes
 
     def look(self, pid: int) -> Generator[Seen, None, None]:
         """At the sockets of a frozen process that are known, in the order of their descriptors; each connection is
         taken apart once. What cannot be looked at so is left out. Raises OSError where there is no such process."""
         with _Whole.of(pid) as whole:
-            for fd in sorted(self._known.sockets.get(pid, ())):
+            for fd, inode in sorted(self._known.sockets.get(pid, {}).items()):
                 if not self._is_wanted():
                     return
-                seen = self._again(whole, pid, fd) or whole.look(fd)
+                known = self._foreseen.get(inode)
+                seen = (self._again(whole, fd, known) if known is not None else None) or whole.look(fd)
                 if seen is None:
                     continue
-                # What it has made since belongs to who finds it.
-                if (inode := _inode(seen[2])) in self._inodes and inode not in self._taken:
-                    self._taken.add(inode)
+                # What the program has made since belongs to who finds it.
+                if (found := _inode(seen[2])) in self._inodes and found not in self._taken:
+                    self._taken.add(found)
                     fd, info, status, delivery, kinds, answers, _, foreseen = seen
                     apart = self._apart(whole.own, told(kinds, answers))
                     seen = fd, info, status, delivery, kinds, answers, apart, foreseen
                 yield seen
 
-    def _again(self, whole: "_Whole", pid: int, fd: int) -> Seen | None:
-        """With what was foreseen, if it is the same socket."""
-        if (known := self._foreseen.get((pid, fd))) is None:
+    def _again(self, whole: "_Whole", fd: int, known: "_Foreseen") -> Seen | None:
+        """With what was foreseen, if it is that socket."""
+        found = whole.look_again(fd, known.kind)
+        if _file(found.status) != known.file:
             return None
-        status, lively, own = whole.ask_again(fd, known.kind)
-        if _inode(status) != known.inode:
-            del self._foreseen[pid, fd]
-            return None
-        known.own = whole.keep()
-        _, info, _, delivery, kinds, (steady, _, _), _, _ = known.seen
-        return fd, info, status, delivery, kinds, (steady, lively, own), b"", True
-
-    def _is_locked(self, told: Told) -> bool:
-        """Whether it is a connection, and nothing more comes for it."""
-        if (told.local, told.remote) not in self._known.locked:
-            return False
-        return tcp_repair.state_of_raw(told.info) in tcp_repair.SYNCHRONIZED
+        if known.own < 0:
+            known.own = whole.keep()
+        # As fdinfo shows them, but for close-on-exec, which this does not tell.
+        info = b"pos:\t0\nflags:\t0%o\n" % found.flags + known.info
+        answers = known.answers[0], found.lively, found.told
+        return fd, info, found.status, found.delivery, known.kinds, answers, b"", True
 
     def _apart(self, own: int, told: Told) -> bytes:
-        """How a connection is taken apart."""
-        if not self._is_locked(told):
+        """How a connection is taken apart, if nothing more comes for it."""
+        if not _is_connection(told) or (told.local, told.remote) not in self._known.locked:
             return b""
         try:
             return msgspec.msgpack.encode(tcp_repair.take_apart(own, told.peek_offset))
@@ -128,35 +143,32 @@ class Looks:
             # Who is to say why asks once more.
             return b""
 
-    def verify(self) -> Iterator[tuple[int, Seen, OfProgram]]:
-        """What was foreseen and was otherwise, but for close-on-exec: of which process, what was foreseen, what is so.
-
-        Raises OSError.
-        """
-        locked = locks.inodes()
-        for (pid, _), known in self._foreseen.items():
-            if known.own >= 0:
-                found = socket_look.ask_of_program(known.own, known.kind)
-                if known.inode in locked:
-                    # No flags are like that.
-                    yield pid, known.seen, (-1, *found[1:])
-                elif found != of_program(known.seen):
-                    yield pid, known.seen, found
+    def verify(self) -> list[Otherwise]:
+        """Of the connections that were foreseen, those that were otherwise. Raises OSError."""
+        locked = locks.files()
+        used = ((known, known.own) for known in self._foreseen.values() if known.own >= 0)
+        found = [(known, socket_look.ask_steady(own, known.kind), known.file in locked) for known, own in used]
+        return [
+            Otherwise(known.file[1], known.kinds, known.answers, steady, is_locked)
+            for known, steady, is_locked in found
+            if is_locked or steady != known.answers[0]
+        ]
 
 
 class _Foreseen(Struct):
-    """``own``: our descriptor of it, once it has been found again."""
+    """Of a connection. ``file``: device and inode; ``info``: its fdinfo from the third line on; ``own``: our
+    descriptor, once it has been found again."""
 
     kind: socket_look.Kind
-    inode: int
-    seen: Seen
+    file: tuple[int, int]
+    info: bytes
+    kinds: bytes
+    answers: socket_look.Answers
     own: int = -1
 
 
-def of_program(seen: Seen) -> OfProgram:
-    """What of it only the program changes."""
-    _, info, _, delivery, _, (steady, _, _), _, _ = seen
-    return int(info.split(b"\n", 2)[1].partition(b":")[2], 8) & ~os.O_CLOEXEC, delivery, steady
+def _is_connection(told: Told) -> bool:
+    return tcp_repair.state_of_raw(told.info) in tcp_repair.SYNCHRONIZED
 
 
 class _Whole:
@@ -216,15 +228,20 @@ class _Whole:
         answers, status = socket_look.ask(self.own, _KIND.unpack(kinds)), calls.read(self._status, _STAT.size)
         return fd, calls.read(self._info, size), status, delivery, kinds, answers, b"", False
 
-    def ask_again(self, fd: int, kind: socket_look.Kind) -> tuple[bytes, bytes, bytes]:
-        """As `socket_look.ask_again`: struct stat, and what changes by itself; of nothing where it is closed."""
+    def look_again(self, fd: int, kind: socket_look.Kind) -> socket_look.Again:
+        """As `socket_look.ask_again`; of nothing where it is closed."""
         self._close()
-        self.own, status, lively, told = socket_look.ask_again(self._entries.process, fd, kind)
-        return status, lively, told
+        again = socket_look.ask_again(self._entries.process, fd, kind)
+        self.own = again.own
+        return again
 
 
 def _inode(status: bytes) -> int:
     return int.from_bytes(status[8:16], "little")
+
+
+def _file(status: bytes) -> tuple[int, int]:
+    return int.from_bytes(status[:8], "little"), _inode(status)
 
 
 def told(kinds: bytes, answers: socket_look.Answers) -> Told:

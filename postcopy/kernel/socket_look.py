@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from itertools import accumulate
 from socket import SocketType
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -48,6 +49,18 @@ class Told(Struct, frozen=True):
     def has_filter(self) -> bool:
         """Whether something filters what it receives."""
         return self.filter_length != 0
+
+
+class Again(NamedTuple):
+    """``own``: our own descriptor, or a negated errno; ``status``: struct stat; ``flags``: F_GETFL; ``delivery``:
+    F_GETSIG, as 64 bits, and F_GETOWN_EX; ``lively``, ``told``: the last two of `Answers`."""
+
+    own: int
+    status: bytes
+    flags: int
+    delivery: bytes
+    lively: bytes
+    told: bytes
 
 
 class _Questions:
@@ -110,13 +123,13 @@ class _Look:
         self._opened = self._again.add(call("pidfd_getfd", 0, 0, 0), keep=True)
         self._status = self._again.room(_STAT_SIZE)
         self._again.add(call("fstat", KEPT, self._status))
+        self._flags = self._again.add(call("fcntl", KEPT, fcntl.F_GETFL))
+        self._again.add(call("fcntl", KEPT, F_GETSIG))
+        self._again.add(call("fcntl", KEPT, F_GETOWN_EX, owner := self._again.room(8)))
+        self._owner = owner
         self._lively_again, self._own_again = _Questions(self._again, lively), _Questions(self._again, own)
-        self._program = OwnCalls(1024 + _Questions.room(steady))
-        self._owner = self._program.room(8)
-        self._flags = self._program.add(call("fcntl", KEPT, fcntl.F_GETFL))
-        self._program.add(call("fcntl", KEPT, F_GETSIG))
-        self._program.add(call("fcntl", KEPT, F_GETOWN_EX, self._owner))
-        self._of_program = _Questions(self._program, steady)
+        self._alone = OwnCalls(_Questions.room(steady))
+        self._steady_alone = _Questions(self._alone, steady)
         # Those of thousands of sockets are often the same.
         self._known: dict[bytes, bytes] = {}
         self._of_options = functools.cache(self._parse)
@@ -129,21 +142,25 @@ class _Look:
         self._calls.make(fd)
         return self._same(self._steady.answers()), self._same(self._lively.answers()), self._own.answers()
 
-    def ask_again(self, process: int, fd: int) -> tuple[int, bytes, bytes, bytes]:
+    def ask_again(self, process: int, fd: int) -> Again:
         """As the function."""
         again = self._again
         again.change(self._opened, 1, process)
         again.change(self._opened, 2, fd)
         again.make()
-        status = again.read(self._status, _STAT_SIZE)
-        return again.result(self._opened), status, self._same(self._lively_again.answers()), self._own_again.answers()
+        return Again(
+            again.result(self._opened),
+            again.read(self._status, _STAT_SIZE),
+            again.result(self._flags),
+            again.results(self._flags + 1, 1) + again.read(self._owner, 8),
+            self._same(self._lively_again.answers()),
+            self._own_again.answers(),
+        )
 
-    def ask_of_program(self, fd: int) -> tuple[int, bytes, bytes]:
+    def ask_steady(self, fd: int) -> bytes:
         """As the function."""
-        program = self._program
-        program.make(fd)
-        delivery = program.results(self._flags + 1, 1) + program.read(self._owner, 8)
-        return program.result(self._flags), delivery, self._same(self._of_program.answers())
+        self._alone.make(fd)
+        return self._same(self._steady_alone.answers())
 
     def told(self, answers: Answers) -> Told:
         """As the function."""
@@ -171,16 +188,14 @@ def ask(fd: int, kind: Kind) -> Answers:
     return _look(kind).ask(fd)
 
 
-def ask_again(process: int, fd: int, kind: Kind) -> tuple[int, bytes, bytes, bytes]:
-    """The same of descriptor ``fd`` of a process (a pidfd), but for what has been asked before and does not change by
-    itself: our own descriptor of it, or a negated errno; struct stat; and the last two of `Answers`."""
+def ask_again(process: int, fd: int, kind: Kind) -> Again:
+    """What takes no time of descriptor ``fd`` of a process (a pidfd), where the rest has been asked before."""
     return _look(kind).ask_again(process, fd)
 
 
-def ask_of_program(fd: int, kind: Kind) -> tuple[int, bytes, bytes]:
-    """Of a descriptor of ours, what does not change by itself: F_GETFL; F_GETSIG, as 64 bits, and F_GETOWN_EX; and the
-    first of `Answers`."""
-    return _look(kind).ask_of_program(fd)
+def ask_steady(fd: int, kind: Kind) -> bytes:
+    """The first of `Answers`, of a descriptor of ours."""
+    return _look(kind).ask_steady(fd)
 
 
 def told(kind: Kind, answers: Answers) -> Told:

@@ -8,7 +8,7 @@ import functools
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from socket import SocketType
 
 from postcopy.kernel.calls import NUMBERS
@@ -66,10 +66,16 @@ TCP_MAXSEG: Option = (SOL_TCP, 2)
 TCP_WINDOW_CLAMP: Option = (SOL_TCP, 10)
 TCP_FASTOPEN_CONNECT: Option = (SOL_TCP, 30)
 TCP_ULP: Option = (SOL_TCP, _TCP_ULP)
-#: What changes without a call: sizes that follow the traffic, and how far somebody has peeked.
+IP_TOS: Option = (SOL_IP, 1)
+IPV6_TCLASS: Option = (SOL_IPV6, 67)
+#: What changes without a call: sizes that follow the traffic, how far somebody has peeked, and the bits of congestion.
 LIVELY: frozenset[Option] = frozenset(
-    {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF), PEEK_OFF, TCP_MAXSEG, TCP_WINDOW_CLAMP}
+    {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF), PEEK_OFF, TCP_MAXSEG, TCP_WINDOW_CLAMP, IP_TOS, IPV6_TCLASS}
 )
+# What has more to it than its value.
+_NOT_ALONE = frozenset({TCP_ULP, (SOL_SOCKET, SO_REUSEADDR)})
+# What one call sets, another one takes back.
+_TIMESTAMPS = frozenset((SOL_SOCKET, name) for name in (29, 35, _SO_TIMESTAMPING, 63, 64, 65))
 UDP_ENCAP: Option = (SOL_UDP, 100)
 
 
@@ -157,6 +163,21 @@ def setting(option: Option, value: bytes) -> tuple[int, int, bytes]:
         # The kernel doubles what it is told, and keeps those without privileges below a limit (socket(7)).
         return level, _FORCED[name], struct.pack("=i", struct.unpack("=i", value)[0] // 2)
     return level, name, value
+
+
+def changeable(kind: tuple[int, int, int]) -> frozenset[Option]:
+    """The options of a connection that can be set to what was read late, when all else has been."""
+    return frozenset((level, name) for level, name, _ in readable(*kind)) - LIVELY - _NOT_ALONE
+
+
+def together(changed: Collection[Option]) -> set[Option]:
+    """What must be set where these options have changed."""
+    return {*changed, *(() if _TIMESTAMPS.isdisjoint(changed) else _TIMESTAMPS)}
+
+
+def in_order(values: Mapping[Option, bytes]) -> list[tuple[Option, bytes]]:
+    """Options in the order in which they can be set: first those that take something away."""
+    return sorted(values.items(), key=lambda each: (any(each[1]), each))
 
 
 def read_filter(sock: SocketType) -> bytes:

@@ -145,9 +145,9 @@ class Repair:
         """
         calls, (received, sent) = self._calls, self._peeks
         calls.write(self._poll, _POLL.pack(fd, select.POLLRDHUP, 0))
-        # Where there is nothing, peeking would take an error; and with an offset, it would begin there and move it.
         unread = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")
-        calls.change(received, 3, min(unread, _AT_ONCE) if peek_offset < 0 else 0)
+        # Where there is nothing, peeking would take an error; and with an offset, it would begin there and move it.
+        calls.change(received, 1, KEPT if unread and peek_offset < 0 else -1)
         calls.make(fd)
         results = self._results.unpack(calls.results(0, self._results.size // 8))
         worst = min(0, *results[:sent], *results[sent + 1 :])

@@ -211,7 +211,8 @@ def continue_(fd: int, start: int, length: int) -> None:
 def registered(fd: int, start: int, length: int = PAGE_SIZE) -> bool:
     """Whether a range is in one mapping that is in the hands of the userfaultfd, its pages present or not.
 
-    Of a process that is gone, anything may be said to be. Raises OSError EAGAIN: as of `copy`.
+    Of a process that is gone, anything may be said to be. Not for private mappings of memfds and the like, where it
+    would map pages. Raises OSError EAGAIN: as of `copy`.
     """
     try:
         continue_(fd, start, length)

@@ -18,7 +18,8 @@ def holes(residency: AddressSpace, registered: Callable[[int, int], bool]) -> li
     the rest is left to be found out by filling.
     """
     found = []
-    asked = [(run.address, run.address + (run.pages << PAGE_SHIFT)) for run in residency.missing()]
+    runs = islice(residency.missing(), _MOST_QUESTIONS)
+    asked = [(run.address, run.address + (run.pages << PAGE_SHIFT)) for run in runs]
     # It grows meanwhile.
     for start, end in islice(asked, _MOST_QUESTIONS):
         if registered(start, end - start):

@@ -179,8 +179,8 @@ class AddressSpace:
                 self.mark(ordinal, pages, REMOVED)
 
     def missing(self) -> Iterator[Run]:
-        """Where all missing pages are now, as maximal runs; see `missing_runs`."""
-        return self._runs(0, len(self.states))
+        """Where all missing pages are now, as maximal runs; neither layout nor residency may change meanwhile."""
+        return self._runs(_missing(self.states))
 
     def lookup(self, address: int) -> int:
         """The ordinal of the page that is at ``address`` now, or -1 when no lazy page is."""
@@ -229,10 +229,10 @@ class AddressSpace:
         two of them, the layout must not.
         """
         for part, first in self.lazy.overlapping(address, address + (pages << PAGE_SHIFT)):
-            yield from self._runs(first, part.pages)
+            yield from self._runs(list(_missing(self.states, first, first + part.pages)))
 
-    def _runs(self, first: int, pages: int) -> Iterator[Run]:
-        for found in list(_missing(self.states, first, first + pages)):
+    def _runs(self, found_missing: Iterable[re.Match[bytes]]) -> Iterator[Run]:
+        for found in found_missing:
             ordinal, end = found.span()
             at = bisect_right(self._by_ordinal, ordinal) - 1
             while ordinal < end:

@@ -332,16 +332,21 @@ class _Takeover:
 
     def _await_go(self) -> control.Go:
         assert self._watchdog is not None
-        while True:
-            select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
-            self._check_daemon()
-            _, order = self._channels.control.receive({Kind.GO: control.Go, Kind.CHANGES: control.Changes})
-            soundness.check_message("order", order)
-            if isinstance(order, control.Go):
-                return order
-            assert isinstance(order, control.Changes)
+        order = self._await_order({Kind.GO: control.Go, Kind.CHANGES: control.Changes})
+        if isinstance(order, control.Changes):
             socket_changes.apply(order.sockets, self._pidfds())
             self._channels.control.send(Kind.READY)
+            order = self._await_order({Kind.GO: control.Go})
+        assert isinstance(order, control.Go)
+        return order
+
+    def _await_order(self, bodies: dict[Kind, type]) -> object:
+        assert self._watchdog is not None
+        select.select([self._watchdog.pidfd, self._channels.control.fileno()], [], [])
+        self._check_daemon()
+        _, order = self._channels.control.receive(bodies)
+        soundness.check_message("order", order)
+        return order
 
     def _check_daemon(self) -> None:
         assert self._watchdog is not None
