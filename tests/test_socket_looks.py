@@ -221,9 +221,9 @@ def serving(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[tuple[int, 
 def test_connections_go_on_when_who_takes_them_apart_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     us = os.getpid()
 
-    def dies(repair: tcp_repair.Repair, fd: int, peek_offset: int) -> Apart:
+    def dies(repair: tcp_repair.Repair, fd: int, peek_offset: int, unread: int) -> Apart:
         if os.getpid() == us:
-            return look(repair, fd, peek_offset)
+            return look(repair, fd, peek_offset, unread)
         socket.socket(fileno=fd).setsockopt(socket_options.SOL_TCP, tcp_repair.TCP_REPAIR, tcp_repair.REPAIR_ON)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
@@ -465,11 +465,11 @@ def test_an_error_that_waits_for_the_program_still_waits_once_it_was_taken_apart
     one, other = connected()
     with one, other:
         one.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR: that a host is unreachable is told at once
-        say_unreachable(one, tcp_repair.take_apart(one.fileno(), -1).next_written)
+        say_unreachable(one, tcp_repair.take_apart(one.fileno(), -1, 0).next_written)
         poll = select.poll()
         poll.register(one, 0)
         wait_until(lambda: poll.poll(0), 10, "it is told")
-        assert tcp_repair.take_apart(one.fileno(), -1).unread == 0
+        assert tcp_repair.take_apart(one.fileno(), -1, 0).unread == 0
         assert one.getsockopt(SOL_SOCKET, socket.SO_ERROR) == errno.EHOSTUNREACH
 
 

@@ -71,7 +71,8 @@ def _tcp(table: Table, common: Socket, told: Told, opened: Opened) -> InetSocket
             if apart is None:
                 if common.inode in table.theirs:
                     table.all_shown()
-                apart = tcp_repair.take_apart(opened.own, told.peek_offset)
+                # Something may have come since.
+                apart = tcp_repair.take_apart(opened.own, told.peek_offset, tcp_repair.unread(opened.sock))
             connection = tcp_connections.connection(apart, info)
     return InetSocket(
         socket=common,

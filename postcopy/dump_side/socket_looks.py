@@ -138,7 +138,7 @@ class Looks:
         if not _is_connection(told) or (told.local, told.remote) not in self._known.locked:
             return b""
         try:
-            return msgspec.msgpack.encode(tcp_repair.take_apart(own, told.peek_offset))
+            return msgspec.msgpack.encode(tcp_repair.take_apart(own, told.peek_offset, told.unread))
         except OSError:
             # Who is to say why asks once more.
             return b""

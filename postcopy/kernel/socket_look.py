@@ -4,6 +4,7 @@ import fcntl
 import functools
 import socket
 import struct
+import termios
 from collections.abc import Sequence
 from itertools import accumulate
 from socket import SocketType
@@ -26,6 +27,7 @@ Answers = tuple[bytes, bytes, bytes]
 F_GETSIG, F_GETOWN_EX = 11, 16
 _ADDRESS_SIZE = 28
 _STAT_SIZE = 144
+_RESULTS = struct.Struct("=4q")
 
 # The name of a call, its arguments between the descriptor and the value, and the size of the value (bytes).
 _Asked = tuple[str, tuple[int, ...], int]
@@ -34,7 +36,8 @@ _Asked = tuple[str, tuple[int, ...], int]
 class Told(Struct, frozen=True):
     """``values``: for `socket_options.named`. ``filter_length``: in instructions, or a negated errno; see
     `socket_options.read_filter`. ``peek_offset``: SO_PEEK_OFF. ``info``: struct tcp_info of TCP sockets; ``local``,
-    ``remote``: struct sockaddr of IP sockets; empty where the kernel tells nothing."""
+    ``remote``: struct sockaddr of IP sockets; empty where the kernel tells nothing. ``unread``: bytes that TCP sockets
+    have received and the program has not read."""
 
     kind: Kind
     values: tuple[bytes | None, ...]
@@ -44,6 +47,7 @@ class Told(Struct, frozen=True):
     info: bytes
     local: bytes
     remote: bytes
+    unread: int
 
     @property
     def has_filter(self) -> bool:
@@ -72,10 +76,11 @@ class _Questions:
         self._made, sizes = calls, [size for *_, size in asked]
         content = struct.pack(f"={len(sizes)}I", *sizes) + bytes(sum(sizes))
         self._place, self._size = calls.place(content), len(content)
+        self._count = len(sizes)
         self._codes = struct.Struct(f"={len(sizes)}q{len(sizes)}I")
-        self._starts = list(accumulate(sizes, initial=self._codes.size))
+        *self._starts, _ = accumulate(sizes, initial=self._codes.size)
         numbers = []
-        for number, ((name, arguments, _), start) in enumerate(zip(asked, self._starts, strict=False)):
+        for number, ((name, arguments, _), start) in enumerate(zip(asked, self._starts, strict=True)):
             value = self._place + start - 8 * len(sizes)
             numbers.append(calls.add(call(name, KEPT, *arguments, value, self._place + 4 * number)))
         self._first = numbers[0] if numbers else 0
@@ -88,13 +93,18 @@ class _Questions:
     def answers(self) -> bytes:
         """For `values`, once the calls have been made."""
         made = self._made
-        return made.results(self._first, len(self._starts) - 1) + made.read(self._place, self._size)
+        return made.results(self._first, self._count) + made.read(self._place, self._size)
 
-    def values(self, answers: bytes) -> list[tuple[int, bytes, int]]:
-        """Of each call the result, the value and its length."""
-        count, codes = len(self._starts) - 1, self._codes.unpack_from(answers)
-        parts = zip(codes[:count], codes[count:], self._starts, strict=False)
-        return [(code, answers[start : start + size], size) for code, size, start in parts]
+    def values(self, answers: bytes) -> list[bytes | None]:
+        """Of each call the value; None where it was refused."""
+        codes, count = self._codes.unpack_from(answers), self._count
+        places = zip(codes[:count], self._starts, codes[count:], strict=True)
+        return [None if result else answers[start : start + length] for result, start, length in places]
+
+    def last(self, answers: bytes) -> tuple[int, int]:
+        """Of the last call the result, and the length of what it gave."""
+        codes = self._codes.unpack_from(answers)
+        return codes[self._count - 1], codes[-1]
 
 
 class _Look:
@@ -113,20 +123,22 @@ class _Look:
             [("getsockopt", each, size) for each, size in sizes.items() if (each in LIVELY) is wanted]
             for wanted in (False, True)
         )
-        own: list[_Asked] = [("getsockopt", (SOL_TCP, socket.TCP_INFO), tcp_repair.INFO_SIZE)] if is_tcp else []
-        own += [(name, (), _ADDRESS_SIZE) for name in ("getsockname", "getpeername") if is_ip]
-        self._before_own = [b""] * (not is_tcp)
+        own: list[_Asked] = [(name, (), _ADDRESS_SIZE) for name in ("getsockname", "getpeername") if is_ip]
+        if is_tcp:
+            own += [
+                ("getsockopt", (SOL_TCP, socket.TCP_INFO), tcp_repair.INFO_SIZE),
+                ("ioctl", (termios.FIONREAD,), 4),
+            ]
         changing = _Questions.room(lively) + _Questions.room(own)
         self._calls, self._again = OwnCalls(_Questions.room(steady) + changing), OwnCalls(1024 + changing)
         self._steady = _Questions(self._calls, steady)
         self._lively, self._own = _Questions(self._calls, lively), _Questions(self._calls, own)
         self._opened = self._again.add(call("pidfd_getfd", 0, 0, 0), keep=True)
-        self._status = self._again.room(_STAT_SIZE)
+        self._status = self._again.room(_STAT_SIZE + 8)
         self._again.add(call("fstat", KEPT, self._status))
-        self._flags = self._again.add(call("fcntl", KEPT, fcntl.F_GETFL))
+        self._again.add(call("fcntl", KEPT, fcntl.F_GETFL))
         self._again.add(call("fcntl", KEPT, F_GETSIG))
-        self._again.add(call("fcntl", KEPT, F_GETOWN_EX, owner := self._again.room(8)))
-        self._owner = owner
+        self._again.add(call("fcntl", KEPT, F_GETOWN_EX, self._status + _STAT_SIZE))
         self._lively_again, self._own_again = _Questions(self._again, lively), _Questions(self._again, own)
         self._alone = OwnCalls(_Questions.room(steady))
         self._steady_alone = _Questions(self._alone, steady)
@@ -148,14 +160,11 @@ class _Look:
         again.change(self._opened, 1, process)
         again.change(self._opened, 2, fd)
         again.make()
-        return Again(
-            again.result(self._opened),
-            again.read(self._status, _STAT_SIZE),
-            again.result(self._flags),
-            again.results(self._flags + 1, 1) + again.read(self._owner, 8),
-            self._same(self._lively_again.answers()),
-            self._own_again.answers(),
-        )
+        results, shown = again.results(self._opened, 4), again.read(self._status, _STAT_SIZE + 8)
+        own, _, flags, _ = _RESULTS.unpack(results)
+        delivery = results[24:] + shown[_STAT_SIZE:]
+        lively, told = self._same(self._lively_again.answers()), self._own_again.answers()
+        return Again(own, shown[:_STAT_SIZE], flags, delivery, lively, told)
 
     def ask_steady(self, fd: int) -> bytes:
         """As the function."""
@@ -165,19 +174,20 @@ class _Look:
     def told(self, answers: Answers) -> Told:
         """As the function."""
         steady, lively, own = answers
-        single = [*self._before_own, *(b"" if code else value for code, value, _ in self._own.values(own)), b"", b""]
-        return Told(self.kind, *self._of_options(steady, lively), single[0], single[1], single[2])
+        local, remote, info, unread, *_ = *self._own.values(own), b"", b"", b"", b""
+        options = self._of_options(steady, lively)
+        return Told(
+            self.kind, *options, info or b"", local or b"", remote or b"", int.from_bytes(unread or b"", "little")
+        )
 
     def _parse(self, steady: bytes, lively: bytes) -> tuple[tuple[bytes | None, ...], bool, int, int]:
-        *of_program, (_, locked, _), (code, _, length) = self._steady.values(steady)
-        found = {
-            option: None if refused else value
-            for names, told in ((self._steady_names, of_program), (self._lively_names, self._lively.values(lively)))
-            for option, (refused, value, _) in zip(names, told, strict=True)
-        }
+        *of_program, locked, _ = self._steady.values(steady)
+        code, length = self._steady.last(steady)
+        found = dict(zip(self._steady_names, of_program, strict=True))
+        found |= zip(self._lively_names, self._lively.values(lively), strict=True)
         peek = found.get(socket_options.PEEK_OFF)
         peek_offset = int.from_bytes(peek, "little", signed=True) if peek else -1
-        return tuple(found[option] for option in self._names), any(locked), code or length, peek_offset
+        return tuple(found[option] for option in self._names), any(locked or b""), code or length, peek_offset
 
 
 _look = functools.cache(_Look)

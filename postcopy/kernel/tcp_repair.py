@@ -138,14 +138,10 @@ class Repair:
         self._peeks = calls.add(call("recvfrom", KEPT, self._contents[0], _AT_ONCE, _PEEK, 0, 0)), sent
         self._results = struct.Struct(f"={count}q")
 
-    def look(self, fd: int, peek_offset: int) -> Apart:
-        """Take the connection behind a descriptor of ours apart, and let it go on; ``peek_offset``: its SO_PEEK_OFF.
-
-        Raises OSError.
-        """
+    def look(self, fd: int, peek_offset: int, unread: int) -> Apart:
+        """As `take_apart`."""
         calls, (received, sent) = self._calls, self._peeks
         calls.write(self._poll, _POLL.pack(fd, select.POLLRDHUP, 0))
-        unread = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), "little")
         # Where there is nothing, peeking would take an error; and with an offset, it would begin there and move it.
         calls.change(received, 1, KEPT if unread and peek_offset < 0 else -1)
         calls.make(fd)
@@ -192,9 +188,11 @@ def _queues(fd: int, lengths: tuple[int, int], peek_offset: int, reuse_address: 
 _repair = functools.cache(Repair)
 
 
-def take_apart(fd: int, peek_offset: int) -> Apart:
-    """As `Repair.look`."""
-    return _repair().look(fd, peek_offset)
+def take_apart(fd: int, peek_offset: int, unread: int) -> Apart:
+    """Take the connection behind a descriptor of ours apart, and let it go on; ``peek_offset``: its SO_PEEK_OFF;
+    ``unread``: as of the function. Raises OSError.
+    """
+    return _repair().look(fd, peek_offset, unread)
 
 
 def end_repair(own: SocketType, how: int, reuse_address: int) -> None:
