@@ -1,6 +1,7 @@
 """Processes of ours, and the signals that end a command while they are made."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,32 @@ try:
 except Interrupted:
     sys.exit(42)
 """
+
+
+OUTLIVES = """
+import os, signal, sys
+from postcopy import roles
+def body():
+    with roles.outliving_parent():
+        print(os.getpid(), flush=True)
+        while not roles.is_orphaned():
+            pass
+        print("done", flush=True)
+    print("too late", flush=True)
+roles.start("test", body, dies_with_parent=True)
+signal.pause()
+"""
+
+
+def test_role_that_outlives_its_parent_ends_what_it_is_at_and_no_more() -> None:
+    with subprocess.Popen([sys.executable, "-c", OUTLIVES], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        role = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+        # To the end of both.
+        assert process.stdout.read() == b"done\n"
+    assert select.select([role], [], [], 20)[0]
+    os.close(role)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

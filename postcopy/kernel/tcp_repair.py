@@ -112,31 +112,36 @@ class Repair:
         self._calls = calls = OwnCalls(4096 + 2 * _AT_ONCE)
         self._reuse, self._poll, self._found = calls.room(4), calls.place(bytes(_POLL.size)), calls.room(_APART.size)
         self._contents = [calls.room(_AT_ONCE) for _ in (RECEIVE_QUEUE, SEND_QUEUE)]
-        on, off, *queues = (
-            calls.place(_INT.pack(each))
-            for each in (REPAIR_ON, REPAIR_OFF_WITHOUT_PROBE, RECEIVE_QUEUE, SEND_QUEUE, NO_QUEUE)
-        )
         four, of_window = (calls.place(_INT.pack(size)) for size in (4, _WINDOW_SIZE))
+
+        def tell(option: int, value: int) -> None:
+            calls.add(call("setsockopt", KEPT, SOL_TCP, option, calls.place(_INT.pack(value)), 4))
+
+        def ask(option: int, place: int, length: int = four) -> None:
+            calls.add(call("getsockopt", KEPT, SOL_TCP, option, self._found + place, length))
+
+        def peek(place: int) -> int:
+            return calls.add(call("recvfrom", KEPT, place, _AT_ONCE, _PEEK, 0, 0))
+
         calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, four))
         calls.add(call("poll", self._poll, 1, 0))
-        for number, request in enumerate((termios.TIOCOUTQ, _SIOCOUTQNSD), start=2):
-            calls.add(call("ioctl", KEPT, request, self._found + 4 * number))
-        calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_TIMESTAMP, self._found + 20, four))
-        calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, on, 4))
-        for queue, place in zip(queues, (self._found, self._found + 4, 0), strict=True):
-            if not place:
-                calls.add(call("getsockopt", KEPT, SOL_TCP, socket.TCP_MAXSEG, self._found + 16, four))
-                calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_REPAIR_WINDOW, self._found + 24, of_window))
-                # Of the queue to write.
-                sent = calls.add(call("recvfrom", KEPT, self._contents[1], _AT_ONCE, _PEEK, 0, 0))
-            calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR_QUEUE, queue, 4))
-            if place:
-                calls.add(call("getsockopt", KEPT, SOL_TCP, TCP_QUEUE_SEQ, place, four))
-        calls.add(call("setsockopt", KEPT, SOL_TCP, TCP_REPAIR, off, 4))
+        calls.add(call("ioctl", KEPT, termios.TIOCOUTQ, self._found + 8))
+        calls.add(call("ioctl", KEPT, _SIOCOUTQNSD, self._found + 12))
+        ask(TCP_TIMESTAMP, 20)
+        tell(TCP_REPAIR, REPAIR_ON)
+        tell(TCP_REPAIR_QUEUE, RECEIVE_QUEUE)
+        ask(TCP_QUEUE_SEQ, 0)
+        tell(TCP_REPAIR_QUEUE, SEND_QUEUE)
+        ask(TCP_QUEUE_SEQ, 4)
+        ask(socket.TCP_MAXSEG, 16)
+        ask(TCP_REPAIR_WINDOW, 24, of_window)
+        sent = peek(self._contents[1])
+        tell(TCP_REPAIR_QUEUE, NO_QUEUE)
+        tell(TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)
         # Repair has taken it away.
-        count = calls.add(call("setsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, 4)) + 1
-        self._peeks = calls.add(call("recvfrom", KEPT, self._contents[0], _AT_ONCE, _PEEK, 0, 0)), sent
-        self._results = struct.Struct(f"={count}q")
+        last = calls.add(call("setsockopt", KEPT, SOL_SOCKET, SO_REUSEADDR, self._reuse, 4))
+        self._results = struct.Struct(f"={last + 1}q")
+        self._peeks = peek(self._contents[0]), sent
 
     def look(self, fd: int, peek_offset: int, unread: int) -> Apart:
         """As `take_apart`."""
@@ -146,8 +151,7 @@ class Repair:
         calls.change(received, 1, KEPT if unread and peek_offset < 0 else -1)
         calls.make(fd)
         results = self._results.unpack(calls.results(0, self._results.size // 8))
-        worst = min(0, *results[:sent], *results[sent + 1 :])
-        if worst < 0:
+        if worst := min(0, *results[:sent], *results[sent + 1 :]):
             raise refused("taking a TCP connection apart", -worst)
         read, written, unacknowledged, unsent, mss, clock, window = _APART.unpack(calls.read(self._found, _APART.size))
         if max(unread, unacknowledged) > _AT_ONCE or peek_offset >= 0:
