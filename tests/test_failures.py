@@ -529,9 +529,10 @@ def test_program_ends_before_it_reads_zeros_when_the_link_is_cut(scene: Scene, b
     scene.hosts.set_rate("20mbit")
     try:
         program, source, destination = resumed(scene, "--background", background)
+        # Before the rest of its memory can come at once.
+        scene.hosts.set_link(False)
     finally:
         scene.hosts.set_rate(None)
-    scene.hosts.set_link(False)
     try:
         destination.ends(8)
         ended_there(scene, program, source)
