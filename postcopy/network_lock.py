@@ -49,6 +49,13 @@ class NetworkLock:
                 # Now, so that every process forked from here on shares it.
                 self._table = DropTable(name)
 
+    def foresee(self, connections: Sequence[tuple[Address, Address]]) -> None:
+        """`lock` will most likely be for these, and then take less time."""
+        if self._table is not None and connections:
+            # Where that fails, so will `lock`.
+            with contextlib.suppress(OSError):
+                self._table.foresee(connections, self.mark)
+
     def lock(self, traffic: Traffic) -> None:
         """From now on drop ``traffic`` too. Raises PostcopyError, and then nothing is dropped any more."""
         if not traffic or self._mode == "skip":

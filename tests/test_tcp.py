@@ -512,7 +512,8 @@ def _passes(one: socket.socket, other: socket.socket) -> bool:
         return False
 
 
-def test_lock_lets_all_pass_before_it_is_taken_away() -> None:
+@pytest.mark.parametrize("foreseen", ["nothing", "it", "another"])
+def test_lock_lets_all_pass_before_it_is_taken_away(foreseen: str) -> None:
     pid = os.fork()
     if not pid:
         try:
@@ -523,6 +524,8 @@ def test_lock_lets_all_pass_before_it_is_taken_away() -> None:
                 other, _ = listener.accept()
                 lock = NetworkLock("nftables", "postcopy-test")
                 here, there = ((socket.inet_aton(host), port) for host, port in (one.getsockname(), one.getpeername()))
+                if foreseen != "nothing":
+                    lock.foresee([(here, there if foreseen == "it" else (there[0], 1))])
                 assert _passes(one, other)
                 lock.lock(Traffic([(here, there)], []))
                 assert not _passes(one, other)

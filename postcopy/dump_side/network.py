@@ -58,6 +58,7 @@ class Silence:
         if self._look(pids):
             self._look(pids)
         self._foreseen = [(socket_address.unpack(one), socket_address.unpack(other)) for one, other in self._seen]
+        self._lock.foresee(self._foreseen)
 
     def _look(self, pids: Sequence[int]) -> bool:
         """Look for all TCP sockets. Whether something has waited to be accepted, and so was not seen yet."""

@@ -58,6 +58,8 @@ class DropTable:
         self._table = _text(1, name)
         self._sets = 0
         self._made = False
+        # For which connections there are sets, and the rules that use them.
+        self._foreseen: tuple[Sequence[tuple[Address, Address]], list[tuple[int, bytes]]] = [], []
         self._door = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._door.bind((0, 0))
         with contextlib.suppress(OSError):
@@ -78,7 +80,7 @@ class DropTable:
     def remove(self) -> None:
         """Drop nothing any more, whoever else has the socket. Raises OSError."""
         self._commit([_message(_DELTABLE, self._table)])
-        self._made = False
+        self._made, self._foreseen = False, ([], [])
 
     def close(self) -> None:
         """Give our descriptor of the socket back; with the last one the table goes."""
@@ -90,13 +92,12 @@ class DropTable:
         Not what carries ``mark`` (SO_MARK), where it is not 0. Raises OSError, and then no more is dropped than before.
         """
         messages = [] if self._made else self._begun(mark)
+        foreseen, rules = self._foreseen
+        if connections and connections == foreseen:
+            messages += rules
+        else:
+            messages += self._add_ends(connections, messages)
         for family in _FAMILIES:
-            ends = [_key(local) + _key(remote) for local, remote in connections if len(local[0]) == family.size]
-            if ends:
-                found = self._add_set(ends, [family.type, _INET_SERVICE] * 2, messages)
-                source, target = _load_ends(family)
-                self._add_rule(_INPUT, [*_is_tcp(family), *target(0), *source(1), found], messages)
-                self._add_rule(_OUTPUT, [*_is_tcp(family), *source(0), *target(1), found], messages)
             here = [_key(address) for address in listeners if len(address[0]) == family.size]
             if here:
                 found = self._add_set(here, [family.type, _INET_SERVICE], messages)
@@ -108,6 +109,27 @@ class DropTable:
             self._add_rule(_INPUT, [*_is_tcp(None), *_is_syn(), _payload(_TRANSPORT_HEADER, 2, 2, 0), found], messages)
         self._commit(messages)
         self._made = True
+
+    def foresee(self, connections: Sequence[tuple[Address, Address]], mark: int = 0) -> None:
+        """Most of what `drop` has to do for the very same connections: nothing is dropped yet. Raises OSError."""
+        messages = [] if self._made else self._begun(mark)
+        rules = self._add_ends(connections, messages)
+        self._commit(messages)
+        self._made, self._foreseen = True, (connections, rules)
+
+    def _add_ends(
+        self, connections: Sequence[tuple[Address, Address]], messages: list[tuple[int, bytes]]
+    ) -> list[tuple[int, bytes]]:
+        """Add the sets of their ends; the rules that use them."""
+        rules: list[tuple[int, bytes]] = []
+        for family in _FAMILIES:
+            ends = [_key(local) + _key(remote) for local, remote in connections if len(local[0]) == family.size]
+            if ends:
+                found = self._add_set(ends, [family.type, _INET_SERVICE] * 2, messages)
+                source, target = _load_ends(family)
+                self._add_rule(_INPUT, [*_is_tcp(family), *target(0), *source(1), found], rules)
+                self._add_rule(_OUTPUT, [*_is_tcp(family), *source(0), *target(1), found], rules)
+        return rules
 
     def _begun(self, mark: int) -> list[tuple[int, bytes]]:
         """The messages that make the table."""
