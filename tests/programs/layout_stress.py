@@ -1128,7 +1128,8 @@ class Actor:
 
     def _tidy(self) -> None:
         """Small pieces give way to a few large ones again."""
-        self.regions.sort(key=lambda region: region.pages)
+        # What has been taken into use of a reserve is given back to it instead.
+        self.regions.sort(key=lambda region: (region.kind == "committed", region.pages))
         for region in self.regions[:80]:
             if region.readable:
                 region.check()
