@@ -8,6 +8,7 @@ from typing import Self
 from postcopy.dump_side.freeze import Frozen
 from postcopy.errors import DumpError
 from postcopy.kernel import ptrace
+from postcopy.kernel.batch import Answers
 from postcopy.kernel.calls import Call, call
 from postcopy.kernel.executor import ALL_SIGNALS, CODE_SIZE, Executor, SingleCall, signal_bit
 from postcopy.kernel.page import PAGE_SIZE, page_up
@@ -113,3 +114,10 @@ class Arena:
         if -4096 < result < 0:
             raise DumpError(f"{made} in process {self.frozen.pid}: {errno.errorcode.get(-result, -result)}")
         return result
+
+
+def accepted(who: str, answers: Answers) -> Answers:
+    """The answers of ``who``, none of which is an error that has a purpose. Raises DumpError."""
+    for made, purpose, number in answers.refusals():
+        raise DumpError(f"{who}: {purpose}: {made} was refused with errno {number}")
+    return answers

@@ -24,7 +24,7 @@ from postcopy.dump_side import (
     timers,
     unix_peers,
 )
-from postcopy.dump_side.arena import Arena
+from postcopy.dump_side.arena import Arena, accepted
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -33,8 +33,7 @@ from postcopy.dump_side.opened import Silence, Table, Trusted
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.sleepers import Observation
 from postcopy.dump_side.smaps import SmapsReader
-from postcopy.errors import DumpError, PostcopyError, ProblemsError
-from postcopy.kernel.batch import Answers
+from postcopy.errors import PostcopyError, ProblemsError
 from postcopy.state import FileIdentity, Process, Tree
 from postcopy.turns import by_turns
 
@@ -204,7 +203,7 @@ def _process(
         for executor, batch in asked:
             executor.start(batch)
         yield
-        answers = [_checked(pid, executor.finish()) for executor, _ in asked]
+        answers = [accepted(f"process {pid}", executor.finish()) for executor, _ in asked]
         if pid in table.slots:
             edges.find(table, pid, executors[0])
             socket_changes.read_close_on_exec(table, pid, executors[0])
@@ -254,9 +253,3 @@ def _process(
         leader_ended=threads.end_of_leader(frozen.pid) if ended else None,
     )
     return state, layout
-
-
-def _checked(pid: int, answers: Answers) -> Answers:
-    for made, purpose, number in answers.refusals():
-        raise DumpError(f"process {pid}: {purpose}: {made} was refused with errno {number}")
-    return answers

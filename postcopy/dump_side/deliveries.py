@@ -6,9 +6,9 @@ import stat
 import struct
 
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table, common, seen
+from postcopy.kernel.socket_look import F_GETOWN_EX
 from postcopy.open_kinds import Delivery
 
-_F_GETOWN_EX = 16
 _F_OWNER_PGRP = 2
 _SILENT = (stat.S_IFREG, stat.S_IFDIR)  # they never tell anybody, but for leases
 
@@ -22,7 +22,7 @@ def collect(table: Table, opened: Opened, description: int) -> Delivery | None:
     else:
         with opened.duplicate() as own:
             signal = fcntl.fcntl(own, fcntl.F_GETSIG)
-            kind, owner = struct.unpack("<ii", fcntl.fcntl(own, _F_GETOWN_EX, bytes(8)))
+            kind, owner = struct.unpack("<ii", fcntl.fcntl(own, F_GETOWN_EX, bytes(8)))
     if not (owner or signal or opened.asynchronous):
         return None
     return Delivery(description, kind, _owner(table, opened, kind, owner), signal, opened.asynchronous, opened.flags)

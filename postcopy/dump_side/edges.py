@@ -8,8 +8,8 @@ program would be told of an event twice rather than never. Alive, we leave out w
 from msgspec import structs
 
 from postcopy.deadline import uninterrupted
+from postcopy.dump_side.arena import accepted
 from postcopy.dump_side.opened import Table
-from postcopy.errors import DumpError
 from postcopy.kernel.batch import RECORD_SIZE
 from postcopy.kernel.calls import call
 from postcopy.kernel.epoll import (
@@ -71,8 +71,7 @@ def _find(instance: int, epoll: Epoll, executor: Executor) -> Epoll:
             if target.data not in told:
                 executor.leave_out(number)
         answers = executor.go_on()
-    for made, purpose, errno in answers.refusals():
-        raise DumpError(f"epoll instance {instance}: {purpose}: {made} was refused with errno {errno}")
+    accepted(f"epoll instance {instance}", answers)
     return structs.replace(
         epoll,
         targets=[

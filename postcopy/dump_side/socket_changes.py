@@ -1,8 +1,10 @@
 """What was foreseen of a tree's connections and was otherwise when it was frozen; and what could not be foreseen."""
 
+import fcntl
 from collections.abc import Iterable, Mapping
 
 from postcopy.dump_side import socket_looks
+from postcopy.dump_side.arena import accepted
 from postcopy.dump_side.opened import Table
 from postcopy.dump_side.socket_looks import Otherwise
 from postcopy.errors import DumpError
@@ -16,8 +18,6 @@ from postcopy.kernel.socket_options import Option
 from postcopy.socket_kinds import SocketChange, SocketOption
 from postcopy.state import Slot, Tree
 
-_F_GETFD, _FD_CLOEXEC = 1, 1
-
 
 def read_close_on_exec(table: Table, pid: int, executor: Executor) -> None:
     """Ask the process for what is not known of its descriptors: nobody else can tell of many at once.
@@ -25,17 +25,15 @@ def read_close_on_exec(table: Table, pid: int, executor: Executor) -> None:
     Raises DumpError.
     """
     left, pattern = table.foreseen.pop(pid, []), Pattern()
-    pattern.add(call("fcntl", Blank(0), _F_GETFD), "reading the flags of descriptor {}")
+    pattern.add(call("fcntl", Blank(0), fcntl.F_GETFD), "reading the flags of descriptor {}")
     closing: set[int] = set()
     while left:
         batch = executor.batch()
         some, left = left[: batch.free // RECORD_SIZE], left[batch.free // RECORD_SIZE :]
         for fd in some:
             pattern.repeat(batch, (fd,), fd)
-        answers = executor.run(batch)
-        for made, purpose, errno in answers.refusals():
-            raise DumpError(f"process {pid}: {purpose}: {made} was refused with errno {errno}")
-        closing.update(fd for fd, flags in zip(some, answers.results, strict=True) if flags & _FD_CLOEXEC)
+        answers = accepted(f"process {pid}", executor.run(batch))
+        closing.update(fd for fd, flags in zip(some, answers.results, strict=True) if flags & fcntl.FD_CLOEXEC)
     if closing:
         table.slots[pid] = [
             Slot(slot.fd, slot.fd in closing or slot.close_on_exec, slot.description) for slot in table.slots[pid]

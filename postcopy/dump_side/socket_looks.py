@@ -1,6 +1,7 @@
 """Sockets of a frozen process, looked at from outside: all but what only the kinds of sockets know to ask for."""
 
 import contextlib
+import fcntl
 import os
 import resource
 import struct
@@ -13,7 +14,7 @@ from msgspec import Struct
 from postcopy.kernel import locks, procfs, socket_look, tcp_repair
 from postcopy.kernel.calls import call
 from postcopy.kernel.own_calls import KEPT, OwnCalls
-from postcopy.kernel.socket_look import F_GETOWN_EX, F_GETSIG, Told
+from postcopy.kernel.socket_look import F_GETOWN_EX, STAT, Told
 from postcopy.kernel.socket_options import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET
 from postcopy.kernel.tcp_repair import Apart
 
@@ -22,7 +23,6 @@ from postcopy.kernel.tcp_repair import Apart
 Seen = tuple[int, bytes, bytes, bytes, bytes, socket_look.Answers, bytes, bool]
 
 _INFO_ROOM, _PATH_ROOM = 1024, 16
-_STAT = struct.Struct("=QQQIII4xQQ88x")
 # Some seconds, before the freeze.
 _MOST_FORESEEN = 20_000
 _KIND, _DELIVERY = struct.Struct("=iii"), struct.Struct("=qii")
@@ -178,7 +178,7 @@ class _Whole:
         self._entries, self.own, self._kept = entries, -1, False
         self._calls = calls = OwnCalls(4096)
         self._path, self._info = calls.place(bytes(_PATH_ROOM)), calls.room(_INFO_ROOM)
-        self._status, self._kind, self._owner = calls.room(_STAT.size), calls.room(_KIND.size), calls.room(8)
+        self._status, self._kind, self._owner = calls.room(STAT.size), calls.room(_KIND.size), calls.room(8)
         length = calls.place(struct.pack("=I", 4))
         calls.add(call("openat", entries.infos, self._path, os.O_RDONLY | os.O_CLOEXEC), keep=True)
         self._read = calls.add(call("read", KEPT, self._info, _INFO_ROOM))
@@ -188,7 +188,7 @@ class _Whole:
         self._asked = calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_DOMAIN, self._kind, length))
         calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_TYPE, self._kind + 4, length))
         calls.add(call("getsockopt", KEPT, SOL_SOCKET, SO_PROTOCOL, self._kind + 8, length))
-        self._signal = calls.add(call("fcntl", KEPT, F_GETSIG))
+        self._signal = calls.add(call("fcntl", KEPT, fcntl.F_GETSIG))
         calls.add(call("fcntl", KEPT, F_GETOWN_EX, self._owner))
 
     @classmethod
@@ -225,7 +225,7 @@ class _Whole:
             return None
         kinds = calls.read(self._kind, _KIND.size)
         delivery = calls.results(self._signal, 1) + calls.read(self._owner, 8)
-        answers, status = socket_look.ask(self.own, _KIND.unpack(kinds)), calls.read(self._status, _STAT.size)
+        answers, status = socket_look.ask(self.own, _KIND.unpack(kinds)), calls.read(self._status, STAT.size)
         return fd, calls.read(self._info, size), status, delivery, kinds, answers, b"", False
 
     def look_again(self, fd: int, kind: socket_look.Kind) -> socket_look.Again:
@@ -252,7 +252,7 @@ def told(kinds: bytes, answers: socket_look.Answers) -> Told:
 def shown(seen: Seen) -> Shown:
     """What has been seen."""
     _, info, status, delivery, kinds, answers, apart, foreseen = seen
-    device, inode, links, mode, user, group, _, size = _STAT.unpack(status)
+    device, inode, links, mode, user, group, _, size = STAT.unpack(status)
     signal, owner_kind, owner = _DELIVERY.unpack(delivery)
     return Shown(
         info,

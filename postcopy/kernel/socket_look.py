@@ -24,9 +24,10 @@ Kind = tuple[int, int, int]
 #: same where they have been the same before; and what is its own.
 Answers = tuple[bytes, bytes, bytes]
 
-F_GETSIG, F_GETOWN_EX = 11, 16
+F_GETOWN_EX = 16
 _ADDRESS_SIZE = 28
-_STAT_SIZE = 144
+#: Device, inode, links, mode, user, group, device it is, size of struct stat.
+STAT = struct.Struct("=QQQIII4xQQ88x")
 _RESULTS = struct.Struct("=4q")
 
 # The name of a call, its arguments between the descriptor and the value, and the size of the value (bytes).
@@ -134,11 +135,11 @@ class _Look:
         self._steady = _Questions(self._calls, steady)
         self._lively, self._own = _Questions(self._calls, lively), _Questions(self._calls, own)
         self._opened = self._again.add(call("pidfd_getfd", 0, 0, 0), keep=True)
-        self._status = self._again.room(_STAT_SIZE + 8)
+        self._status = self._again.room(STAT.size + 8)
         self._again.add(call("fstat", KEPT, self._status))
         self._again.add(call("fcntl", KEPT, fcntl.F_GETFL))
-        self._again.add(call("fcntl", KEPT, F_GETSIG))
-        self._again.add(call("fcntl", KEPT, F_GETOWN_EX, self._status + _STAT_SIZE))
+        self._again.add(call("fcntl", KEPT, fcntl.F_GETSIG))
+        self._again.add(call("fcntl", KEPT, F_GETOWN_EX, self._status + STAT.size))
         self._lively_again, self._own_again = _Questions(self._again, lively), _Questions(self._again, own)
         self._alone = OwnCalls(_Questions.room(steady))
         self._steady_alone = _Questions(self._alone, steady)
@@ -160,11 +161,11 @@ class _Look:
         again.change(self._opened, 1, process)
         again.change(self._opened, 2, fd)
         again.make()
-        results, shown = again.results(self._opened, 4), again.read(self._status, _STAT_SIZE + 8)
+        results, shown = again.results(self._opened, 4), again.read(self._status, STAT.size + 8)
         own, _, flags, _ = _RESULTS.unpack(results)
-        delivery = results[24:] + shown[_STAT_SIZE:]
+        delivery = results[24:] + shown[STAT.size :]
         lively, told = self._same(self._lively_again.answers()), self._own_again.answers()
-        return Again(own, shown[:_STAT_SIZE], flags, delivery, lively, told)
+        return Again(own, shown[: STAT.size], flags, delivery, lively, told)
 
     def ask_steady(self, fd: int) -> bytes:
         """As the function."""
