@@ -11,64 +11,63 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from postcopy.errors import ProtocolError
-from postcopy.integers import Pid, Unsigned
-from postcopy.state import Draft, FileIdentity, MappedFile, Memory, Tree, Vma
+from postcopy.integers import Unsigned
+from postcopy.state import Draft, FileIdentity, MappedFile, Memory, Process, Sketch, Tree, Vma
 
 T = TypeVar("T")
 
 
-class State(Struct, frozen=True):
-    """What is new in ``tree``.
+class ProcessState(Struct, frozen=True):
+    """What is new of a process; ``laid_out``, ``table``: its layout or its descriptor table is that of the draft."""
 
-    ``laid_out``, ``tables``: the processes whose layout or descriptor table is that of the draft. ``descriptions``: of
-    each description its number in the draft, or behind these, its place among those of ``tree``; ``files``: the same,
-    with the manifest's.
+    process: Process
+    laid_out: bool
+    table: bool
+
+
+class State(Struct, frozen=True):
+    """What is new in ``tree``, whose processes are told of by themselves.
+
+    ``descriptions``: of each description its number in the draft, or behind these, its place among those of ``tree``;
+    ``files``: the same, with the manifest's.
     """
 
     tree: Tree
-    laid_out: list[Pid]
-    tables: list[Pid]
     descriptions: list[Unsigned]
     files: list[Unsigned]
 
 
+def shorten_process(process: Process, sketch: Sketch | None) -> ProcessState:
+    """Leave out what ``process`` has from the draft, where that has it."""
+    laid_out = sketch is not None and _same(process.memory, sketch.memory)
+    table = sketch is not None and process.slots == sketch.slots
+    memory = _with_layout(process.memory, _NO_LAYOUT) if laid_out else process.memory
+    return ProcessState(replace(process, memory=memory, slots=[] if table else process.slots), laid_out, table)
+
+
+def complete_process(state: ProcessState, sketch: Sketch | None) -> Process:
+    """Put back what was left out. Raises ProtocolError where nobody has said it."""
+    process = state.process
+    if not (state.laid_out or state.table):
+        return process
+    if sketch is None:
+        raise ProtocolError(f"process.laid_out: the draft has no process {process.pid}")
+    memory = _with_layout(process.memory, sketch.memory) if state.laid_out else process.memory
+    return replace(process, memory=memory, slots=sketch.slots if state.table else process.slots)
+
+
 def shorten(tree: Tree, draft: Draft, announced: list[FileIdentity]) -> State:
-    """Leave out what ``tree`` has from ``draft``, and the files that the manifest has ``announced``."""
-    sketches = {sketch.pid: sketch for sketch in draft.processes}
-    drafted = [(each, sketches[each.pid]) for each in tree.processes if each.pid in sketches]
-    laid_out = {each.pid for each, sketch in drafted if _same(each.memory, sketch.memory)}
-    tables = {each.pid for each, sketch in drafted if each.slots == sketch.slots}
+    """Leave out the processes, what ``tree`` has from ``draft``, and the files that the manifest has ``announced``."""
     descriptions, numbers = _parted(tree.descriptors.descriptions, draft.descriptions)
     files, places = _parted(tree.files, announced)
-    processes = [
-        replace(
-            each,
-            memory=_with_layout(each.memory, _NO_LAYOUT) if each.pid in laid_out else each.memory,
-            slots=[] if each.pid in tables else each.slots,
-        )
-        for each in tree.processes
-    ]
-    short = replace(
-        tree, processes=processes, descriptors=replace(tree.descriptors, descriptions=descriptions), files=files
-    )
-    return State(short, list(laid_out), list(tables), numbers, places)
+    found = replace(tree.descriptors, descriptions=descriptions)
+    return State(replace(tree, processes=[], descriptors=found, files=files), numbers, places)
 
 
-def complete(state: State, draft: Draft, announced: list[FileIdentity]) -> Tree:
+def complete(state: State, processes: list[Process], draft: Draft, announced: list[FileIdentity]) -> Tree:
     """Put back what was left out. Raises ProtocolError where nobody has said it."""
-    sketches = {sketch.pid: sketch for sketch in draft.processes}
-    laid_out, tables = set(state.laid_out), set(state.tables)
-    for name, known in (("draft", sketches.keys()), ("tree", {each.pid for each in state.tree.processes})):
-        if unknown := (laid_out | tables) - known:
-            raise ProtocolError(f"state.laid_out: the {name} has no process {min(unknown)}")
-    processes = [
-        replace(
-            each,
-            memory=_with_layout(each.memory, sketches[each.pid].memory) if each.pid in laid_out else each.memory,
-            slots=sketches[each.pid].slots if each.pid in tables else each.slots,
-        )
-        for each in state.tree.processes
-    ]
+    if state.tree.processes:
+        raise ProtocolError(f"state.tree.processes: {len(state.tree.processes)} where none are due")
     found = state.tree.descriptors
     descriptions = _joined("descriptions", state.descriptions, draft.descriptions, found.descriptions)
     files = _joined("files", state.files, announced, state.tree.files)

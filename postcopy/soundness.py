@@ -213,9 +213,10 @@ def check(tree: Tree, manifest: Manifest, known: Iterable[object] = ()) -> None:
         raise ProtocolError(f"manifest.init: {manifest.init} is not what the state says of the root")
 
 
-def check_message(name: str, message: Any) -> None:
-    """The same of a single message, a struct, before anything of it is used. Raises ProtocolError."""
-    if problem := _walk(message):
+def check_message(name: str, message: Any, passed: Collection[int] = frozenset()) -> None:
+    """The same of a single message, a struct, before anything of it is used; ``passed``: the ids of what is known.
+    Raises ProtocolError."""
+    if problem := _walk(message, passed):
         raise ProtocolError(f"{name}.{problem}")
 
 

@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from postcopy.huge_pages import HugeArea, HugeAreas, is_lazy, is_lazy_object
 from postcopy.page_ranges import PageRanges
-from postcopy.state import Tree
+from postcopy.state import Process, Tree
 
 # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE (fcntl(2)): whoever fills the memory must have done so before.
 _SEALED = 0x8 | 0x10
@@ -24,20 +24,20 @@ def spaces_of(tree: Tree) -> list[Space]:
 
     Raises ProtocolError for ranges that are none.
     """
+    return [*map(space_of, tree.processes), *spaces_shared(tree)]
+
+
+def space_of(process: Process) -> Space:
+    """That of one process. Raises as above."""
+    owner, memory = f"process {process.pid}", process.memory
+    return Space(process.space, owner, PageRanges.unpack(memory.sent), PageRanges.unpack(memory.lazy))
+
+
+def spaces_shared(tree: Tree) -> list[Space]:
+    """Those that processes may share. Raises as above."""
     return [
-        *(
-            Space(
-                each.space,
-                f"process {each.pid}",
-                PageRanges.unpack(each.memory.sent),
-                PageRanges.unpack(each.memory.lazy),
-            )
-            for each in tree.processes
-        ),
-        *(
-            Space(each.space, f"shared memory {number}", PageRanges.unpack(each.sent), PageRanges.unpack(each.lazy))
-            for number, each in enumerate(tree.shared_memory)
-        ),
+        Space(each.space, f"shared memory {number}", PageRanges.unpack(each.sent), PageRanges.unpack(each.lazy))
+        for number, each in enumerate(tree.shared_memory)
     ]
 
 

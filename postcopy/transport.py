@@ -7,14 +7,17 @@ import selectors
 import socket
 import struct
 import time
+from array import array
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from msgspec import Struct
 
 from postcopy.errors import CannotRun, ConnectionLost, PostcopyError, ProtocolError, UsageError
+from postcopy.kernel.page import PAGE_SIZE
+from postcopy.kernel.poll import readable
 from postcopy.printable import printable
-from postcopy.sent_pages import SentPages
+from postcopy.sent_pages import NUMBERS, Content, SentPages, split
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
 
@@ -52,10 +55,13 @@ class Channel:
         self.send_frame(control.pack(kind, body))
 
     def send_frame(self, frame: bytes | memoryview) -> None:
-        """Send a frame that has been packed already. Raises ConnectionLost."""
+        """Send a frame that has been packed already. Raises ConnectionLost, or what the peer said before it hung up."""
         try:
             self.socket.sendall(frame)
         except OSError as error:
+            if readable(self.socket):
+                with contextlib.suppress(ConnectionLost, ProtocolError):
+                    self.receive({})
             raise ConnectionLost(f"the connection to {self.peer} broke: {error.strerror or error}") from None
 
     def receive(self, bodies: dict[Kind, type]) -> tuple[Kind, object]:
@@ -72,21 +78,31 @@ class Channel:
         assert isinstance(found, body)
         return found
 
-    def send_pages(self, pages: SentPages) -> None:
-        """Send the content of pages. Raises ConnectionLost."""
-        places, content = pages.pack()
-        self.send_frame(control.pack_header(Kind.PAGES, len(places) + len(content)) + places)
+    def send_pages(self, places: "array[int]", content: memoryview) -> None:
+        """Send pages: the numbers of all of them, and the contents of those that are new. Raises ConnectionLost."""
+        packed = places.tobytes()
+        self.send_frame(control.pack_header(Kind.PAGES, len(packed) + len(content)) + packed)
         self.send_frame(content)
 
-    def receive_pages(self, total: int) -> SentPages:
-        """The content of ``total`` pages in the next frame, which must be PAGES; raises what `receive` does."""
+    def receive_pages(self, total: int, content: Content) -> SentPages:
+        """``total`` pages in the next frame, which must be PAGES; new contents are added to ``content``.
+
+        Raises what `receive` does.
+        """
         _, length = self._begin([Kind.PAGES])
-        sizes = SentPages.split(total, length)
+        sizes = split(total, length)
         if sizes is None:
             raise ProtocolError(f"{self.peer} sent {length} bytes of pages with a state that names {total} pages")
-        pages = SentPages.announced(self._exactly(sizes[0]), sizes[1])
-        self._fill(pages.content)
-        return pages
+        places = array(NUMBERS)
+        places.frombytes(self._exactly(sizes[0]))
+        if max(places, default=-1) + 1 > (content.size + sizes[1]) // PAGE_SIZE:
+            raise ProtocolError(f"{sizes[1]} bytes of pages are not what the places of {len(places)} pages name")
+        try:
+            room = content.grow(sizes[1])
+        except (OSError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"{sizes[1]} bytes of pages cannot be taken: {error}") from None
+        self._fill(room)
+        return SentPages(places, content)
 
     def _begin(self, due: Collection[Kind]) -> tuple[Kind, int]:
         """The kind of the next frame, which must be one of those, and the length of its body."""

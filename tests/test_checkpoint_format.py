@@ -88,7 +88,7 @@ def read_everything(directory: Path) -> None:
     try:
         checkpoint.sent_content()
         runs_of(checkpoint, 1)
-        source = checkpoint.source(SPACE)
+        source = checkpoint.sources[SPACE]
         page = memoryview(bytearray(PAGE_SIZE))
         for address in pages_of(checkpoint.indices[SPACE].held):
             source.read_into(address, page)
@@ -109,7 +109,7 @@ def refusal(directory: Path) -> str:
 
 def test_single_pages_come_back_as_they_were(taken: Taken) -> None:
     checkpoint = Checkpoint.open(taken.directory)
-    source = checkpoint.source(SPACE)
+    source = checkpoint.sources[SPACE]
     page = memoryview(bytearray(PAGE_SIZE))
     addresses = [address for address in taken.content if not taken.zero.contains(address)]
     random.Random(1).shuffle(addresses)
@@ -122,7 +122,7 @@ def test_single_pages_come_back_as_they_were(taken: Taken) -> None:
 @pytest.mark.parametrize("pages", [2, 16, 63, 64])
 def test_stretches_of_pages_come_back_as_they_were(taken: Taken, pages: int) -> None:
     checkpoint = Checkpoint.open(taken.directory)
-    source, held = checkpoint.source(SPACE), checkpoint.indices[SPACE].held
+    source, held = checkpoint.sources[SPACE], checkpoint.indices[SPACE].held
     for first in range(0, held.total_pages, pages):
         for part in held.stretches(first, pages):
             buffer = memoryview(bytearray(part.end - part.start))
@@ -140,9 +140,15 @@ def test_workers_of_an_eager_fill_see_each_lazy_page_once(taken: Taken, shares: 
     checkpoint.close()
 
 
+def contents(checkpoint: Checkpoint) -> bytes:
+    """Of the pages that are sent."""
+    pages = checkpoint.sent_content()
+    return pages.joined(0, pages.total)
+
+
 def test_content_of_the_sent_pages_is_in_the_order_of_the_state(taken: Taken) -> None:
     checkpoint = Checkpoint.open(taken.directory)
-    assert checkpoint.sent_content().content == b"".join(taken.content[address] for address in pages_of(taken.sent))
+    assert contents(checkpoint) == b"".join(taken.content[address] for address in pages_of(taken.sent))
     checkpoint.close()
 
 
@@ -176,12 +182,10 @@ def test_lazy_pages_that_stay_elsewhere_are_not_held(tmp_path: Path) -> None:
     assert checkpoint.pages_elsewhere
     assert checkpoint.plan() == {SPACE: PageRanges()}
     assert runs_of(checkpoint, 1) == {}
-    assert checkpoint.sent_content().content == b"".join(
-        elsewhere.content[address] for address in pages_of(elsewhere.sent)
-    )
+    assert contents(checkpoint) == b"".join(elsewhere.content[address] for address in pages_of(elsewhere.sent))
     assert PageRanges.unpack(checkpoint.tree.processes[0].memory.lazy) == elsewhere.lazy
     with pytest.raises(CheckpointError, match="not among those held"):
-        checkpoint.source(SPACE).read_into(next(pages_of(elsewhere.lazy)), memoryview(bytearray(PAGE_SIZE)))
+        checkpoint.sources[SPACE].read_into(next(pages_of(elsewhere.lazy)), memoryview(bytearray(PAGE_SIZE)))
     checkpoint.close()
 
 
@@ -200,7 +204,7 @@ def test_nobody_else_can_read_it(tmp_path: Path) -> None:
 def test_several_processes_read_from_one_open_checkpoint(taken: Taken) -> None:
     checkpoint = Checkpoint.open(taken.directory)
     addresses = list(pages_of(checkpoint.indices[SPACE].held))
-    source = checkpoint.source(SPACE)
+    source = checkpoint.sources[SPACE]
     page = memoryview(bytearray(PAGE_SIZE))
     source.read_into(addresses[0], page)
 
@@ -536,7 +540,7 @@ def test_any_flipped_bit_of_a_page_is_found_before_a_byte_is_handed_out(copy: Pa
             buffer = memoryview(bytearray(b"\xaa" * PAGE_SIZE))
             fresh = Checkpoint.open(copy)
             with pytest.raises(CheckpointError, match=rf"{path}: bytes \d+ to \d+ .* checksum") as caught:
-                fresh.source(SPACE).read_into(address, buffer)
+                fresh.sources[SPACE].read_into(address, buffer)
             start, end = (int(word) for word in str(caught.value).split() if word.isdigit())
             assert start <= place < end
             if sent.contains(address):
@@ -560,7 +564,7 @@ def flip(fd: int, bit: int) -> None:
 def test_page_that_was_read_stays_what_it_was(copy: Path) -> None:
     checkpoint = Checkpoint.open(copy)
     held = checkpoint.indices[SPACE].held
-    source, page = checkpoint.source(SPACE), memoryview(bytearray(PAGE_SIZE))
+    source, page = checkpoint.sources[SPACE], memoryview(bytearray(PAGE_SIZE))
     address = held.address(0)
     source.read_into(address, page)
     before = bytes(page)
@@ -595,7 +599,7 @@ def test_page_file_that_is_cut_off_after_the_opening_is_an_error(copy: Path) -> 
     with pytest.raises(CheckpointError, match="pages-0: ends at byte 4096: it was cut off"):
         runs_of(checkpoint, 1)
     with pytest.raises(CheckpointError, match="pages-0: ends at byte 4096: it was cut off"):
-        checkpoint.source(SPACE).read_into(checkpoint.indices[SPACE].held.address(1), memoryview(bytearray(PAGE_SIZE)))
+        checkpoint.sources[SPACE].read_into(checkpoint.indices[SPACE].held.address(1), memoryview(bytearray(PAGE_SIZE)))
     checkpoint.close()
 
 
@@ -651,7 +655,7 @@ def test_several_address_spaces(two_spaces: Path) -> None:
     checkpoint = Checkpoint.open(two_spaces)
     assert sorted(checkpoint.plan()) == [0, 1]
     sent = sum(PageRanges.unpack(process.memory.sent).total_pages for process in checkpoint.tree.processes)
-    assert len(checkpoint.sent_content().content) == sent * PAGE_SIZE
+    assert checkpoint.sent_content().content.size == sent * PAGE_SIZE
     checkpoint.close()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from postcopy.drafts import State, complete, shorten
+from postcopy.drafts import ProcessState, State, complete, complete_process, shorten, shorten_process
 from postcopy.dump_side import memory
 from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.collect import collect
@@ -212,7 +212,10 @@ def test_what_is_remembered_of_files_is_what_a_look_would_find(holding: Holding,
         differing += not all(told)
         said = decode(State, encode(shorten(remembered, trusted.draft, manifest.files)))
         drafted = decode(Draft, encode(trusted.draft))
-        assert complete(said, drafted, manifest.files) == remembered
+        (process,) = remembered.processes
+        shortened = shorten_process(process, trusted.draft.processes[0])
+        completed = complete_process(decode(ProcessState, encode(shortened)), drafted.processes[0])
+        assert complete(said, [completed], drafted, manifest.files) == remembered
     assert differing
 
 
@@ -239,8 +242,10 @@ def test_nothing_is_said_twice(holding: Holding) -> None:
     with frozen(holding.pid) as tree:
         state = state_of(tree, trusted)
     said = shorten(state, trusted.draft, manifest.files)
-    assert (said.laid_out, said.tables) == ([holding.pid], [holding.pid])
-    (process,) = said.tree.processes
+    assert said.tree.processes == []
+    shortened = shorten_process(state.processes[0], trusted.draft.processes[0])
+    assert (shortened.laid_out, shortened.table) == (True, True)
+    process = shortened.process
     assert (process.memory.vmas, process.memory.files, process.memory.vdso, process.slots) == ([], [], b"", [])
     assert not [one.file for one in said.tree.descriptors.descriptions if one.file and one.file.path in names]
 
@@ -294,8 +299,6 @@ def test_external_sockets_are_left_out_among_many(holding: Holding) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"laid_out": [1]}, "the draft has no process 1"),
-        ({"tables": [77]}, "the draft has no process 77"),
         ({"descriptions": [99999]}, "state.descriptions: 99999 is none"),
         ({"descriptions": [0, 0]}, "the same twice"),
         ({"files": [1 << 40]}, "state.files: "),
@@ -305,6 +308,13 @@ def test_what_no_draft_has_is_refused(holding: Holding, change: dict[str, list[i
     holding.do(f"kept[0] = os.open({str(holding.directory / 'file')!r}, os.O_RDWR | os.O_CREAT)")
     manifest, trusted = survey(holding.pid)
     with frozen(holding.pid) as tree:
-        said = shorten(state_of(tree, trusted), trusted.draft, manifest.files)
+        state = state_of(tree, trusted)
+    said = shorten(state, trusted.draft, manifest.files)
+    with pytest.raises(ProtocolError, match="1 where none are due"):
+        complete(replace(said, tree=state), state.processes, trusted.draft, manifest.files)
+    shortened = shorten_process(state.processes[0], trusted.draft.processes[0])
+    for unheard_of in (replace(shortened, laid_out=True, table=False), replace(shortened, laid_out=False, table=True)):
+        with pytest.raises(ProtocolError, match=f"the draft has no process {holding.pid}"):
+            complete_process(unheard_of, None)
     with pytest.raises(ProtocolError, match=expected):
-        complete(replace(said, **change), trusted.draft, manifest.files)
+        complete(replace(said, **change), state.processes, trusted.draft, manifest.files)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from postcopy.errors import PostcopyError
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SIZE
 from postcopy.restore_side import manifest as manifests
+from postcopy.sent_pages import Content
 from postcopy.soundness import check_message
 from postcopy.state import Clocks, LateSignal, decode, encode
 from postcopy.transport import Channel
@@ -111,6 +112,18 @@ def silent(frame: Frame) -> None:
     """Nothing more."""
 
 
+def twice() -> Change:
+    """A process, its pages, and the process again."""
+    told: list[bytes] = []
+
+    def change(frame: Frame) -> bytes:
+        if (frame.to, frame.name) == ("restore", "PROCESS"):
+            told.append(frame.whole)
+        return frame.whole + (told.pop() if frame.name == "PAGES" and told else b"")
+
+    return change
+
+
 TO_RESTORE: dict[str, tuple[Change, str]] = {
     "manifest-of-another-kind": (on("restore", "MANIFEST", another_kind(Kind.READY)), "sent READY where MANIFEST"),
     "manifest-of-noise": (on("restore", "MANIFEST", body(b"\xc1" * 100)), "not a Offer"),
@@ -147,16 +160,35 @@ TO_RESTORE: dict[str, tuple[Change, str]] = {
         on("restore", "DRAFT", edited(["processes", 0, "memory", "vmas"], lambda all: [all[1], all[0], *all[2:]])),
         "is before the end of the one before it",
     ),
-    "state-of-another-kind": (on("restore", "STATE", another_kind(Kind.PAGES)), "sent PAGES where STATE"),
+    "process-of-another-kind": (
+        on("restore", "PROCESS", another_kind(Kind.PAGES)),
+        "sent PAGES where PROCESS or STATE was due",
+    ),
+    "process-of-noise": (on("restore", "PROCESS", body(b"\x93\xc0" * 50)), "not a ProcessState"),
+    "process-withheld": (on("restore", "PROCESS", silent), "took longer than 2 s"),
+    "half-a-process": (then_silence(on("restore", "PROCESS", half)), "took longer than 2 s"),
+    "process-that-was-not-drafted": (
+        on("restore", "PROCESS", edited(["process", "pid"], 77)),
+        "process.laid_out: the draft has no process 77",
+    ),
+    "process-twice": (twice(), "has come already"),
+    "process-that-cannot-be": (
+        on("restore", "PROCESS", edited(["process", "threads", 0, "signal_mask"], -1)),
+        "not a ProcessState",
+    ),
+    "state-without-processes": (
+        lambda frame: b"" if frame.to == "restore" and frame.name in ("PROCESS", "PAGES") else frame.whole,
+        "state.processes: a length of 0",
+    ),
+    "state-of-another-kind": (
+        on("restore", "STATE", another_kind(Kind.PAGES)),
+        "sent PAGES where PROCESS or STATE was due",
+    ),
     "state-of-noise": (on("restore", "STATE", body(b"\x93\xc0" * 50)), "not a State"),
     "state-withheld": (on("restore", "STATE", silent), "took longer than 2 s"),
     "half-a-state": (then_silence(on("restore", "STATE", half)), "took longer than 2 s"),
-    "state-of-another-process": (
-        on("restore", "STATE", edited(["tree", "processes", 0, "pid"], 77)),
-        "state.laid_out: the tree has no process",
-    ),
     "lazy-pages-outside": (
-        on("restore", "STATE", edited(["tree", "processes", 0, "memory", "lazy"], span((0, PAGE_SIZE)))),
+        on("restore", "PROCESS", edited(["process", "memory", "lazy"], span((0, PAGE_SIZE)))),
         "lazy: ",
     ),
     "fewer-pages": (on("restore", "PAGES", lambda frame: frame.with_body(frame.body[PAGE_SIZE:])), "bytes of pages"),
@@ -502,7 +534,7 @@ def test_any_bytes_on_the_control_channel(content: bytes, bodies: dict[Kind, typ
         channel = Channel(other, "it")
         with contextlib.suppress(PostcopyError):
             channel.receive(bodies)
-            channel.receive_pages(16)
+            channel.receive_pages(16, Content())
 
 
 @bounded(300)

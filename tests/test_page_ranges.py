@@ -53,6 +53,15 @@ def test_subtract_leaves_what_the_other_has_not(of: list[tuple[int, int]], other
     assert rest == PageRanges.from_pairs((each.start, each.end) for each in rest)
 
 
+@given(st.sets(st.integers(0, 60), min_size=30), st.integers(0, 60), st.integers(1, 20))
+def test_subtract_of_a_single_range(of: set[int], start: int, pages: int) -> None:
+    ranges = PageRanges.from_pairs((page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in of)
+    other = PageRanges.from_pairs([(start * PAGE_SIZE, (start + pages) * PAGE_SIZE)])
+    rest = ranges.subtract(other)
+    assert pages_of(rest) == [page * PAGE_SIZE for page in sorted(of - set(range(start, start + pages)))]
+    assert rest == PageRanges.from_pairs((each.start, each.end) for each in rest)
+
+
 @given(pairs, st.integers(0, 70), st.integers(0, 70))
 def test_clip_leaves_what_lies_within(of: list[tuple[int, int]], start: int, end: int) -> None:
     clipped = PageRanges.from_pairs(of).clip(start * PAGE_SIZE, end * PAGE_SIZE)

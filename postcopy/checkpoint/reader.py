@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from postcopy.checkpoint.format import (
@@ -89,9 +89,10 @@ class Checkpoint:
         runs = [(space.number, each.start, each.pages) for space in self._spaces for each in space.sent]
         return SentPages.read(runs, self._pages)
 
-    def source(self, space: int) -> PageFile:
-        """Where the pages of an address space come from (see `PageSource`); what it raises is a CheckpointError."""
-        return self._pages[space]
+    @property
+    def sources(self) -> Mapping[int, PageFile]:
+        """Where the pages of each space come from (see `PageSource`); what these raise is a CheckpointError."""
+        return self._pages
 
     def plan(self) -> dict[int, PageRanges]:
         """The lazy pages that are held here, by address space."""

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from postcopy.action_scripts import Action
@@ -17,24 +17,29 @@ from postcopy.dump_side.guard import Guard
 from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess
-from postcopy.dump_side.sent_pages import sent_pages
+from postcopy.dump_side.sent_pages import PageReader
 from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.dump_side.smaps import SmapsReader
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
+from postcopy.kernel.pagemap import Pagemap
 from postcopy.network_lock import NetworkLock
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
-from postcopy.sent_pages import PageSource, SentPages
+from postcopy.sent_pages import PageSource
 from postcopy.socket_kinds import SocketChange
 from postcopy.spaces import huge_areas, spaces_of
-from postcopy.state import LateSignal, Tree
+from postcopy.state import LateSignal, Process, Tree
 
 
 class Capture:
-    """Leaving the scope gives the tree back, as if nothing had happened, unless `commit` or `end` was called."""
+    """Leaving the scope gives the tree back, as if nothing had happened, unless `commit` or `end` was called.
+
+    ``sources``: where the pages of each space come from; ``sent``, ``lazy``: which of them travel when.
+    """
 
     tree: Tree
+    sources: dict[int, PageSource]
     sent: dict[int, PageRanges]
     lazy: dict[int, PageRanges]
 
@@ -101,8 +106,11 @@ class Capture:
         if self._collects_garbage:
             gc.enable()
 
-    def take(self) -> None:
-        """Freeze the tree and collect its state. Raises DumpError, ProblemsError."""
+    def take(self, tell: Callable[[Process, PageReader], None] | None = None) -> PageReader:
+        """Freeze the tree and collect its state; what reads its pages. Raises DumpError, ProblemsError.
+
+        ``tell`` is told of each process as soon as that has been collected, with what reads its pages by then.
+        """
         # A collection of what is garbage takes tens of milliseconds where a tree has many processes.
         self._collects_garbage = gc.isenabled()
         gc.disable()
@@ -124,6 +132,13 @@ class Capture:
             self._guard.giving_up_addresses()
             self._gave_up_addresses = True
             self._choices.scripts.run(Action.NETWORK_LOCK, self.frozen.root.pid)
+        self.sources = self._sources()
+        reader = self.page_reader()
+
+        def collected(state: Process) -> None:
+            if tell is not None:
+                tell(state, reader)
+
         self.tree = collect(
             self.frozen,
             self._smaps,
@@ -134,11 +149,14 @@ class Capture:
             self._choices,
             self._silence.cover,
             known,
+            collected,
         )
-        self._spaces = spaces_of(self.tree)
-        self.sent = {space.number: space.sent for space in self._spaces}
-        self.lazy = {space.number: space.lazy for space in self._spaces}
+        self.sources.update(self._shared.sources)
+        spaces = spaces_of(self.tree)
+        self.sent = {space.number: space.sent for space in spaces}
+        self.lazy = {space.number: space.lazy for space in spaces}
         self._reporter.event("collected", vmas=sum(len(process.memory.vmas) for process in self.tree.processes))
+        return reader
 
     def changes(self) -> list[SocketChange]:
         """What is otherwise than ``tree`` says; once. Raises DumpError for what cannot be changed any more."""
@@ -155,16 +173,20 @@ class Capture:
                 self._choices.scripts.report(Action.NETWORK_UNLOCK, self.frozen.root.pid)
         self._lock.unlock()
 
+    def _sources(self) -> dict[int, PageSource]:
+        """Where the pages of each process come from."""
+        processes, pagemaps = self.frozen.processes, self._pagemaps
+        return {n: FrozenProcess(each.face, each.memory, pagemaps.get(n)) for n, each in enumerate(processes)}
+
     @property
-    def sources(self) -> dict[int, PageSource]:
-        """Where the pages of each space come from."""
-        pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
-        shares = len(self.frozen.processes) > 1
-        processes = {
-            state.space: FrozenProcess(frozen.face, frozen.memory, frozen.pagemap if shares else None)
-            for state, frozen in pairs
-        }
-        return {**processes, **self._shared.sources}
+    def _pagemaps(self) -> dict[int, Pagemap]:
+        """Those of processes that may have pages in common."""
+        processes = self.frozen.processes
+        return {n: each.pagemap for n, each in enumerate(processes)} if len(processes) > 1 else {}
+
+    def page_reader(self) -> PageReader:
+        """What reads the pages that are sent, from the first one on."""
+        return PageReader(self.sources, self._pagemaps)
 
     def to_write(self, space: int) -> tuple[PageRanges, PageRanges]:
         """Which pages are written whatever they hold, and which unless they are zero.
@@ -174,11 +196,6 @@ class Capture:
         huge = huge_areas(self.tree).get(space)
         whole = huge.of(self.lazy[space]) if huge else PageRanges()
         return self.sent[space].union(whole), self.lazy[space].subtract(whole)
-
-    def sent_pages(self) -> SentPages:
-        """The content of the pages that travel with the state."""
-        pairs = zip(self.tree.processes, self.frozen.processes, strict=True)
-        return sent_pages(self._spaces, self.sources, {state.space: frozen.pagemap for state, frozen in pairs})
 
     def late_signals(self) -> list[LateSignal]:
         """The signals that have come since the state was collected."""

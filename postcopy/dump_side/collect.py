@@ -1,7 +1,7 @@
 """Collect the state of a frozen tree: one batch of calls for each thread, the rest from ``/proc``."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from msgspec.structs import replace
 
@@ -53,8 +53,9 @@ def collect(
     choices: Choices | None = None,
     silence: Silence | None = None,
     known: socket_looks.Known | None = None,
+    collected: Callable[[Process], None] = lambda _: None,
 ) -> Tree:
-    """The state of the tree; process number N has address space N.
+    """The state of the tree; process number N has address space N. ``collected`` is told of each process at once.
 
     ``smaps`` reads meanwhile, and is to verify in the end; ``looker`` looks at each process; ``sleepers`` were observed
     before the freeze. The memory that its processes may share is added to ``shared``, which must stay open as long as
@@ -67,7 +68,8 @@ def collect(
     table = Table(members, shared, trusted.pipes, choices or Choices(), frozen=True, ranks=trusted.ranks)
     table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
-        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, known or socket_looks.Known())
+        known = known or socket_looks.Known()
+        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, known, collected)
 
 
 def _collect(
@@ -79,6 +81,7 @@ def _collect(
     shared: SharedObjects,
     table: Table,
     known: socket_looks.Known,
+    collected: Callable[[Process], None],
 ) -> Tree:
     stopped_at = clocks.now(frozen.root.pid)
     problems: list[str] = []
@@ -116,6 +119,7 @@ def _collect(
         state, layout = yield from collecting
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
+        collected(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
 
     # In their order: each has as many steps as the others.

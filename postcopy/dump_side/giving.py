@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from postcopy import roles
 from postcopy.deadline import deadline
-from postcopy.drafts import shorten
+from postcopy.drafts import shorten, shorten_process
+from postcopy.dump_side.sent_pages import PageReader
 from postcopy.dump_side.serve import Board, serve_demand, stream_bulk
 from postcopy.errors import ConnectionLost, PostcopyError, ProblemsError
 from postcopy.huge_pages import HugeAreas
@@ -17,9 +18,10 @@ from postcopy.page_ranges import PageRanges
 from postcopy.printable import printable
 from postcopy.reporting import Reporter
 from postcopy.roles import Role
-from postcopy.sent_pages import PageSource, SentPages
+from postcopy.sent_pages import PageSource
 from postcopy.socket_kinds import SocketChange
-from postcopy.state import Clocks, Draft, FileIdentity, Manifest, Tree
+from postcopy.spaces import Space, space_of, spaces_shared
+from postcopy.state import Clocks, Draft, FileIdentity, Manifest, Process, Sketch, Tree
 from postcopy.transport import Channels
 from postcopy.wire import control
 from postcopy.wire.control import Hello, Kind
@@ -55,6 +57,7 @@ class Giving:
         self._boot_bytes = 0
         self._resumed_at = 0
         self._draft = Draft()
+        self._sketches: dict[int, Sketch] = {}
         self._announced: list[FileIdentity] = []
         self.control = channels.control
 
@@ -73,17 +76,33 @@ class Giving:
     def send_draft(self, draft: Draft) -> None:
         """What the tree is seen to be, and will most likely be: the destination begins with that, while it runs."""
         self._draft = draft
+        self._sketches = {sketch.pid: sketch for sketch in draft.processes}
         with self.in_time("waiting for the destination to begin with the tree"):
             self.control.send(Kind.DRAFT, draft)
             self.control.expect(Kind.DRAFTED, control.Nothing)
         self._reporter.event("drafted", processes=len(draft.processes))
 
-    def send_state(self, tree: Tree, read_pages: Callable[[], SentPages]) -> None:
-        """The state, and the pages that travel with it, which are read while the destination looks at the state."""
+    def send_tree(self, tree: Tree, reader: PageReader) -> None:
+        """All of a tree, and the pages that travel with its state."""
+        for process in tree.processes:
+            self.send_process(process, reader)
+        self.send_state(tree, reader)
+
+    def send_process(self, process: Process, reader: PageReader) -> None:
+        """A process, before what else there is of its tree; its pages are read while the destination looks at it."""
+        self.control.send(Kind.PROCESS, shorten_process(process, self._sketches.get(process.pid)))
+        self._send_pages(space_of(process), reader)
+
+    def send_state(self, tree: Tree, reader: PageReader) -> None:
+        """What there is of a tree beside its processes, which have been sent in their order."""
         self.control.send(Kind.STATE, shorten(tree, self._draft, self._announced))
-        with contextlib.closing(read_pages()) as pages:
-            self.control.send_pages(pages)
-            self._boot_bytes = len(pages.content)
+        for space in spaces_shared(tree):
+            self._send_pages(space, reader)
+
+    def _send_pages(self, space: Space, reader: PageReader) -> None:
+        piece = reader.read(space)
+        self.control.send_pages(piece.places, piece.content)
+        self._boot_bytes += len(piece.content)
 
     def start_servers(
         self, plan: Mapping[int, PageRanges], sources: Mapping[int, PageSource], huge: Mapping[int, HugeAreas]

@@ -20,7 +20,7 @@ from postcopy.dump_side.smaps import Known
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.pagemap import Pagemap
-from postcopy.kernel.sched import scheduling
+from postcopy.kernel.sched import scheduling, set_niceness
 from postcopy.state import Filesystem
 
 _ASKED = struct.Struct("=QQQ")
@@ -199,8 +199,7 @@ class Looker:
         if not self._is_verifying:
             return []
         # From here on it is waited for.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self._role.pid, -20)
+        set_niceness(self._role.pid, -20)
         return self._receive(list)
 
     @property

@@ -1,69 +1,87 @@
-"""Read the pages that travel with the state; those that processes share copy-on-write since a fork are read once."""
+"""Read the pages that travel with the state, space by space; those that processes share copy-on-write since a fork are
+read once."""
 
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice, repeat
+
+from msgspec import Struct
 
 from postcopy.kernel.page import PAGE_SIZE
-from postcopy.kernel.pagemap import Pagemap
-from postcopy.sent_pages import PageSource, SentPages
+from postcopy.kernel.pagemap import Pagemap, frames_in
+from postcopy.page_ranges import PageRanges
+from postcopy.sent_pages import NUMBERS, PageSource, read_runs
 from postcopy.spaces import Space
 
-_Frames = dict[int, list[int]]
+# A process has most pages in common with few others; to look at all of them again for each could take long.
+_MOST_OWNERS = 8
 
 
-def sent_pages(
-    spaces: Sequence[Space], sources: Mapping[int, PageSource], pagemaps: Mapping[int, Pagemap]
-) -> SentPages:
-    """The pages that are sent of the spaces of a frozen tree; ``pagemaps``: of those that are of one process.
+class Piece(Struct, frozen=True):
+    """The pages of a space: of each, its number among all that are read of a tree; and the contents of new ones."""
 
-    Raises DumpError where a source cannot be read.
-    """
-    frames = _frames(spaces, pagemaps)
-    # Where the kernel moves a page meanwhile, its frame may become that of another one.
-    return _read(spaces, sources, frames if _frames(spaces, pagemaps) == frames else {})
+    places: "array[int]"
+    content: memoryview
 
 
-def _frames(spaces: Sequence[Space], pagemaps: Mapping[int, Pagemap]) -> _Frames:
-    """By space, the page frames of its pages that are sent; nothing where nobody can share any."""
-    found: _Frames = {}
-    if len(pagemaps) > 1:
-        for space in spaces:
-            if pagemap := pagemaps.get(space.number):
-                found[space.number] = pagemap.frames_of(space.sent)
-    return found
+class PageReader:
+    """Reads the spaces of a tree; ``pagemaps``: of those that may have pages in common."""
 
+    def __init__(self, sources: Mapping[int, PageSource], pagemaps: Mapping[int, Pagemap]) -> None:
+        self._sources = sources
+        self._pagemaps = pagemaps
+        self._known: dict[int, int] = {}  # the pages that have been read, by their frames
+        self._spaces = array("I")  # and of each, where
+        self._seen: dict[int, tuple[PageRanges, array[int]]] = {}  # of which pages of spaces what was seen
 
-def _read(spaces: Sequence[Space], sources: Mapping[int, PageSource], frames_of: _Frames) -> SentPages:
-    places = array("I")
-    runs: list[tuple[int, int, int]] = []  # space, address, how many pages
-    total = 0
-    known: dict[int, int] = {}
-    for space in spaces:
-        of_space = iter(frames_of[space.number]) if space.number in frames_of else None
+    def read(self, space: Space) -> Piece:
+        """The pages of a frozen space that are sent. Raises DumpError where it cannot be read."""
+        pagemap = self._pagemaps.get(space.number)
+        entries = pagemap.entries_of(space.sent) if pagemap else array("Q")
+        frames = frames_in(entries)
+        known = self._trusted(list(map(self._known.get, frames, repeat(-1))))
+        places = array(NUMBERS)
+        fresh = total = len(self._spaces)
+        runs: list[tuple[int, int, int]] = []
+        at = 0
         for each in space.sent:
-            frames = [] if of_space is None else list(islice(of_space, each.pages))
-            if _are_new(frames, known):
-                runs.append((space.number, each.start, each.pages))
-                places.extend(range(total, total + each.pages))
-                known.update(zip(frames, range(total, total + each.pages)))  # noqa: B905 (no frames, or as many)
-                total += each.pages
-                continue
-            for address, frame in zip(range(each.start, each.end, PAGE_SIZE), frames, strict=True):
-                place = known.get(frame, total) if frame else total
-                places.append(place)
-                if place < total:
-                    continue
-                known[frame] = total
-                total += 1
-                if runs and runs[-1][0] == space.number and runs[-1][1] + runs[-1][2] * PAGE_SIZE == address:
-                    runs[-1] = (space.number, runs[-1][1], runs[-1][2] + 1)
-                else:
-                    runs.append((space.number, address, 1))
-    return SentPages.read(runs, sources, places)
+            address = each.start
+            for is_new, numbers in _stretches(known[at : at + each.pages], each.pages):
+                if is_new:
+                    runs.append((space.number, address, len(numbers)))
+                    numbers = range(total, total + len(numbers))
+                    total += len(numbers)
+                places.extend(numbers)
+                address += len(numbers) * PAGE_SIZE
+            at += each.pages
+        content = memoryview(bytearray((total - fresh) * PAGE_SIZE))
+        read_runs(runs, self._sources, content)
+        self._spaces.extend([space.number] * (total - fresh))
+        if pagemap:
+            self._seen[space.number] = space.sent, entries
+            self._known.update((frame, place) for frame, place in zip(frames, places, strict=True) if place >= fresh)
+            # What is in no frame.
+            self._known.pop(0, None)
+        return Piece(places, content)
+
+    def _trusted(self, known: list[int]) -> list[int]:
+        """Which page each is, as far as that is certain; -1 for what is to be read anew."""
+        owners = {self._spaces[number] for number in known if number >= 0}
+        certain = set(filter(self._is_as_it_was, islice(owners, _MOST_OWNERS)))
+        if certain == owners:
+            return known
+        return [number if number >= 0 and self._spaces[number] in certain else -1 for number in known]
+
+    def _is_as_it_was(self, space: int) -> bool:
+        """Whether the pages of a space are where they were read: the kernel may have moved them, and have given their
+        frames to others."""
+        sent, before = self._seen[space]
+        now = self._pagemaps[space].entries_of(sent)
+        return now == before or frames_in(now) == frames_in(before)
 
 
-def _are_new(frames: list[int], known: Mapping[int, int]) -> bool:
-    """Whether nothing is in more than one of the frames, and in none that is known."""
-    fresh = set(frames)
-    return len(fresh) == len(frames) and 0 not in fresh and known.keys().isdisjoint(fresh)
+def _stretches(known: Sequence[int], pages: int) -> list[tuple[bool, Sequence[int]]]:
+    """Parts of the numbers of ``pages`` pages: known ones and new ones by turns; without ``known``, all are new."""
+    if max(known, default=-1) < 0:
+        return [(True, range(pages))]
+    return [(is_new, list(numbers)) for is_new, numbers in groupby(known, (-1).__eq__)]

@@ -11,6 +11,7 @@ from postcopy import roles
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import Interrupted
 from postcopy.dump_side.giving import Giving, unfit
+from postcopy.dump_side.sent_pages import PageReader
 from postcopy.errors import ConnectionLost, PostcopyError
 from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter, Silent
@@ -125,9 +126,8 @@ def give(
             giving.send_draft(Draft())
         with giving.in_time("waiting for the destination to build the tree"):
             if not has_state:
-                giving.send_state(checkpoint.tree, checkpoint.sent_content)
-            sources = {space: checkpoint.source(space) for space in plan}
-            giving.start_servers(pushed, sources, huge_areas(checkpoint.tree))
+                giving.send_tree(checkpoint.tree, PageReader(checkpoint.sources, {}))
+            giving.start_servers(pushed, checkpoint.sources, huge_areas(checkpoint.tree))
             giving.await_ready()
         giving.go(control.Go(checkpoint.tree.late_signals))
         giving.await_resumed()

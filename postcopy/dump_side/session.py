@@ -214,10 +214,10 @@ def _hand_over(options: Options, before: Trusted, giving: Giving, reporter: Repo
                 # Forks have made our own memory copy-on-write; this touches most of it before the tree stands still.
                 gc.collect()
                 with deadline(options.timeout, "the way from freeze to commit"):
-                    capture.take()
+                    reader = capture.take(giving.send_process)
                     # Before the destination's first: what they take away here is to come up there.
                     scripts.run(Action.POST_DUMP, options.pid)
-                    giving.send_state(capture.tree, capture.sent_pages)
+                    giving.send_state(capture.tree, reader)
                     # Forked while the destination builds: this costs no stand-still.
                     giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
                     giving.await_ready()
@@ -248,7 +248,7 @@ def _offer(
             giving.send_draft(Draft())
         with deadline(options.timeout, "the way from the agreement to commit"):
             if not has_state:
-                giving.send_state(capture.tree, capture.sent_pages)
+                giving.send_tree(capture.tree, capture.page_reader())
             giving.start_servers(pushed(capture.tree), capture.sources, huge_areas(capture.tree))
             giving.await_ready()
             go = _stop(capture, giving, reporter)

@@ -10,6 +10,7 @@ from postcopy.dump_side.freeze import Frozen
 from postcopy.kernel import ptrace
 from postcopy.kernel.batch import Answers, Batch
 from postcopy.kernel.calls import call
+from postcopy.kernel.pattern import Blank, Pattern
 from postcopy.kernel.posix_timer import SI_TIMER
 from postcopy.state import LateSignal, Process, Signals
 
@@ -18,7 +19,12 @@ _SIGSTOP = 19
 
 ACTION_SIZE = 32  # struct kernel_sigaction of x86-64: handler, flags, restorer, mask
 _SIGNALS = 64
-_PURPOSES = [f"reading the action of signal {number}" for number in range(1, _SIGNALS + 1)]
+_READING = Pattern()
+for _number in range(_SIGNALS):
+    _READING.add(
+        call("rt_sigaction", _number + 1, 0, Blank(0, _number * ACTION_SIZE), 8),
+        f"reading the action of signal {_number + 1}",
+    )
 
 
 class Question(Struct):
@@ -30,9 +36,7 @@ class Question(Struct):
     def ask(cls, batch: Batch) -> "Question":
         """Add the calls to a batch of the leader's."""
         room = batch.room(_SIGNALS * ACTION_SIZE)
-        for number in range(_SIGNALS):
-            made = call("rt_sigaction", number + 1, 0, room + number * ACTION_SIZE, 8)
-            batch.add(made, _PURPOSES[number])
+        _READING.repeat(batch, [room], None)
         return cls(room)
 
     def answered(self, answers: Answers, pid: int) -> Signals:

@@ -131,6 +131,10 @@ class Executor:
         self.born: list[int] = []  # tasks that the calls made, while PTRACE_O_TRACECLONE and TRACEFORK were on
         self.swallowed: list[int] = []  # signals of somebody else that came meanwhile, to be sent again
 
+    def grow(self, size: int) -> None:
+        """Its memory has become ``size`` bytes larger."""
+        self._capacity += size
+
     def install(self, mask: int, registers: Registers) -> None:
         """Write the stub, with what a thread without a tracer takes back."""
         self._memory.write(self._base, _CALLS + _heal_code(len(_CALLS), mask, registers))

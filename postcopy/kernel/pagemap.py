@@ -8,6 +8,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from itertools import starmap
 
 from msgspec import Struct
 
@@ -72,11 +73,14 @@ class Pagemap:
 
     def frames(self, start: int, pages: int) -> list[int]:
         """The numbers of the page frames (PFN) of ``pages`` pages; 0 where there is none, or we may not know it."""
-        return _frames(self._read(start, pages))
+        return frames_in(self._read(start, pages))
 
-    def frames_of(self, places: Iterable[tuple[int, int]]) -> list[int]:
-        """The same of pages that are given as ranges of addresses, in order."""
-        return [frame for each in self._entries_of(places) for frame in _frames(each)]
+    def entries_of(self, places: Iterable[tuple[int, int]]) -> "array.array[int]":
+        """The entries of pages that are given as ranges of addresses, in order."""
+        every = array.array("Q")
+        for entries in self._entries_of(places):
+            every += entries
+        return every
 
     def are_exclusive(self, start: int, pages: int) -> bool:
         """Whether no other process maps any of ``pages`` pages."""
@@ -111,8 +115,7 @@ class Pagemap:
             )
             what = f"PAGEMAP_SCAN of process {self._pid} from {start:#x}"
             count = ioctl(what, self._fd, _PAGEMAP_SCAN, ffi.from_buffer(argument))
-            for number in range(count):
-                yield PageRegion(*_REGION.unpack_from(regions, number * _REGION.size))
+            yield from starmap(PageRegion, _REGION.iter_unpack(memoryview(regions)[: count * _REGION.size]))
             start = _SCAN_ARGUMENT.unpack(argument)[4]
 
     def _entries(self, start: int, end: int) -> Iterator[PageRegion]:
@@ -136,7 +139,8 @@ class Pagemap:
             yield PageRegion(begin, end, previous)
 
 
-def _frames(entries: "array.array[int]") -> list[int]:
+def frames_in(entries: "array.array[int]") -> list[int]:
+    """What `Pagemap.frames` says, out of the entries."""
     return [entry & _PM_FRAME if entry & _PM_PRESENT else 0 for entry in entries]
 
 

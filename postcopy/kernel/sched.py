@@ -19,6 +19,10 @@ def scheduling(nice: int | None = None) -> None:
     policy, priority = (_POLICY, _PRIORITY) if nice is None else (os.SCHED_OTHER, 0)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, policy | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
-    wanted = _NICE if nice is None else nice if nice < 0 else max(nice, _NICE)
+    set_niceness(0, _NICE if nice is None else nice if nice < 0 else max(nice, _NICE))
+
+
+def set_niceness(pid: int, nice: int) -> None:
+    """That of a process, 0 for the caller, if it is allowed."""
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, wanted)
+        os.setpriority(os.PRIO_PROCESS, pid, nice)

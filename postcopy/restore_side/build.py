@@ -19,6 +19,7 @@ from postcopy.kernel.batch import RECORD_SIZE, Answers, Batch
 from postcopy.kernel.calls import call
 from postcopy.kernel.executor import CODE_SIZE, Executor, last_syscall, signal_bit, stop_signal
 from postcopy.kernel.page import page_up
+from postcopy.nesting import Nesting
 from postcopy.restore_side import (
     attributes,
     birth,
@@ -36,6 +37,7 @@ from postcopy.restore_side import (
 from postcopy.restore_side.groundwork import LENDER_AT, Groundwork, check, raise_limit
 from postcopy.restore_side.own import own_credentials
 from postcopy.restore_side.shared_descriptors import Shared
+from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.sent_pages import SentPages
 from postcopy.state import Process
 
@@ -69,35 +71,47 @@ class Built(Struct):
 
 
 class Building:
-    """A process on the way to being `Built`: first every process of a tree is begun, in its order, then the files of
-    each are opened and connected, then each is finished. Before and after the files are opened, sockets connect to each
-    other.
+    """A process on the way to being `Built`: first every process of a tree is begun, in its order; when all of the tree
+    is known, each joins it; then the files of each are opened and connected, then each is finished. Before and after
+    the files are opened, sockets connect to each other.
 
     All raise RestoreError with what was refused and why; the new process is then to be killed.
     """
 
     def __init__(
-        self, state: Process, newborn: birth.Newborn, groundwork: Groundwork, shared: Shared, parent_stays: bool
+        self, state: Process, newborn: birth.Newborn, groundwork: Groundwork, nesting: Nesting, parent_stays: bool
     ) -> None:
-        """``groundwork``: of the new process; ``shared``: the same for all processes of a tree."""
+        """``groundwork``: of the new process; ``nesting``: the PID namespaces of the tree."""
         self.built = Built(newborn, state, -1, [newborn.pid])
         self._groundwork = groundwork
-        self._shared = shared
+        self._nesting = nesting
         self._parent_stays = parent_stays
 
-    def begin(self, pages: SentPages) -> Iterator[None]:
-        """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it.
+    def begin(self, pages: SentPages, objects: SharedObjects) -> Iterator[None]:
+        """Lay out and fill its memory, make its threads; ``pages`` is the content that came with it, ``objects`` have
+        what it shares with others.
 
         In steps: after each the process is busy on its own for a while.
         """
         with _errors_named(self.built.state):
-            self._builder = _Builder(self.built, self._groundwork, self._shared, self._parent_stays)
-            yield from self._builder.begin(pages)
+            self._builder = _Builder(self.built, self._groundwork, self._nesting, self._parent_stays)
+            yield from self._builder.begin(pages, objects)
 
-    def open(self) -> None:
-        """Open its files; those that share a table have all begun."""
+    def give_up(self) -> None:
+        """The process is to be killed."""
+        if self.built.uffd >= 0:
+            os.close(self.built.uffd)
+            self.built.uffd = -1
+
+    def join(self, shared: Shared) -> None:
+        """Get ready for its files; ``shared``: the same for all processes of the tree."""
         with _errors_named(self.built.state):
-            self._builder.open()
+            self._builder.join(shared)
+
+    def open(self) -> Iterator[None]:
+        """Open its files; those that share a table have all begun. In steps, like `begin`."""
+        with _errors_named(self.built.state):
+            yield from self._builder.open()
 
     def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
         """Make calls that have to do with the files of others (`descriptors.act`)."""
@@ -127,11 +141,12 @@ def _errors_named(state: Process) -> Iterator[None]:
 
 
 class _Builder:
-    def __init__(self, built: Built, groundwork: Groundwork, shared: Shared, parent_stays: bool) -> None:
+    _shared: Shared
+
+    def __init__(self, built: Built, groundwork: Groundwork, nesting: Nesting, parent_stays: bool) -> None:
         self._built = built
         self._groundwork = groundwork
-        self._shared = shared
-        self._nesting = shared.nesting
+        self._nesting = nesting
         self._state = built.state
         self._newborn = built.newborn
         self._parent_stays = parent_stays
@@ -139,20 +154,33 @@ class _Builder:
         self._asleep: set[int] = set()
         self._current = own_credentials()
         rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
-        rooms[0] += _estimate(self._state, shared)
+        rooms[0] += _estimate(self._state)
         self._rooms = [page_up(room) for room in rooms]
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
         self._stop = stop_signal(0, pending)
 
-    def begin(self, pages: SentPages) -> Iterator[None]:
+    def begin(self, pages: SentPages, objects: SharedObjects) -> Iterator[None]:
         """Up to where a descriptor table is ready for the program's descriptors."""
         size = sum(self._rooms)
         if not self._groundwork.fits(self._state.memory, size):
             yield from self._groundwork.lay_out(self._state.memory, bool(self._state.table_of), size)
-        self._allow_descriptors()
+        raise_limit(self._newborn.pid, memory.descriptors(self._state.memory) + self._groundwork.first_fd + 8)
         self._install()
-        yield from self._run_first(pages)
+        yield from self._run_first(pages, objects)
+
+    def join(self, shared: Shared) -> None:
+        """Have room for the calls that make the descriptors, and for these."""
+        self._shared = shared
+        wanted = CODE_SIZE + _estimate(self._state) + descriptors.room(self._state, shared)
+        if wanted > self._rooms[0]:
+            more = page_up(wanted - self._rooms[0])
+            batch = self._executors[0].batch()
+            self._groundwork.grow(more, batch)
+            self._call(batch)
+            self._rooms[0] += more
+            self._executors[0].grow(more)
+        self._allow_descriptors()
 
     def act(self, do: Callable[[descriptors.Plan], None], has_table: bool) -> None:
         """What has to do with the files of other processes."""
@@ -186,9 +214,7 @@ class _Builder:
 
     def _allow_descriptors(self) -> None:
         """Raise the limit to what building the table takes."""
-        inherited = self._shared.inherited
-        lent = 2 * len(inherited) + max(inherited.values(), default=0)
-        wanted = max(descriptors.highest(self._state, self._shared), memory.descriptors(self._state.memory) + lent + 8)
+        wanted = descriptors.highest(self._state, self._shared)
         self._most_descriptors = raise_limit(self._newborn.pid, wanted)
         if self._most_descriptors < wanted and not descriptors.fits(self._state, self._shared, self._most_descriptors):
             raise RestoreError(
@@ -235,7 +261,7 @@ class _Builder:
 
     # -- the batches --------------------------------------------------------------------------------------------------
 
-    def _run_first(self, pages: SentPages) -> Iterator[None]:
+    def _run_first(self, pages: SentPages, objects: SharedObjects) -> Iterator[None]:
         """Complete the layout and make the threads."""
         ground, state, leader = self._groundwork, self._state, self._executors[0]
         assert ground.laid_out is not None
@@ -243,7 +269,7 @@ class _Builder:
         ground.clear_table(batch)
         attributes.log_in(state.attributes, batch, ground.first_fd)
         rest, lengths = memory.complete(
-            ground.laid_out, state.memory, pages, self._shared.memory, batch, LENDER_AT, ground.first_fd
+            ground.laid_out, state.memory, pages, objects, batch, LENDER_AT, ground.first_fd
         )
         ground.open_gaps(batch)
         attributes.rebuild(state.attributes, batch)
@@ -259,7 +285,7 @@ class _Builder:
         self._built.uffd = pidfd.getfd(self._newborn.pidfd, answers.value(number))
         userfaultfd.api(self._built.uffd, _UFFD_FEATURES)
 
-    def open(self) -> None:
+    def open(self) -> Iterator[None]:
         """Up to where the other processes of the tree may refer to this one's files."""
         state, leader = self._state, self._executors[0]
         for executor, thread in zip(self._executors, state.threads, strict=True):
@@ -274,7 +300,7 @@ class _Builder:
             batch = descriptors.rebuild(state, self._shared, self._most_descriptors, batch, self._begin_calls)
         signals.rebuild(state.signals, self._nesting.own(state.pid), batch)
         self._end_calls()
-        self._call(batch)
+        yield from self._run(batch)
         if not state.table_of:
             descriptors.fill(state, self._shared, self._newborn.pidfd)
 
@@ -399,13 +425,12 @@ class _Builder:
         return check(self._state.pid, answers)
 
 
-def _estimate(state: Process, shared: Shared) -> int:
+def _estimate(state: Process) -> int:
     """Bytes that the leader's batches may need."""
     paths = sum(len(f.path) for f in state.memory.files)
     return (
         _ESTIMATE
         + _PER_VMA * len(state.memory.vmas)
-        + descriptors.room(state, shared)
         + _PER_THREAD * (len(state.threads) + len(state.signals.pending))
         + 4 * paths
         + 64 * len(state.memory.guards)

@@ -157,6 +157,7 @@ class Plan(Struct):
     def borrow(self, pid: int, fd: int, purpose: str) -> int:
         """What is open as ``fd`` in another process, which has been built already: the number it gets here."""
         if pid not in self._holders:
+            self.shared.await_table(pid)
             opened = self.next_fd()
             number = self.shared.nesting.seen(pid, self.pid)
             if number:

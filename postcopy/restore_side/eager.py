@@ -53,7 +53,7 @@ def _fill_share(
             _copy(each.uffd, address, data, length)
         for page in huge[share::shares]:
             content = memoryview(bytearray(page.end - page.start))
-            checkpoint.source(each.space).read_into(page.start, content)
+            checkpoint.sources[each.space].read_into(page.start, content)
             _copy(each.uffd, page.start, address_of(content), len(content))
     for shared in objects:
         # Not by write(2), which files of huge pages have not.

@@ -22,17 +22,20 @@ _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE = 7, 0x22 | 0x100000
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 # Bytes for the calls of a layout, beside what grows with it; and for a state that nobody knows yet.
 _FIXED_ROOM, _PER_VMA, _PER_THREAD = 2 << 20, 768, 8192
+# Bytes that the executor's memory can grow by, wherever there is a hole that large.
+_SPARE = 1 << 40
 # Where a new process has the directory of ``restore``'s descriptors, behind the standard streams; then comes the rest
 # of what it is lent.
 LENDER_AT = 3
 
 
 class Groundwork:
-    """``arena``: the executor's memory, clear of the old layout and the new; ``laid_out``: what the process has now."""
+    """``arena``: the executor's memory, clear of the old layout and the new; ``spare``: behind it, what is clear, too;
+    ``laid_out``: what the process has now."""
 
     def __init__(self, newborn: birth.Newborn, own: tuple[int, int], inherited: Mapping[str, int]) -> None:
         """``own``: PID and TID as the process sees them; ``inherited``: its descriptors for external resources."""
-        self.arena = range(0)
+        self.arena = self.spare = range(0)
         self.laid_out: Memory | None = None
         self._newborn = newborn
         self._own = own
@@ -44,7 +47,20 @@ class Groundwork:
         """Whether the layout can be made into that of ``state``, with ``room`` bytes for the executors."""
         if self.laid_out is None or room > len(self.arena) or not memory.fits(self.laid_out, state):
             return False
-        return all(r.stop <= self.arena.start or r.start >= self.arena.stop for r in memory.in_use(state))
+        return _is_clear(self.arena, state)
+
+    def can_grow(self, state: Memory) -> bool:
+        """Whether the arena can be larger than it is, with the layout of ``state``."""
+        return bool(self.spare) and _is_clear(self.spare, state)
+
+    def grow(self, size: int, batch: Batch) -> None:
+        """Add the call by which the arena becomes ``size`` bytes larger. Raises RestoreError."""
+        size = page_up(size)
+        if size > len(self.spare):
+            raise RestoreError(f"no {size} bytes of address space are free behind the executor")
+        arena = range(self.arena.start, self.arena.stop + size)
+        batch.add(call("mremap", arena.start, len(self.arena), len(arena), 0), "making room for calls")
+        self.arena, self.spare = arena, range(arena.stop, self.spare.stop)
 
     def lay_out(self, state: Memory, shares_table: bool, room: int) -> Iterator[None]:
         """Make the layout of ``state``, whatever the process has now, and an arena of at least ``room`` bytes.
@@ -107,8 +123,13 @@ class Groundwork:
         """Map the executor's memory, clear of the old layout and the new, and make the leader's executor."""
         tid = self._newborn.pid
         size = page_up(size)
-        in_use = [range(line.start, line.end) for line in present]
-        base = memory.hole(size + memory.STAGING_SIZE, [*in_use, *memory.in_use(state)])
+        in_use = [*(range(line.start, line.end) for line in present), *memory.in_use(state)]
+        try:
+            base = memory.hole(size + _SPARE, in_use)
+            self.spare = range(base + size, base + size + _SPARE)
+        except RestoreError:
+            base = memory.hole(size + memory.STAGING_SIZE, in_use)
+            self.spare = range(0)
         made = call("mmap", base, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS_FIXED_NOREPLACE, _ALL, 0)
         result = lone_syscall(tid, self._at, made)
         if result != base:
@@ -119,6 +140,10 @@ class Groundwork:
         ptrace.set_signal_mask(tid, _ALL & ~signal_bit(stop_signal(0, 0)))
         self._at = executor.syscall_at
         return executor
+
+
+def _is_clear(area: range, state: Memory) -> bool:
+    return all(r.stop <= area.start or r.start >= area.stop for r in memory.in_use(state))
 
 
 def raise_limit(pid: int, wanted: int) -> int:

@@ -122,8 +122,9 @@ def complete(
     for number, writable in numbers:
         _borrow(batch, shared, number, writable, lender)
     content = first_fd + len(fds) + len(numbers)
-    if pages.fd >= 0:
-        batch.add(call("openat", lender, batch.text(str(pages.fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
+    fd = pages.content.fd
+    if fd >= 0:
+        batch.add(call("openat", lender, batch.text(str(fd)), os.O_RDONLY | os.O_CLOEXEC), "opening the pages")
     system_v.rebuild(memory, shared.states, batch)
     for vma in fresh:
         if vma.backing != "object":
@@ -237,11 +238,12 @@ def _sent(memory: Memory, pages: SentPages) -> Iterator[tuple[int, range, bool]]
         number = bisect_right(starts, at) - 1
         while at < end:
             vma = memory.vmas[number]
-            by_itself = pages.fd >= 0 and _is_writable_first(vma)
+            writable = _is_writable_first(vma)
             part = (min(end, vma.end) - at) >> PAGE_SHIFT
             for whole in pages.runs(ordinal, part):
                 for start in range(whole.start, whole.stop, _MOST_AT_ONCE):
                     run = range(start, min(start + _MOST_AT_ONCE, whole.stop))
+                    by_itself = writable and pages.content.is_in_file(run)
                     count += by_itself
                     yield at, run, by_itself and count <= MOST_READS
                     at += len(run)
@@ -259,7 +261,7 @@ def check_pages(lengths: Mapping[int, int], answers: Answers) -> None:
 def write_pages(rest: Iterable[tuple[int, range]], pages: SentPages, target: ProcessMemory) -> None:
     """Write what `complete` has left of ``pages``."""
     for at, run in rest:
-        target.write(at, pages.content[run.start : run.stop])
+        target.write(at, pages.content.read(run))
 
 
 def _is_writable_first(vma: Vma) -> bool:

@@ -22,7 +22,7 @@ from postcopy import roles, soundness
 from postcopy.action_scripts import Action, ActionScripts
 from postcopy.checkpoint.reader import Checkpoint
 from postcopy.deadline import deadline, disregard_signals, uninterrupted
-from postcopy.drafts import State, complete, known_parts
+from postcopy.drafts import ProcessState, State
 from postcopy.errors import (
     ConnectionLost,
     LostAfterCommit,
@@ -37,6 +37,7 @@ from postcopy.page_ranges import PageRanges
 from postcopy.reporting import Reporter
 from postcopy.restore_side import eager, ptys, socket_changes
 from postcopy.restore_side import manifest as manifests
+from postcopy.restore_side.arrival import Arrival
 from postcopy.restore_side.birth import Newborn, give_birth, kill, take_back
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
@@ -53,9 +54,9 @@ from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.tree import Begun, BuiltTree, build_tree
 from postcopy.restore_side.watchdog import COMMITTED, RESUMED, TAKING_ADDRESSES, Watchdog
 from postcopy.roles import Role
-from postcopy.spaces import spaces_of
 from postcopy.state import Draft, FileIdentity, Tree, prepare_to_decode
 from postcopy.transport import DEFAULT_PORT, Channels, connect
+from postcopy.turns import by_turns
 from postcopy.wire import control
 from postcopy.wire.control import Kind
 
@@ -63,6 +64,8 @@ log = logging.getLogger("postcopy")
 
 _NEWS_SIZE = 65536
 _LAST_WORD_SECONDS = 1.0
+# Processes that are busy on their own while the next ones arrive.
+_AT_ONCE = 2
 
 
 class Options(Struct, frozen=True):
@@ -128,6 +131,7 @@ def _warm_up() -> None:
     """While the source freezes its tree: what would otherwise take milliseconds when its state arrives."""
     # Forks have made our own memory copy-on-write; this touches most of it.
     gc.collect()
+    prepare_to_decode(ProcessState)
     prepare_to_decode(State)
     soundness.prepare()
 
@@ -248,6 +252,8 @@ class _Takeover:
         """Nothing but a root."""
         assert self._newborn is not None
         begun = {**self._newborns, self._newborn.number: self._newborn}
+        if self._begun is not None:
+            self._begun.give_up()
         self._newborns.clear()
         self._begun, self._newborn = None, None
         take_back(list(begun.values()))
@@ -268,11 +274,13 @@ class _Takeover:
             tree, pages = self._checkpoint.tree, self._checkpoint.sent_content()
         else:
             _warm_up()
+            arrival = Arrival(self._channels.control, self._draft, self._manifest)
             with deadline(self._options.timeout, "waiting for the state of the process"):
-                tree = complete(self._channels.control.expect(Kind.STATE, State), self._draft, self._manifest.files)
-                soundness.check(tree, self._manifest, known_parts(self._draft))
-                pages = self._channels.control.receive_pages(sum(space.sent.total_pages for space in spaces_of(tree)))
-        self._reporter.event("received", boot_bytes=len(pages.content))
+                scheduling()
+                by_turns(self._beginnings(arrival), _AT_ONCE)
+                scheduling(nice=-20)
+            tree, pages = arrival.tree, arrival.pages
+        self._reporter.event("received", boot_bytes=pages.content.size)
         self._stopped_at = tree.clocks
         streams = [each.stream for each in tree.descriptors.descriptions if each.stream]
         self._terminal_settings = next((stream.settings for stream in streams if stream.settings), b"")
@@ -285,17 +293,16 @@ class _Takeover:
             if problems:
                 raise RestoreError("; ".join(problems))
             assert self._newborn is not None
-            parent_stays = not self._options.detach
             self._run_scripts(Action.PRE_RESTORE)
             self._network = Network(tree, self._options.network_lock, self._options.root)
             self._network.prepare(self._leftovers)
             begun = self._begun_for(tree)
             self._built = build_tree(
-                tree, pages, begun, self._shared, parent_stays, self._options.root, self._network.await_lock
+                tree, pages, begun, self._shared, self._parent_stays, self._options.root, self._network.await_lock
             )
-            pages.close()
+            pages.content.close()
             self._network.complete(self._pidfds())
-            self._boot_bytes = len(pages.content)
+            self._boot_bytes = pages.content.size
             self._hand_over(self._built)
             threads = sum(len(process.threads) for process in tree.processes)
             self._reporter.event("built", pid=self._newborn.pid, processes=len(tree.processes), threads=threads)
@@ -305,6 +312,17 @@ class _Takeover:
             # While the source does its last.
             self._network.hold(self._pidfds())
             self._go = self._await_go()
+
+    def _beginnings(self, arrival: Arrival) -> Iterator[Iterator[None]]:
+        """Begin with each process that arrives, where that can be done while the source collects the next ones."""
+        for process, pages in arrival.processes():
+            if self._begun is None or self._options.scripts.paths or not self._begun.can_begin(process):
+                continue
+            yield self._begun.begin(process, pages, self._shared, self._parent_stays)
+
+    @property
+    def _parent_stays(self) -> bool:
+        return not self._options.detach
 
     def _begun_for(self, tree: Tree) -> Begun:
         """What has been begun of the tree, if it is of the family that was drafted; else it is begun now."""

@@ -1,7 +1,7 @@
 """What the descriptor tables of a tree share: who makes what, and where the others find it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from postcopy import in_flight
 from postcopy.nesting import Nesting
@@ -12,6 +12,9 @@ from postcopy.restore_side.ended import EndedProcesses
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Tree
+
+# Processes that open their files while the next one is told what to open.
+_AT_ONCE = 2
 
 
 class Shared:
@@ -49,6 +52,8 @@ class Shared:
         self.far: dict[int, tuple[int, int]] = {}
         self._met: dict[int, list[int]] = {}
         self._connecting: frozenset[int] | None = None
+        # Tables that are being made.
+        self._opening: dict[int, Iterator[None]] = {}
         # What is only on its way in Unix sockets, by the process that makes it.
         self.in_flight: dict[int, list[int]] = {}
         for number, description in enumerate(self.descriptors.descriptions):
@@ -93,6 +98,29 @@ class Shared:
             self.pipes.setdefault(description.pipe.pipe, where)
         elif description.ghost is not None:
             self.ghosts.setdefault(description.ghost.ghost, where)
+
+    def open(self, process: Process, opening: Iterator[None]) -> None:
+        """Have a process open its files, those before it in the order of building having begun with that.
+
+        ``opening``: in steps; after each it is busy on its own for a while.
+        """
+        others_wait = process.table_of or process.places_of or self.nesting.mounts(process.pid)
+        if others_wait:
+            self.await_tables()
+        self._opening[process.pid] = opening
+        next(opening, None)
+        while len(self._opening) > (0 if others_wait else _AT_ONCE):
+            self.await_table(next(iter(self._opening)))
+
+    def await_table(self, pid: int) -> None:
+        """Until a process that has begun has opened its files."""
+        for _ in self._opening.pop(pid, ()):
+            pass
+
+    def await_tables(self) -> None:
+        """Until all have."""
+        for pid in list(self._opening):
+            self.await_table(pid)
 
     def made_by(self, process: Process) -> list[Description]:
         """The descriptions that a process makes itself."""

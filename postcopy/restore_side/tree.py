@@ -24,7 +24,7 @@ from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.restore_side.unix_meetings import Meetings
 from postcopy.sent_pages import SentPages
 from postcopy.spaces import filled_first, huge_areas, spaces_of
-from postcopy.state import Draft, LateSignal, Tree
+from postcopy.state import Draft, LateSignal, Process, Tree
 from postcopy.turns import by_turns
 
 
@@ -76,7 +76,7 @@ class BuiltTree(Struct):
 class Begun:
     """The processes of a tree, born and with their layouts, as far as these are known before the tree is frozen.
 
-    ``newborns`` has every process as soon as it is there.
+    ``newborns`` has every process as soon as it is there; ``buildings``: those of which more has been begun.
     """
 
     def __init__(
@@ -88,10 +88,11 @@ class Begun:
         self.family = family
         self.newborns = newborns
         self.inherited = inherited or {}
+        self.buildings: dict[int, Building] = {}
         ptys.set_up(family.ptys, root.pidfd, self.inherited)
         bring_up(family, root, newborns)
-        nesting = Nesting(family.namespaces)
-        owns = {pid: nesting.own(pid) for pid in newborns}
+        self._nesting = Nesting(family.namespaces)
+        owns = {pid: self._nesting.own(pid) for pid in newborns}
         self.groundwork = {
             pid: Groundwork(newborn, (owns[pid], owns[pid]), self.inherited) for pid, newborn in newborns.items()
         }
@@ -103,6 +104,27 @@ class Begun:
             for each in draft.processes
         }
         _owners_first(layings, self.family)
+
+    def begin(self, process: Process, pages: SentPages, objects: SharedObjects, parent_stays: bool) -> Iterator[None]:
+        """Begin to build a process (`Building.begin`); ``pages``: those that came with it; ``objects``: as far as they
+        are there. Raises RestoreError."""
+        pid = process.pid
+        building = Building(process, self.newborns[pid], self.groundwork[pid], self._nesting, parent_stays)
+        self.buildings[pid] = building
+        return building.begin(pages, objects)
+
+    def can_begin(self, process: Process) -> bool:
+        """Whether a process can be begun before the tree is known: it needs nothing of others."""
+        pid = process.pid
+        if self.family.relatives.get(pid) != process.lineage or pid in self.family.tables or process.table_of:
+            return False
+        has_objects = any(vma.backing == "object" for vma in process.memory.vmas)
+        return not has_objects and self.groundwork[pid].can_grow(process.memory)
+
+    def give_up(self) -> None:
+        """The processes are to be killed."""
+        for building in self.buildings.values():
+            building.give_up()
 
 
 def build_tree(
@@ -128,22 +150,22 @@ def build_tree(
     shared = Shared(tree, memory, begun.inherited, newborns, directory)
     of_processes = sum(counts[: len(tree.processes)])
     memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
-    buildings = [
-        Building(process, newborns[process.pid], begun.groundwork[process.pid], shared, parent_stays)
-        for process in tree.processes
-    ]
-    places = accumulate(counts, initial=0)
-    parts = [pages.part(place, count) for place, count in zip(places, counts[: len(buildings)], strict=False)]
     beginnings = {
-        building.built.state.pid: building.begin(part) for building, part in zip(buildings, parts, strict=True)
+        process.pid: begun.begin(process, pages.part(place, count), memory, parent_stays)
+        for process, place, count in zip(tree.processes, accumulate(counts, initial=0), counts, strict=False)
+        if process.pid not in begun.buildings
     }
     _owners_first(beginnings, begun.family)
+    buildings = [begun.buildings[process.pid] for process in tree.processes]
+    for building in buildings:
+        building.join(shared)
     before_sockets()
     meetings = Meetings(tree, shared, {building.built.state.pid: building.act for building in buildings})
     meetings.meet()
     with contextlib.closing(shared.ended):
         for building in buildings:
-            building.open()
+            shared.open(building.built.state, building.open())
+        shared.await_tables()
     meetings.complete()
     for building in buildings:
         building.connect()

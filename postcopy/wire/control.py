@@ -15,7 +15,7 @@ from postcopy.kernel.page import PAGE_SIZE
 from postcopy.socket_kinds import SocketChange
 from postcopy.state import Clocks, LateSignal, Manifest, decode, encode
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAGIC = b"POSTCOPY"
 HEADER = struct.Struct("<8sHHI")  # magic, protocol version, kind, length of the body in bytes
 GREETING_LIMIT = 64 * 1024
@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     DRAFT = 12
     DRAFTED = 13
     CHANGES = 14
+    PROCESS = 15
 
 
 # Bytes of a body: nobody can make the other side keep more in memory. What no limit stands for here is the state.
@@ -48,6 +49,7 @@ LIMITS = dict.fromkeys(Kind, GREETING_LIMIT) | {
     Kind.PROBLEMS: 16 * _MIB,
     Kind.GO: 16 * _MIB,
     Kind.CHANGES: 256 * _MIB,
+    Kind.PROCESS: BODY_LIMIT,
     Kind.STATE: BODY_LIMIT,
     Kind.DRAFT: BODY_LIMIT,
     Kind.PAGES: BODY_LIMIT,
