@@ -475,6 +475,8 @@ def test_flood_of_destinations_takes_little_memory_and_keeps_nobody_out(scene: S
         wait_until(lambda: "too many have begun" in source.text, SECONDS, "some are dropped")
         destination = watched.restore(pause="connected")
         destination.await_pause("connected")
+        # Whoever leaves before the source has taken all its channels has never come.
+        source.await_event("connected")
         assert memory_of(source) - before < 60 << 20
         destination.process.kill()
     source.ends(GONE)
@@ -499,6 +501,7 @@ def test_flood_of_greetings_takes_little_memory_and_keeps_nobody_out(scene: Scen
         # A proper one, which goes no further.
         destination = watched.restore(pause="connected")
         destination.await_pause("connected")
+        source.await_event("connected")
         assert memory_of(source) - before < 40 << 20
         destination.process.kill()
     source.ends(GONE)
