@@ -91,6 +91,12 @@ UnixOutside = Annotated[
     bool,
     typer.Option("-x", "--ext-unix-sk", help="Connect datagram sockets to the Unix names outside (syslog) there, too."),
 ]
+SysvIpc = Annotated[
+    bool,
+    typer.Option(
+        "--sysv-ipc", help="Move the System V semaphores and message queues that the tree uses: nobody else does."
+    ),
+]
 External = Annotated[
     list[str] | None,
     typer.Option("--external", help="RESOURCE outside of the tree, as /proc/PID/fd shows it; see --inherit-fd."),
@@ -140,6 +146,7 @@ def dump(
     external: External = None,
     shell_job: ShellJob = False,
     ext_unix_sk: UnixOutside = False,
+    sysv_ipc: SysvIpc = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     network_lock: NetworkLock = NetworkLockMode.nftables,
@@ -170,7 +177,7 @@ def dump(
     scripts = _scripts(action_script, timeout, directory, DumpError)
     outside = frozenset(external or ())
     choices = Choices(
-        ghost_limit, file_locks, outside, connections, network_lock.value, shell_job, scripts, ext_unix_sk
+        ghost_limit, file_locks, outside, connections, network_lock.value, shell_job, scripts, ext_unix_sk, sysv_ipc
     )
     options = session.Options(pid, address or DEFAULT_ADDRESS, DEFAULT_PORT if port is None else port, timeout, choices)
 
@@ -350,6 +357,7 @@ def check(
     external: External = None,
     shell_job: ShellJob = False,
     ext_unix_sk: UnixOutside = False,
+    sysv_ipc: SysvIpc = False,
     tcp_established: TcpEstablished = False,
     tcp_close: TcpClose = False,
     verbose: Verbose = 0,
@@ -374,6 +382,7 @@ def check(
             connections,
             shell_job=shell_job,
             unix_outside=ext_unix_sk,
+            sysv_ipc=sysv_ipc,
         )
         manifest, _ = survey(pid, choices)
         reporting.show_movable(manifest, as_json)

@@ -15,7 +15,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from postcopy import open_soundness, socket_soundness
+from postcopy import ipc_soundness, open_soundness, socket_soundness
 from postcopy.errors import ProtocolError
 from postcopy.huge_pages import is_lazy, is_lazy_object
 from postcopy.kernel.page import ADDRESS_LIMIT, PAGE_SHIFT, PAGE_SIZE, page_up
@@ -394,6 +394,7 @@ def _tree(tree: Tree) -> Iterator[str]:
     spaces = [*(process.space for process in tree.processes), *(memory.space for memory in tree.shared_memory)]
     yield from open_soundness.tree(tree)
     yield from socket_soundness.tree(tree)
+    yield from ipc_soundness.tree(tree)
     for space in _repeated(spaces):
         yield f"processes: space {space} occurs twice"
     yield from _references_to_memory(tree)

@@ -17,6 +17,7 @@ from msgspec import Struct, field
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Address, Fd, Pid, Unsigned
+from postcopy.ipc_kinds import IpcName, MessageQueue, SemaphoreSet
 from postcopy.kinship import Relative
 from postcopy.nesting import PidNamespace
 from postcopy.open_kinds import (
@@ -518,6 +519,8 @@ class Tree(Struct, frozen=True):
     shared_memory: list[SharedMemory] = []
     clocks: Clocks = field(default_factory=lambda: Clocks(0, 0))
     pid_namespaces: list[PidNamespace] = []
+    semaphores: list[SemaphoreSet] = []
+    message_queues: list[MessageQueue] = []
 
     @property
     def members(self) -> list[Member]:
@@ -557,6 +560,7 @@ class Manifest(Struct, frozen=True):
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
     ``shell_job``: ``restore`` must lend its terminal; ``init``: the root is the init of a PID namespace of its own.
     ``huge_pages``: how many hugetlb pages it takes, by their size (the logarithm). ``core_dumps``: a zombie left one.
+    ``ipc``: System V objects that are moved.
     """
 
     tids: list[Pid]
@@ -574,6 +578,7 @@ class Manifest(Struct, frozen=True):
     init: bool = False
     huge_pages: list[tuple[Unsigned, Unsigned]] = []
     core_dumps: bool = False
+    ipc: list[IpcName] = []
 
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
 from postcopy.dump_side.guard import Guard
+from postcopy.dump_side.ipc import IpcObjects
 from postcopy.dump_side.looks import Looker
 from postcopy.dump_side.opened import Trusted
 from postcopy.dump_side.page_source import FrozenProcess
@@ -61,6 +62,7 @@ class Capture:
         self._trusted = trusted
         self._choices = choices or Choices()
         self._shared = SharedObjects()
+        self._numbered = IpcObjects()
         self._foresees = foresees
         self._ended = False
         self._collects_garbage = False
@@ -147,6 +149,7 @@ class Capture:
             sleeping,
             self._shared,
             self._choices,
+            self._numbered,
             self._silence.cover,
             known,
             collected,
@@ -220,6 +223,7 @@ class Capture:
         self.frozen.kill()
         self._ended = True
         self._shared.end()
+        self._numbered.end()
         self._reporter.event("killed", pid=self.frozen.root.pid)
 
 

@@ -17,7 +17,8 @@ class Choices(Struct, frozen=True):
     ``network_lock``: how their packets are kept from being answered (`network_lock.MODES`). ``shell_job``: the
     terminal that the process shares with its shell is replaced by that of ``restore``. ``scripts``: what is run at
     which points. ``unix_outside``: datagram sockets that are connected to Unix names outside of the tree are connected
-    to the same names at the destination.
+    to the same names at the destination. ``sysv_ipc``: System V semaphores and message queues that the tree uses are
+    its own.
     """
 
     ghost_limit: int = DEFAULT_GHOST_LIMIT
@@ -28,3 +29,4 @@ class Choices(Struct, frozen=True):
     shell_job: bool = False
     scripts: ActionScripts = field(default_factory=ActionScripts)
     unix_outside: bool = False
+    sysv_ipc: bool = False

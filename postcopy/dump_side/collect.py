@@ -13,6 +13,7 @@ from postcopy.dump_side import (
     epoll,
     inet_sockets,
     inotify,
+    ipc,
     limits,
     lineage,
     memory,
@@ -51,6 +52,7 @@ def collect(
     sleepers: Sleepers,
     shared: SharedObjects,
     choices: Choices | None = None,
+    numbered: ipc.IpcObjects | None = None,
     silence: Silence | None = None,
     known: socket_looks.Known | None = None,
     collected: Callable[[Process], None] = lambda _: None,
@@ -59,8 +61,8 @@ def collect(
 
     ``smaps`` reads meanwhile, and is to verify in the end; ``looker`` looks at each process; ``sleepers`` were observed
     before the freeze. The memory that its processes may share is added to ``shared``, which must stay open as long as
-    its content is needed. Each TCP socket is made silent by ``silence`` before it is looked at. ``known``:
-    what ``looker`` has been told of sockets.
+    its content is needed; what they share by number, to ``numbered``. Each TCP socket is made silent by ``silence``
+    before it is looked at. ``known``: what ``looker`` has been told of sockets.
 
     Raises ProblemsError for what has come since the survey and cannot be moved, DumpError where a call is refused.
     """
@@ -69,7 +71,8 @@ def collect(
     table.silence, table.remembered = silence, trusted.remembered
     with contextlib.closing(table):
         known = known or socket_looks.Known()
-        return _collect(frozen, smaps, looker, trusted, sleepers, shared, table, known, collected)
+        numbered = numbered or ipc.IpcObjects()
+        return _collect(frozen, smaps, looker, trusted, sleepers, shared, numbered, table, known, collected)
 
 
 def _collect(
@@ -79,6 +82,7 @@ def _collect(
     trusted: Trusted,
     sleepers: Sleepers,
     shared: SharedObjects,
+    numbered: ipc.IpcObjects,
     table: Table,
     known: socket_looks.Known,
     collected: Callable[[Process], None],
@@ -107,6 +111,7 @@ def _collect(
     epoll.complete(table, problems)
     inotify.complete(table, problems)
     unix_peers.check(table, problems)
+    numbered.find(frozen.pids, table.choices, problems)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []
@@ -115,7 +120,8 @@ def _collect(
     stops = lineage.Stops(kin, frozen.processes)
 
     def collect_one(space: int, each: Frozen) -> Generator[None, None, None]:
-        collecting = _process(each, looker.result(), space, smaps, table, kin, sharing, stops, sleepers, checked)
+        look = looker.result()
+        collecting = _process(each, look, space, smaps, numbered, table, kin, sharing, stops, sleepers, checked)
         state, layout = yield from collecting
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
@@ -138,6 +144,7 @@ def _collect(
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     files = list(dict.fromkeys((*needed.values(), *table.needed)))
     found = table.descriptors
+    sets, queues = numbered.collect(kin.common)
     return Tree(
         processes,
         zombies,
@@ -146,6 +153,8 @@ def _collect(
         shared_memory=shared.collect(),
         clocks=stopped_at,
         pid_namespaces=kin.pid_namespaces,
+        semaphores=sets,
+        message_queues=queues,
     )
 
 
@@ -163,6 +172,7 @@ def _process(
     look: Look,
     space: int,
     smaps: SmapsReader,
+    numbered: ipc.IpcObjects,
     table: Table,
     kin: lineage.Kin,
     sharing: lineage.Sharing,
@@ -211,6 +221,7 @@ def _process(
         if pid in table.slots:
             edges.find(table, pid, executors[0])
             socket_changes.read_close_on_exec(table, pid, executors[0])
+        numbered.read_adjustments(executors[0], frozen.pid, kin.common(frozen.pid))
         locks = memory.future_locks(frozen, arena.range)
         arena.leave()
         yield

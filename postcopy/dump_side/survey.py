@@ -19,6 +19,7 @@ from postcopy.dump_side import (
     filesystem,
     inet_sockets,
     inotify,
+    ipc,
     lineage,
     memory,
     namespaces,
@@ -140,6 +141,8 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         if len(alive) == len(descendants) and not found.table.pty_numbers:
             draft = sketches.draw((root, *alive), kin, sharing, found.known, found.table, found.vdso)
     inet_sockets.check_loops(found.table, found.problems)
+    numbered = ipc.IpcObjects()
+    numbered.find(faces, choices, found.problems)
     found.problems += shared.problems(set(faces.values()))
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")
@@ -159,6 +162,7 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         init=level != len(procfs.status(root)["NSpid"].split()) - 1,
         huge_pages=sorted((found.huge_pages + shared.huge_pages).items()),
         core_dumps=any(lineage.left_core_dump(pid) for pid in descendants),
+        ipc=numbered.names,
     )
     alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
     return manifest, Trusted(

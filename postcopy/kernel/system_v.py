@@ -1,22 +1,31 @@
 """System V shared memory: shmget(2), shmctl(2), and segments with chosen ids. Errors are OSError."""
 
-import errno
 import struct
 
 from msgspec import Struct
 
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.libc import address_of, refused, syscall
+from postcopy.kernel.ipc import (
+    IPC_CREAT,
+    IPC_EXCL,
+    IPC_RMID,
+    IPC_SET,
+    IPC_STAT,
+    PERM,
+    check_id,
+    choose_id,
+    control,
+    with_owner,
+)
+from postcopy.kernel.libc import address_of, syscall
 
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 
-_IPC_RMID, _IPC_SET, _IPC_STAT = 0, 1, 2
-_IPC_CREAT, _IPC_EXCL, _SHM_NORESERVE = 0o1000, 0o2000, 0o10000
+_SHM_NORESERVE = 0o10000
 _SHM_HUGETLB, _SHM_HUGE_SHIFT = 0o4000, 26
 _SHM_DEST = 0o1000
-# struct shmid64_ds: key, uid, gid, creator's uid and gid, mode, sequence; size; three times, two PIDs, attachments.
-_SHMID_DS = struct.Struct("<iIIIIIHxx4x16xQ24xiiQ16x")
-_NEXT_ID = "/proc/sys/kernel/shm_next_id"
+# struct shmid64_ds: permissions; size; three times, two PIDs, attachments.
+_SHMID_DS = struct.Struct(f"{PERM}Q24xiiQ16x")
 
 
 class Segment(Struct, frozen=True):
@@ -42,7 +51,7 @@ def stat(identifier: int) -> Segment:
 def _stat(identifier: int) -> bytearray:
     buffer = bytearray(_SHMID_DS.size)
     what = f"looking at System V segment {identifier}"
-    syscall(what, NUMBERS["shmctl"], identifier, _IPC_STAT, address_of(buffer))
+    control("shm", what, identifier, IPC_STAT, address_of(buffer))
     return buffer
 
 
@@ -54,30 +63,22 @@ def create(identifier: int, key: int, size: int, *, reserved: bool, huge_shift: 
     Raises OSError: EEXIST (the id or the key is taken), EPERM (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is missing).
     """
     what = f"making System V segment {identifier} (key {key:#x})"
-    try:
-        with open(_NEXT_ID, "w") as stream:
-            stream.write(str(identifier))
-    except OSError as error:
-        raise refused(f"{what}: choosing its id by {_NEXT_ID}", error.errno) from None
-    flags = _IPC_CREAT | _IPC_EXCL | 0o600 | (0 if reserved else _SHM_NORESERVE)
+    choose_id("shm", identifier, what)
+    flags = IPC_CREAT | IPC_EXCL | 0o600 | (0 if reserved else _SHM_NORESERVE)
     flags |= _SHM_HUGETLB | huge_shift << _SHM_HUGE_SHIFT if huge_shift else 0
     got = syscall(what, NUMBERS["shmget"], key, size, flags)
-    if got != identifier:
-        remove(got)
-        raise refused(what, errno.EEXIST)
+    check_id("shm", got, identifier, what)
 
 
 def set_owner(identifier: int, owner: tuple[int, int], mode: int) -> None:
     """shmctl(2), IPC_SET: user, group and permission bits."""
-    buffer = _stat(identifier)
-    struct.pack_into("<II8xI", buffer, 4, *owner, mode)
-    what = f"setting the owner of System V segment {identifier}"
-    syscall(what, NUMBERS["shmctl"], identifier, _IPC_SET, address_of(buffer))
+    changed = with_owner(_stat(identifier), owner, mode)
+    control("shm", f"setting the owner of System V segment {identifier}", identifier, IPC_SET, address_of(changed))
 
 
 def remove(identifier: int) -> None:
     """shmctl(2), IPC_RMID: it ends with its last attachment."""
-    syscall(f"removing System V segment {identifier}", NUMBERS["shmctl"], identifier, _IPC_RMID, 0)
+    control("shm", f"removing System V segment {identifier}", identifier, IPC_RMID)
 
 
 def attach(identifier: int) -> int:

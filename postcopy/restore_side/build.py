@@ -173,6 +173,7 @@ class _Builder:
         """Have room for the calls that make the descriptors, and for these."""
         self._shared = shared
         wanted = CODE_SIZE + _estimate(self._state) + descriptors.room(self._state, shared)
+        wanted += shared.numbered.room(self._state.pid)
         if wanted > self._rooms[0]:
             more = page_up(wanted - self._rooms[0])
             batch = self._executors[0].batch()
@@ -338,6 +339,7 @@ class _Builder:
                     filesystem.rebuild(self._state.filesystem, batch)
                 memory.show_arguments(self._state.memory, batch)
                 limits.rebuild(self._state.limits, batch)
+                self._shared.numbered.rebuild(self._state.pid, batch)
             threads.rebuild(thread, self._own(thread.tid), self._current, self._parent_stays, batch)
             batches.append(batch)
         alone = len(batches) == 1 and not timers.reads_clocks(self._state.timers)

@@ -7,6 +7,7 @@ import shutil
 import msgpack
 
 from postcopy.kernel import system_v
+from postcopy.kernel.ipc import IPC_RMID, control
 from postcopy.restore_side.root import HERE, Root
 
 _SIZE = 1 << 16  # bytes: what a pipe holds
@@ -23,6 +24,10 @@ class Leftovers:
     def segment(self, identifier: int) -> None:
         """A System V segment has been made."""
         self._tell(identifier)
+
+    def ipc_object(self, kind: str, identifier: int) -> None:
+        """System V semaphores (``sem``) or a message queue (``msg``) has been made."""
+        self._tell([kind, identifier])
 
     def directory(self, path: str) -> None:
         """A directory of a name that only we make is about to be made."""
@@ -44,11 +49,14 @@ class Leftovers:
             with contextlib.suppress(OSError):
                 if isinstance(name, int):
                     system_v.remove(name)
+                elif isinstance(name, list):
+                    kind, identifier = name
+                    control(kind.decode(), "removing what is left", identifier, IPC_RMID)
                 else:
                     with self._root.entered():
                         shutil.rmtree(os.fsdecode(name), ignore_errors=True)
 
-    def _tell(self, name: int | bytes | None) -> None:
+    def _tell(self, name: int | bytes | list[str | int] | None) -> None:
         # A pipe that is full holds thousands of names: the rest is left behind.
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, msgpack.packb(name))

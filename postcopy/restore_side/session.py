@@ -42,6 +42,7 @@ from postcopy.restore_side.birth import Newborn, give_birth, kill, take_back
 from postcopy.restore_side.clocks import ProgramClocks
 from postcopy.restore_side.fault_handler import Background, HandedSpace
 from postcopy.restore_side.handover import Handover
+from postcopy.restore_side.ipc import IpcObjects
 from postcopy.restore_side.job import ShellJob
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.network import Network
@@ -153,6 +154,7 @@ class _Takeover:
         self._built: BuiltTree | None = None
         self._leftovers = Leftovers(options.root)
         self._shared = SharedObjects(self._leftovers)
+        self._numbered = IpcObjects(self._leftovers)
         self._inherited: Mapping[str, int] = {}
         self._network: Network | None = None
         self._watchdog: Role | None = None
@@ -298,7 +300,14 @@ class _Takeover:
             self._network.prepare(self._leftovers)
             begun = self._begun_for(tree)
             self._built = build_tree(
-                tree, pages, begun, self._shared, self._parent_stays, self._options.root, self._network.await_lock
+                tree,
+                pages,
+                begun,
+                self._shared,
+                self._numbered,
+                self._parent_stays,
+                self._options.root,
+                self._network.await_lock,
             )
             pages.content.close()
             self._network.complete(self._pidfds())
@@ -426,6 +435,7 @@ class _Takeover:
         if first:
             self._await_first(first)
         self._shared.finish()
+        self._numbered.finish()
 
     def _await_first(self, pages: int) -> None:
         """Until the daemon has filled what the tree needs whole."""
@@ -457,6 +467,7 @@ class _Takeover:
         if self._network is not None:
             self._network.give_up()
         self._shared.undo()
+        self._numbered.undo()
         self._leftovers.cleared()
         if self._namespace is not None:
             self._namespace.kill()

@@ -9,6 +9,7 @@ from postcopy.open_kinds import Ghost
 from postcopy.restore_side import unix_meetings
 from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.ended import EndedProcesses
+from postcopy.restore_side.ipc import IpcObjects
 from postcopy.restore_side.root import HERE, Root
 from postcopy.restore_side.shared_memory import SharedObjects
 from postcopy.state import Description, Descriptors, Pipe, Process, Tree
@@ -28,16 +29,19 @@ class Shared:
         self,
         tree: Tree,
         memory: SharedObjects,
+        numbered: IpcObjects,
         inherited: Mapping[str, int] | None = None,
         newborns: Mapping[int, Newborn] | None = None,
         root: Root = HERE,
     ) -> None:
-        """``inherited``: which descriptor of the newborn processes is to take the place of which external resource;
-        ``newborns``: these, once they are there; ``root``: their root directory."""
+        """``numbered``: what processes share by number; ``inherited``: which descriptor of the newborn processes is to
+        take the place of which external resource; ``newborns``: these, once they are there; ``root``: their root
+        directory."""
         self.root = root
         self.nesting = Nesting(tree.pid_namespaces)
         self.newborns = {} if newborns is None else newborns
         self.memory = memory
+        self.numbered = numbered
         self.descriptors: Descriptors = tree.descriptors
         self.ended = EndedProcesses(tree.descriptors.descriptions)
         self.inherited = inherited or {}

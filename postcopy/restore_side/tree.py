@@ -16,6 +16,7 @@ from postcopy.restore_side.birth import Newborn
 from postcopy.restore_side.build import Building, Built
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.groundwork import Groundwork, room_for_state
+from postcopy.restore_side.ipc import IpcObjects
 from postcopy.restore_side.memory import lazy_parts, lazy_vmas
 from postcopy.restore_side.offspring import Family, bring_up
 from postcopy.restore_side.root import HERE, Root
@@ -132,6 +133,7 @@ def build_tree(
     pages: SentPages,
     begun: Begun,
     memory: SharedObjects,
+    numbered: IpcObjects,
     parent_stays: bool,
     directory: Root = HERE,
     before_sockets: Callable[[], None] = lambda: None,
@@ -140,14 +142,15 @@ def build_tree(
     that came with it, as `spaces_of` orders it; ``directory``: its root directory; ``before_sockets``: what is to be
     done before any socket is made.
 
-    ``memory`` has what of the tree's is not of one process alone. Raises RestoreError; all processes are then to be
-    killed, and ``memory`` undone.
+    ``memory`` and ``numbered`` have what of the tree's is not of one process alone. Raises RestoreError; all processes
+    are then to be killed, and these undone.
     """
     newborns = begun.newborns
     counts = [space.sent.total_pages for space in spaces_of(tree)]
     if sum(counts) != pages.total:
         raise RestoreError(f"{pages.total} pages came with the state, which names {sum(counts)}")
-    shared = Shared(tree, memory, begun.inherited, newborns, directory)
+    shared = Shared(tree, memory, numbered, begun.inherited, newborns, directory)
+    numbered.make(tree)
     of_processes = sum(counts[: len(tree.processes)])
     memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
     beginnings = {

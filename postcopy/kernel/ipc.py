@@ -1,0 +1,52 @@
+"""What all System V objects have in common (sysvipc(7)): keys and ids, owners, removal."""
+
+import errno
+import struct
+from pathlib import Path
+
+from postcopy.kernel.calls import NUMBERS
+from postcopy.kernel.libc import refused, syscall
+
+IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0o1000, 0o2000, 0o4000
+IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2
+# struct ipc64_perm: key, uid, gid, creator's uid and gid, mode, sequence.
+PERM = "<iIIIIIHxx4x16x"
+_OWNER = struct.Struct("<II8xI")
+
+
+def listed(kind: str) -> dict[int, int]:
+    """The keys of all objects of this IPC namespace, by id; ``kind``: ``shm``, ``sem`` or ``msg``. Raises OSError."""
+    lines = Path("/proc/sysvipc", kind).read_text().splitlines()[1:]
+    return {int(identifier): int(key) for key, identifier, *_ in map(str.split, lines)}
+
+
+def choose_id(kind: str, identifier: int, what: str) -> None:
+    """The next object of this kind gets this id, if that is free. Raises OSError: EPERM (CAP_CHECKPOINT_RESTORE or
+    CAP_SYS_ADMIN is missing)."""
+    path = f"/proc/sys/kernel/{kind}_next_id"
+    try:
+        with open(path, "w") as stream:
+            stream.write(str(identifier))
+    except OSError as error:
+        raise refused(f"{what}: choosing its id by {path}", error.errno) from None
+
+
+def check_id(kind: str, got: int, identifier: int, what: str) -> None:
+    """That the object which has just been made has the id that was chosen; otherwise it is removed. Raises OSError:
+    EEXIST."""
+    if got != identifier:
+        control(kind, "removing what was made instead", got, IPC_RMID)
+        raise refused(what, errno.EEXIST)
+
+
+def control(kind: str, what: str, identifier: int, command: int, argument: int = 0, number: int = 0) -> int:
+    """shmctl(2), semctl(2) (of semaphore ``number``) or msgctl(2). Raises OSError."""
+    if kind == "sem":
+        return syscall(what, NUMBERS["semctl"], identifier, number, command, argument)
+    return syscall(what, NUMBERS[f"{kind}ctl"], identifier, command, argument)
+
+
+def with_owner(status: bytearray, owner: tuple[int, int], mode: int) -> bytearray:
+    """What IPC_STAT has filled, with another user, group and permission bits: for IPC_SET."""
+    _OWNER.pack_into(status, 4, *owner, mode)
+    return status

@@ -1,0 +1,113 @@
+"""System V semaphores and message queues: made before the tree, with their numbers, and used by who has used them."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+from postcopy.errors import RestoreError
+from postcopy.ipc_kinds import IpcName, MessageQueue, SemaphoreSet
+from postcopy.kernel import message_queues, semaphores
+from postcopy.kernel.batch import Batch
+from postcopy.kernel.calls import call
+from postcopy.kernel.ipc import IPC_NOWAIT, IPC_RMID, control, listed
+from postcopy.restore_side.leftovers import Leftovers
+from postcopy.state import Tree
+
+_NAMES = {"sem": semaphores.name, "msg": message_queues.name}
+_PER_USE = 512  # bytes
+_ANY_MESSAGE = (1).to_bytes(8, "little") + b"\0"  # struct msgbuf with one byte
+
+
+def problems(wanted: Iterable[IpcName]) -> Iterator[str]:
+    """Whose number or key is taken here."""
+    for each in wanted:
+        name = _NAMES[each.kind](each.identifier)
+        there = listed(each.kind)
+        if each.identifier in there:
+            yield f"the number of {name} is taken here: remove that one (ipcrm), or move to another IPC namespace"
+        elif each.key and each.key in there.values():
+            yield f"the key {each.key:#x} of {name} is taken here: remove that one (ipcrm)"
+
+
+class IpcObjects:
+    """All that a tree has; made once, and gone again if it comes to nothing."""
+
+    def __init__(self, leftovers: Leftovers) -> None:
+        self.sets: list[SemaphoreSet] = []
+        self.queues: list[MessageQueue] = []
+        self._leftovers = leftovers
+        self._made: list[tuple[str, int]] = []
+
+    def make(self, tree: Tree) -> None:
+        """Make all of it, with the queues still empty, and for us alone. Raises RestoreError."""
+        self.sets, self.queues = tree.semaphores, tree.message_queues
+        with _errors():
+            for each in self.sets:
+                semaphores.create(each.identifier, each.key, each.values)
+                self._note("sem", each.identifier)
+            for queue in self.queues:
+                message_queues.create(queue.identifier, queue.key)
+                self._note("msg", queue.identifier)
+                message_queues.set_owner(queue.identifier, (os.geteuid(), os.getegid()), 0o600, queue.capacity)
+
+    def _note(self, kind: str, identifier: int) -> None:
+        self._made.append((kind, identifier))
+        self._leftovers.ipc_object(kind, identifier)
+
+    def rebuild(self, pid: int, batch: Batch) -> None:
+        """Add the calls by which process ``pid`` uses what it has used last, so that it has again, and by which its end
+        will undo what it would have undone; while it may still do so."""
+        for each in self.sets:
+            for number, amount in _uses(each, pid).items():
+                content, count = semaphores.using(number, each.values[number], amount)
+                made = call("semop", each.identifier, batch.place(content), count)
+                batch.add(made, f"using semaphore {number} of {semaphores.name(each.identifier)}")
+        for queue in self.queues:
+            if queue.user == pid:
+                what = f"filling {message_queues.name(queue.identifier)}"
+                # To have received something, too.
+                message = batch.place(_ANY_MESSAGE)
+                batch.add(call("msgsnd", queue.identifier, message, 1, IPC_NOWAIT), what)
+                batch.add(call("msgrcv", queue.identifier, message, 1, 0, IPC_NOWAIT), what)
+                for one in queue.messages:
+                    message = batch.place(one.type.to_bytes(8, "little") + one.content)
+                    batch.add(call("msgsnd", queue.identifier, message, len(one.content), IPC_NOWAIT), what)
+
+    def room(self, pid: int) -> int:
+        """Bytes that these calls take, at most."""
+        contents = [message.content for queue in self.queues if queue.user == pid for message in queue.messages]
+        uses = len(self.queues) + len(contents) + sum(len(_uses(each, pid)) for each in self.sets)
+        return _PER_USE * uses + sum(map(len, contents))
+
+    def finish(self) -> None:
+        """Once all processes are built: give everything to its owner. Raises RestoreError."""
+        with _errors():
+            for each in self.sets:
+                semaphores.set_owner(each.identifier, each.owner, each.mode)
+            for queue in self.queues:
+                message_queues.set_owner(queue.identifier, queue.owner, queue.mode, queue.capacity)
+
+    def undo(self) -> None:
+        """Leave nothing behind."""
+        for kind, identifier in self._made:
+            with contextlib.suppress(OSError):
+                remove(kind, identifier)
+
+
+def _uses(found: SemaphoreSet, pid: int) -> dict[int, int]:
+    """The semaphores that a process has to use, and what its end is to add to them."""
+    used = {number: 0 for number, user in enumerate(found.users) if user == pid}
+    return used | {each.number: each.amount for each in found.adjustments if each.pid == pid}
+
+
+def remove(kind: str, identifier: int) -> None:
+    """Remove one. Raises OSError."""
+    control(kind, f"removing {_NAMES[kind](identifier)}", identifier, IPC_RMID)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RestoreError(str(error)) from None

@@ -1,0 +1,228 @@
+"""System V semaphores and message queues, which nobody has open, move with the tree that uses them."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postcopy.kernel import message_queues, semaphores
+from postcopy.kernel.ipc import listed
+from tests.hosts import Host, Pair, wait_until
+from tests.migrate import MigrationFailed, move, start_dump, start_restore
+from tests.programs import numbered
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making the two hosts takes root")
+
+SECONDS = 30
+PID = 4300
+OPTION = ("--sysv-ipc",)
+
+
+class Program:
+    """The program, and what it answers."""
+
+    def __init__(self, host: Host, directory: Path) -> None:
+        self._orders, self._answers = directory / "orders", directory / "answers"
+        self._orders.touch()
+        self._answers.touch()
+        command = [sys.executable, "-m", "tests.programs.numbered", str(self._orders), str(self._answers)]
+        self.process = host.popen(command, pid=PID)
+
+    def ask(self, who: str, expression: str) -> Any:
+        """What one of its processes makes of an expression: its value, or the name of an error."""
+        before = len(self._answers.read_text().splitlines())
+        with self._orders.open("a") as stream:
+            stream.write(f"{who} {expression}\n")
+        wait_until(lambda: len(self._answers.read_text().splitlines()) > before, SECONDS, f"{who} answers {expression}")
+        answer = self._answers.read_text().splitlines()[before]
+        return answer if answer.startswith("E") else eval(answer)
+
+    def parent(self, expression: str) -> Any:
+        """Ask the parent."""
+        return self.ask("parent", expression)
+
+    def child(self, expression: str) -> Any:
+        """Ask the child."""
+        return self.ask("child", expression)
+
+
+@pytest.fixture
+def program(hosts: Pair, tmp_path: Path) -> Program:
+    started = Program(hosts.a, tmp_path)
+    started.parent("1")
+    started.child("1")
+    return started
+
+
+def of(host: Host, kind: str) -> list[list[str]]:
+    """The objects of a host."""
+    return [line.split() for line in host.run(["cat", f"/proc/sysvipc/{kind}"]).stdout.decode().splitlines()[1:]]
+
+
+def test_semaphores_move_with_what_is_to_be_undone(hosts: Pair, program: Program) -> None:
+    found = program.parent("semget(0x1234, 5)")
+    nameless = program.child("semget(0, 1)")
+    program.parent(f"setall({found}, 3, 0, 32767, 7, 0)")
+    program.parent(f"semop({found}, (0, -2, SEM_UNDO), (3, -1, 0))")
+    program.child(f"semop({found}, (1, 9, SEM_UNDO), (2, -32767, SEM_UNDO))")
+    program.child(f"semop({found}, (0, 4, 0))")
+    program.child(f"semop({nameless}, (0, 1, SEM_UNDO))")
+    before = [5, 9, 0, 6, 0]
+    users = program.parent(f"users({found}, 5)")
+    state = program.parent(f"status({found}, 66)")
+    assert program.parent(f"values({found}, 5)") == before
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        move(source, destination, PID, dump_options=OPTION).wait_drained()
+        assert of(source, "sem") == []
+        assert program.child(f"values({found}, 5)") == before
+        assert program.child(f"users({found}, 5)") == users
+        assert program.parent(f"status({found}, 66)") == state
+        assert program.parent("semget(0x1234, 0)") == found
+        assert program.parent(f"values({nameless}, 1)") == [1]
+    program.parent("os.kill(child, 9), os.waitpid(child, 0)")
+    # What the child had done is undone, within the range of a semaphore, and what the parent had done is not.
+    assert program.parent(f"values({found}, 5)") == [5, 0, 32767, 6, 0]
+    assert program.parent(f"values({nameless}, 1)") == [0]
+    assert program.parent(f"semop({found}, (0, -6, 0))") == "EAGAIN"
+    hosts.a.run(["kill", "-9", str(PID)])
+    wait_until(lambda: [row[0] for row in of(hosts.a, "sem")] == ["4660", "0"], SECONDS, "both are left")
+    check = f"from tests.programs.numbered import values; print(values({found}, 5))"
+    assert hosts.a.run([sys.executable, "-c", check]).stdout.decode().strip() == "[7, 0, 32767, 6, 0]"
+
+
+def test_message_queues_move_with_their_messages(hosts: Pair, program: Program) -> None:
+    queue, empty = program.parent("msgget(77)"), program.parent("msgget(0)")
+    for number, content in enumerate([b"first", b"", b"x" * 5000, b"\0\n"], start=1):
+        program.parent(f"send({queue}, {number % 3 + 1}, {content!r})")
+    program.child(f"send({empty}, 5, b'gone'), receive({empty})")
+    state = program.parent(f"status({queue}, 71)")
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        move(source, destination, PID, dump_options=OPTION).wait_drained()
+        assert of(source, "msg") == []
+        assert program.child(f"status({queue}, 71)") == state
+        assert program.child(f"receive({empty})") == "ENOMSG"
+    assert program.child(f"receive({queue}, 1)") == (1, b"x" * 5000)
+    assert program.child(f"receive({queue})") == (2, b"first")
+    assert program.child(f"receive({queue})") == (3, b"")
+    assert program.parent(f"receive({queue})") == (2, b"\0\n")
+    assert program.parent(f"receive({queue})") == "ENOMSG"
+    assert program.parent("msgget(77)") == queue
+
+
+@pytest.mark.parametrize("kind", ["sem", "msg"])
+def test_what_others_may_use_is_refused_unless_it_is_said_to_be_the_trees_own(
+    hosts: Pair, program: Program, kind: str
+) -> None:
+    made = "setall(semget(9, 1), 1)" if kind == "sem" else "send(msgget(9), 1, b'x')"
+    program.parent(made)
+    with pytest.raises(MigrationFailed, match="it is moved with --sysv-ipc"):
+        start_dump(hosts.a, hosts.b, PID)
+    use = "semop(semget(9, 0), (0, 1, 0))" if kind == "sem" else "receive(msgget(9))"
+    other = hosts.a.popen([sys.executable, "-c", f"from tests.programs.numbered import *; {use}; time.sleep(1000)"])
+    mine = program.parent("os.getpid()")
+    column = {"sem": None, "msg": 6}[kind]  # lrpid
+
+    def is_used() -> bool:
+        if column is not None:
+            return of(hosts.a, kind)[0][column] not in ("0", str(mine))
+        return bool(program.parent("users(semget(9, 0), 1)") != [mine])
+
+    wait_until(is_used, SECONDS, "the other process uses it")
+    # Of a semaphore, only the last one is known who has used it: the tree has to use it again.
+    if kind == "sem":
+        program.parent("setall(semget(10, 2), 1, 1)")
+        extra = "from tests.programs.numbered import *; semop(semget(10, 0), (1, 1, 0)); time.sleep(1000)"
+        another = hosts.a.popen([sys.executable, "-c", extra])
+        wait_until(lambda: program.parent("users(semget(10, 0), 2)")[1] != mine, SECONDS, "it is used, too")
+    with pytest.raises(MigrationFailed, match=r"is used by process \d+, too, which is not moved"):
+        start_dump(hosts.a, hosts.b, PID, options=OPTION)
+    assert program.child("1") == 1
+    other.kill()
+    if kind == "sem":
+        another.kill()
+
+
+@pytest.mark.parametrize("taken", ["semget(0x55, 1)", "msgget(0x66)"])
+def test_what_is_taken_at_the_destination_is_refused_before_the_freeze(
+    hosts: Pair, program: Program, taken: str
+) -> None:
+    program.parent("setall(semget(0x55, 1), 1), send(msgget(0x66), 1, b'x')")
+    hosts.b.run([sys.executable, "-c", f"from tests.programs.numbered import *; {taken}"], check=True)
+    migration = start_dump(hosts.a, hosts.b, PID, options=OPTION)
+    with pytest.raises(MigrationFailed, match="is taken here"):
+        start_restore(migration)
+    assert program.child("values(semget(0x55, 0), 1)") == [1]
+    assert program.child("receive(msgget(0x66))") == (1, b"x")
+
+
+def test_failed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Path) -> None:
+    script = tmp_path / "failing"
+    script.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]\n')
+    script.chmod(0o755)
+    program.parent("setall(semget(0x55, 1), 1), send(msgget(0x66), 1, b'x')")
+    migration = start_dump(hosts.a, hosts.b, PID, options=OPTION)
+    with pytest.raises(MigrationFailed):
+        start_restore(migration, options=("--action-script", str(script)))
+    wait_until(lambda: not of(hosts.b, "sem") and not of(hosts.b, "msg"), SECONDS, "nothing is left")
+    assert program.parent("receive(msgget(0x66))") == (1, b"x")
+    assert program.child("values(semget(0x55, 0), 1)") == [1]
+
+
+# -- what SEM_UNDO keeps, as it is asked for ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def semaphore() -> Iterator[int]:
+    """A set of one."""
+    identifier = numbered.semget(0, 1)
+    yield identifier
+    semaphores.remove(identifier)
+    assert identifier not in listed("sem")
+
+
+def attempt(identifier: int, operations: tuple[bytes, int]) -> str:
+    """The error of operations that cannot be done."""
+    packed, count = operations
+    try:
+        numbered._call(65, identifier, packed, count)
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    raise AssertionError("it has been done")
+
+
+AMOUNTS = st.integers(-32768, 32767) | st.sampled_from([0, 1, -1, 32767, -32768, 32766, -32767])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 32767) | st.sampled_from([0, 32767]), AMOUNTS, AMOUNTS)
+def test_adjustments_are_found_without_a_change(semaphore: int, value: int, amount: int, asked: int) -> None:
+    numbered.setall(semaphore, value)  # which clears what was to be undone
+    packed, count = semaphores.using(0, value, amount)
+    assert numbered._call(65, semaphore, packed, count) == 0
+    assert numbered.values(semaphore, 1) == [value]
+    assert numbered.users(semaphore, 1) == [os.getpid()]
+    question = semaphores.is_above if asked >= 0 else semaphores.is_below
+    expected = amount > asked if asked >= 0 else amount < asked
+    for _ in range(2):
+        refused = attempt(semaphore, question(0, value, asked))
+        assert refused == os.strerror(34 if expected else 11)  # ERANGE, EAGAIN
+        assert (attempt(semaphore, semaphores.is_below(0, value, 0)) == os.strerror(34)) == (amount < 0)
+        assert numbered.values(semaphore, 1) == [value]
+
+
+def test_messages_are_read_without_being_received() -> None:
+    identifier = numbered.msgget(0)
+    try:
+        for kind, content in ((3, b"abc"), (1, b""), (1 << 40, bytes(8000))):
+            numbered.send(identifier, kind, content)
+        for _ in range(2):
+            found = message_queues.messages(identifier, message_queues.stat(identifier))
+            assert found == [(3, b"abc"), (1, b""), (1 << 40, bytes(8000))]
+        assert numbered.receive(identifier) == (3, b"abc")
+    finally:
+        message_queues.remove(identifier)
