@@ -1,16 +1,19 @@
-"""What processes share by number, without having it open: System V semaphores and message queues (sysvipc(7))."""
+"""System V semaphores and message queues (sysvipc(7)), which nobody has open, and POSIX message queues."""
 
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Struct
 
-from postcopy.integers import Pid, Unsigned
+from postcopy.integers import Pid, Unsigned, Unsigned31, Unsigned32
 
 Identifier = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Key = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 Mode = Annotated[int, msgspec.Meta(ge=0, le=0o777)]
 Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]  # of a user or a group
+
+
+QueueName = Annotated[str, msgspec.Meta(pattern=r"\A[^/\x00]*\Z", max_length=255)]
 
 
 class IpcName(Struct, frozen=True):
@@ -46,6 +49,35 @@ class Message(Struct, frozen=True):
 
     type: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     content: bytes
+
+
+class QueuedMessage(Struct, frozen=True):
+    """A message of a POSIX queue."""
+
+    priority: Annotated[int, msgspec.Meta(ge=0, lt=1 << 15)]  # MQ_PRIO_MAX
+    content: bytes
+
+
+class PosixQueue(Struct, frozen=True):
+    """A POSIX message queue (mq_overview(7)).
+
+    ``name``: without a slash; empty where it has been unlinked. ``most``: messages, ``size``: bytes of each, at most.
+    ``messages``: in the order in which they will be received.
+    """
+
+    name: QueueName
+    owner: tuple[Id, Id]
+    mode: Mode
+    most: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    messages: list[QueuedMessage] = []
+
+
+class QueueOpening(Struct, frozen=True):
+    """A message queue descriptor; ``queue`` indexes ``Descriptors.queues``."""
+
+    queue: Unsigned31
+    flags: Unsigned32
 
 
 class MessageQueue(Struct, frozen=True):

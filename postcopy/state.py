@@ -17,7 +17,7 @@ from msgspec import Struct, field
 
 from postcopy.errors import ProtocolError
 from postcopy.integers import Address, Fd, Pid, Unsigned
-from postcopy.ipc_kinds import IpcName, MessageQueue, SemaphoreSet
+from postcopy.ipc_kinds import IpcName, MessageQueue, PosixQueue, QueueName, QueueOpening, SemaphoreSet
 from postcopy.kinship import Relative
 from postcopy.nesting import PidNamespace
 from postcopy.open_kinds import (
@@ -428,6 +428,7 @@ class Description(Struct, frozen=True, omit_defaults=True):
     inet: InetSocket | None = None
     netlink: NetlinkSocket | None = None
     packet: PacketSocket | None = None
+    queue: QueueOpening | None = None
 
 
 class Slot(Struct, frozen=True):
@@ -451,6 +452,7 @@ class Descriptors(Struct, frozen=True):
     locks: list[Lock] = []
     ptys: list[Pty] = []
     socket_defaults: list[SocketDefaults] = []
+    queues: list[PosixQueue] = []
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
@@ -560,7 +562,7 @@ class Manifest(Struct, frozen=True):
     ``external``: resources in whose place ``restore`` must be given others; ``ptys``: numbers of pseudoterminals;
     ``shell_job``: ``restore`` must lend its terminal; ``init``: the root is the init of a PID namespace of its own.
     ``huge_pages``: how many hugetlb pages it takes, by their size (the logarithm). ``core_dumps``: a zombie left one.
-    ``ipc``: System V objects that are moved.
+    ``ipc``: System V objects that are moved; ``queues``: names of POSIX message queues.
     """
 
     tids: list[Pid]
@@ -579,6 +581,7 @@ class Manifest(Struct, frozen=True):
     huge_pages: list[tuple[Unsigned, Unsigned]] = []
     core_dumps: bool = False
     ipc: list[IpcName] = []
+    queues: list[QueueName] = []
 
 
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 """System V semaphores and message queues, which nobody has open, move with the tree that uses them."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -226,3 +227,86 @@ def test_messages_are_read_without_being_received() -> None:
         assert numbered.receive(identifier) == (3, b"abc")
     finally:
         message_queues.remove(identifier)
+
+
+# -- POSIX message queues ----------------------------------------------------------------------------------------------
+
+READ, WRITE, BOTH = os.O_RDONLY, os.O_WRONLY, os.O_RDWR
+
+
+def test_posix_queues_move_with_their_messages(hosts: Pair, program: Program) -> None:
+    both = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    writing = program.child(f"mq_open('named', {WRITE | os.O_NONBLOCK})")
+    for priority, content in ((1, b"one"), (30000, b"two"), (1, b""), (1, b"\0" * 100)):
+        program.parent(f"mq_send({both}, {priority}, {content!r})")
+    hidden = program.parent(f"mq_open('hidden', {BOTH | os.O_CREAT | os.O_NONBLOCK}, 2, 50)")
+    other = program.parent(f"mq_open('hidden', {READ | os.O_NONBLOCK}, 2, 50)")
+    program.parent(f"mq_unlink('hidden'), mq_send({hidden}, 7, b'seven')")
+    modes = f"[(os.fstat(fd).st_mode, os.fstat(fd).st_uid, os.get_inheritable(fd)) for fd in ({both}, {hidden})]"
+    shown = program.parent(modes)
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        move(source, destination, PID).wait_drained()
+        assert program.parent(f"mq_attributes({both})") == (0, 4, 100, 4)
+        assert program.parent(f"mq_attributes({other})") == (os.O_NONBLOCK, 2, 50, 1)
+        assert program.parent(modes) == shown
+        assert exists(destination, "named")
+        assert not exists(source, "named")
+        assert not exists(destination, "hidden")
+    assert program.child(f"mq_send({writing}, 0, b'x')") == "EAGAIN"
+    assert program.child(f"mq_receive({writing})") == "EBADF"
+    assert program.parent(f"mq_receive({both})") == (30000, b"two")
+    assert [program.parent(f"mq_receive({both})") for _ in range(3)] == [(1, b"one"), (1, b""), (1, b"\0" * 100)]
+    assert program.child(f"mq_send({writing}, 3, b'x')") == 0
+    assert program.parent(f"mq_receive({both})") == (3, b"x")
+    assert program.parent(f"mq_receive({other})") == (7, b"seven")
+    assert program.parent(f"mq_receive({hidden})") == "EAGAIN"
+    assert program.parent(f"mq_send({hidden}, 1, b'y'), mq_receive({other})") == (0, (1, b"y"))
+
+
+def exists(host: Host, name: str) -> bool:
+    """Whether a host has a queue of this name."""
+    code = f"from postcopy.kernel.mqueue import exists; print(exists({name!r}))"
+    return bool(eval(host.run([sys.executable, "-c", code], check=True).stdout))
+
+
+def test_receiver_that_waits_goes_on_waiting(hosts: Pair, program: Program, tmp_path: Path) -> None:
+    queue = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    inherited = program.child(f"mq_open('named', {READ})")
+    orders = tmp_path / "orders"
+    with orders.open("a") as stream:
+        stream.write(f"child mq_receive({inherited})\n")
+    child = int((hosts.a.proc / str(PID) / "task" / str(PID) / "children").read_text())
+    wait_until(lambda: "243 " in (hosts.a.proc / str(child) / "syscall").read_text(), SECONDS, "the child waits")
+    move(hosts.a, hosts.b, PID).wait_drained()
+    with orders.open("a") as stream:
+        stream.write(f"parent mq_send({queue}, 2, b'here')\n")
+    wait_until(lambda: "(2, b'here')" in (tmp_path / "answers").read_text(), SECONDS, "the child has received it")
+
+
+def test_posix_queues_of_others_are_refused(hosts: Pair, program: Program) -> None:
+    queue = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    program.parent(f"mq_send({queue}, 2, b'still here')")
+    opening = "from tests.programs.numbered import *; mq_open('named', {})"
+    other = hosts.a.popen([sys.executable, "-c", f"{opening.format(READ)}; time.sleep(1000)"])
+    wait_until(lambda: has_queue(hosts.a, other.pid), SECONDS, "the other process has opened it")
+    with pytest.raises(MigrationFailed, match="has this message queue open, too"):
+        start_dump(hosts.a, hosts.b, PID)
+    other.kill()
+    other.wait()
+    program.parent(f"mq_receive({queue}), mq_notify({queue})")
+    with pytest.raises(MigrationFailed, match="is to be told of its next message"):
+        start_dump(hosts.a, hosts.b, PID)
+    program.parent(f"mq_send({queue}, 2, b'still here')")
+    hosts.b.run([sys.executable, "-c", opening.format(BOTH | os.O_CREAT)], check=True)
+    migration = start_dump(hosts.a, hosts.b, PID)
+    with pytest.raises(MigrationFailed, match="there is a message queue /named here"):
+        start_restore(migration)
+    assert program.parent(f"mq_receive({queue})") == (2, b"still here")
+
+
+def has_queue(host: Host, pid: int) -> bool:
+    """Whether a process has the queue open."""
+    descriptors = host.proc / str(pid) / "fd"
+    with contextlib.suppress(FileNotFoundError):  # it closes some meanwhile
+        return any(os.readlink(link) == "/named" for link in descriptors.iterdir())
+    return False

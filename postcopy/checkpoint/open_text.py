@@ -28,6 +28,9 @@ def describe(of: Description, table: Descriptors) -> tuple[str, str]:
     if of.terminal is not None:
         side = "master" if of.terminal.master else "slave"
         return "terminal", f"{side} of /dev/pts/{table.ptys[of.terminal.pty].index}"
+    if of.queue is not None:
+        queue = table.queues[of.queue.queue]
+        return "mqueue", f"/{queue.name}, {len(queue.messages)} messages" if queue.name else "a queue without a name"
     if of.process is not None:
         return "pidfd", f"process {of.process.pid}"
     if of.ended is not None:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from postcopy.action_scripts import Action
 from postcopy.deadline import uninterrupted
-from postcopy.dump_side import network, signals, sleepers, socket_changes, socket_looks
+from postcopy.dump_side import mqueues, network, signals, sleepers, socket_changes, socket_looks
 from postcopy.dump_side.choices import MOVED, Choices
 from postcopy.dump_side.collect import collect
 from postcopy.dump_side.frozen_tree import FrozenTree
@@ -224,6 +224,7 @@ class Capture:
         self._ended = True
         self._shared.end()
         self._numbered.end()
+        mqueues.end(self.tree.descriptors.queues)
         self._reporter.event("killed", pid=self.frozen.root.pid)
 
 

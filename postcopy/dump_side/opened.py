@@ -245,10 +245,10 @@ class Table(Struct, dict=True):
     ``pids``: the processes of the tree; ``pid``: the one whose table is being collected. ``frozen``: contents are read,
     too. ``shared``: the memory of memfds; ``trusted_pipes``: see `Trusted`.
     ``holders``: for what other processes have open, by its link, one of them; once it has been looked for.
-    ``pipe_numbers``: pipes by inode. ``ghost_numbers``: files without a name by device and inode. ``alike``:
-    descriptors that may share a description, by what they show, each as (process, descriptor, number of its
-    description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among those like it as an earlier
-    look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
+    ``pipe_numbers``, ``queue_numbers``: pipes and message queues by inode. ``ghost_numbers``: files without a name by
+    device and inode. ``alike``: descriptors that may share a description, by what they show, each as (process,
+    descriptor, number of its description), as kcmp orders. ``ranks``: for a process and a descriptor, its place among
+    those like it as an earlier look has found it; so most of the comparing is saved. ``slots``: the tables, by process.
     ``carrying``: sockets (by inode) in which descriptors are on their way; ``received``: duplicates of these, ours.
     ``remembered``: a process's descriptors as an earlier look has found them; ``found``: the same of this one.
     ``reused``: which descriptions are those of the earlier look, by their id. ``identities``: by the number of a file's
@@ -271,6 +271,7 @@ class Table(Struct, dict=True):
     slots: dict[int, list[Slot]] = {}
     descriptors: Descriptors = field(default_factory=lambda: Descriptors([], []))
     pipe_numbers: dict[int, int] = {}
+    queue_numbers: dict[int, int] = {}
     ghost_numbers: dict[tuple[int, int], int] = {}
     watched_ghosts: list[tuple[Inotify, dict[int, tuple[int, int]]]] = []
     masters: dict[int, tuple[int, int]] | None = None

@@ -163,10 +163,11 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
         huge_pages=sorted((found.huge_pages + shared.huge_pages).items()),
         core_dumps=any(lineage.left_core_dump(pid) for pid in descendants),
         ipc=numbered.names,
+        queues=[each.name for each in found.table.descriptors.queues if each.name],
     )
-    alone = frozenset(found.table.pipe_numbers) | found.table.sockets.keys()
+    alone = found.table.pipe_numbers.keys() | found.table.queue_numbers.keys() | found.table.sockets.keys()
     return manifest, Trusted(
-        alone,
+        frozenset(alone),
         shared.keys,
         found.table.found_ranks(),
         found.known,

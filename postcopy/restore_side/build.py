@@ -191,6 +191,9 @@ class _Builder:
     def connect(self) -> None:
         """What may refer to the other processes of the tree."""
         state, leader = self._state, self._executors[0]
+        batch = leader.batch()
+        self._shared.numbered.adjust(state.pid, batch)
+        self._call(batch)
         if not state.table_of:
             descriptors.connect(state, self._shared, self._most_descriptors, self._call, leader.batch)
 
@@ -339,7 +342,7 @@ class _Builder:
                     filesystem.rebuild(self._state.filesystem, batch)
                 memory.show_arguments(self._state.memory, batch)
                 limits.rebuild(self._state.limits, batch)
-                self._shared.numbered.rebuild(self._state.pid, batch)
+                self._shared.numbered.use(self._state.pid, batch)
             threads.rebuild(thread, self._own(thread.tid), self._current, self._parent_stays, batch)
             batches.append(batch)
         alone = len(batches) == 1 and not timers.reads_clocks(self._state.timers)

@@ -25,6 +25,7 @@ from postcopy.restore_side import (
     inotify,
     locks,
     memfds,
+    mqueues,
     netlink_sockets,
     packet_sockets,
     pidfd,
@@ -214,6 +215,7 @@ _KINDS: dict[str, Opener] = {
     "unix": sockets.place,
     "netlink": sockets.place,
     "packet": sockets.place,
+    "queue": mqueues.rebuild,
 }
 
 

@@ -11,6 +11,7 @@ from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
 from postcopy.kernel.ipc import IPC_NOWAIT, IPC_RMID, control, listed
 from postcopy.restore_side.leftovers import Leftovers
+from postcopy.restore_side.mqueues import PosixQueues
 from postcopy.state import Tree
 
 _NAMES = {"sem": semaphores.name, "msg": message_queues.name}
@@ -37,10 +38,12 @@ class IpcObjects:
         self.queues: list[MessageQueue] = []
         self._leftovers = leftovers
         self._made: list[tuple[str, int]] = []
+        self.queues_by_name = PosixQueues(leftovers)
 
     def make(self, tree: Tree) -> None:
         """Make all of it, with the queues still empty, and for us alone. Raises RestoreError."""
         self.sets, self.queues = tree.semaphores, tree.message_queues
+        self.queues_by_name.make(tree.descriptors.queues)
         with _errors():
             for each in self.sets:
                 semaphores.create(each.identifier, each.key, each.values)
@@ -54,14 +57,19 @@ class IpcObjects:
         self._made.append((kind, identifier))
         self._leftovers.ipc_object(kind, identifier)
 
-    def rebuild(self, pid: int, batch: Batch) -> None:
-        """Add the calls by which process ``pid`` uses what it has used last, so that it has again, and by which its end
-        will undo what it would have undone; while it may still do so."""
+    def adjust(self, pid: int, batch: Batch) -> None:
+        """Add the calls by which the end of process ``pid`` will undo what it would have undone; before any `use`."""
         for each in self.sets:
-            for number, amount in _uses(each, pid).items():
-                content, count = semaphores.using(number, each.values[number], amount)
-                made = call("semop", each.identifier, batch.place(content), count)
-                batch.add(made, f"using semaphore {number} of {semaphores.name(each.identifier)}")
+            for one in each.adjustments:
+                if one.pid == pid:
+                    _use(batch, each, one.number, one.amount)
+
+    def use(self, pid: int, batch: Batch) -> None:
+        """Add the calls by which process ``pid`` uses what it has used last, so that it has again; while it may."""
+        for each in self.sets:
+            for number, user in enumerate(each.users):
+                if user == pid:
+                    _use(batch, each, number, 0)
         for queue in self.queues:
             if queue.user == pid:
                 what = f"filling {message_queues.name(queue.identifier)}"
@@ -76,11 +84,13 @@ class IpcObjects:
     def room(self, pid: int) -> int:
         """Bytes that these calls take, at most."""
         contents = [message.content for queue in self.queues if queue.user == pid for message in queue.messages]
-        uses = len(self.queues) + len(contents) + sum(len(_uses(each, pid)) for each in self.sets)
+        uses = len(self.queues) + len(contents)
+        uses += sum(each.users.count(pid) + len(each.adjustments) for each in self.sets)
         return _PER_USE * uses + sum(map(len, contents))
 
     def finish(self) -> None:
         """Once all processes are built: give everything to its owner. Raises RestoreError."""
+        self.queues_by_name.finish()
         with _errors():
             for each in self.sets:
                 semaphores.set_owner(each.identifier, each.owner, each.mode)
@@ -89,15 +99,16 @@ class IpcObjects:
 
     def undo(self) -> None:
         """Leave nothing behind."""
+        self.queues_by_name.undo()
         for kind, identifier in self._made:
             with contextlib.suppress(OSError):
                 remove(kind, identifier)
 
 
-def _uses(found: SemaphoreSet, pid: int) -> dict[int, int]:
-    """The semaphores that a process has to use, and what its end is to add to them."""
-    used = {number: 0 for number, user in enumerate(found.users) if user == pid}
-    return used | {each.number: each.amount for each in found.adjustments if each.pid == pid}
+def _use(batch: Batch, found: SemaphoreSet, number: int, amount: int) -> None:
+    content, count = semaphores.using(number, found.values[number], amount)
+    made = call("semop", found.identifier, batch.place(content), count)
+    batch.add(made, f"using semaphore {number} of {semaphores.name(found.identifier)}")
 
 
 def remove(kind: str, identifier: int) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import msgpack
 
-from postcopy.kernel import system_v
+from postcopy.kernel import mqueue, system_v
 from postcopy.kernel.ipc import IPC_RMID, control
 from postcopy.restore_side.root import HERE, Root
 
@@ -29,6 +29,10 @@ class Leftovers:
         """System V semaphores (``sem``) or a message queue (``msg``) has been made."""
         self._tell([kind, identifier])
 
+    def message_queue(self, name: str) -> None:
+        """A POSIX message queue has been made."""
+        self._tell(["mq", os.fsencode(name)])
+
     def directory(self, path: str) -> None:
         """A directory of a name that only we make is about to be made."""
         self._tell(os.fsencode(path))
@@ -49,6 +53,8 @@ class Leftovers:
             with contextlib.suppress(OSError):
                 if isinstance(name, int):
                     system_v.remove(name)
+                elif isinstance(name, list) and name[0] == b"mq":
+                    mqueue.unlink(os.fsdecode(name[1]))
                 elif isinstance(name, list):
                     kind, identifier = name
                     control(kind.decode(), "removing what is left", identifier, IPC_RMID)
@@ -56,7 +62,7 @@ class Leftovers:
                     with self._root.entered():
                         shutil.rmtree(os.fsdecode(name), ignore_errors=True)
 
-    def _tell(self, name: int | bytes | list[str | int] | None) -> None:
+    def _tell(self, name: int | bytes | list[str | int | bytes] | None) -> None:
         # A pipe that is full holds thousands of names: the rest is left behind.
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, msgpack.packb(name))

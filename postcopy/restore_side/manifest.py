@@ -11,7 +11,7 @@ from pathlib import Path
 from postcopy.kernel import cpu, procfs, vdso
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.libc import memory_at
-from postcopy.restore_side import core_dumps, ipc, unix_names
+from postcopy.restore_side import core_dumps, ipc, mqueues, unix_names
 from postcopy.restore_side.job import terminal
 from postcopy.restore_side.root import HERE, Root
 from postcopy.state import FileIdentity, Manifest
@@ -47,6 +47,7 @@ def problems(
         *_huge_pages(manifest.huge_pages),
         *core_dumps.problems(manifest.core_dumps, root),
         *ipc.problems(manifest.ipc),
+        *mqueues.problems(manifest.queues),
         *inside,
     ]
 

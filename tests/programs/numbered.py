@@ -78,6 +78,41 @@ def status(identifier: int, number: int) -> tuple[int, ...]:
     return key, uid, gid, mode
 
 
+def mq_open(name: str, flags: int, most: int = 4, size: int = 100) -> int:
+    """A descriptor; flags as of open(2)."""
+    attributes = struct.pack("<8q", 0, most, size, 0, 0, 0, 0, 0)
+    return _call(240, name.encode() + b"\0", flags, 0o620, attributes)
+
+
+def mq_unlink(name: str) -> int:
+    """The name goes, the queue stays while it is open."""
+    return _call(241, name.encode() + b"\0")
+
+
+def mq_send(queue: int, priority: int, content: bytes) -> int:
+    """Waits where the descriptor does."""
+    return _call(242, queue, content, len(content), priority, 0)
+
+
+def mq_receive(queue: int) -> tuple[int, bytes]:
+    """Waits where the descriptor does."""
+    buffer, priority = ctypes.create_string_buffer(8192), ctypes.c_uint()
+    length = _call(243, queue, buffer, 8192, ctypes.byref(priority), 0)
+    return priority.value, buffer.raw[:length]
+
+
+def mq_attributes(queue: int) -> tuple[int, ...]:
+    """Flags, most messages, most bytes, messages."""
+    buffer = ctypes.create_string_buffer(64)
+    _call(245, queue, 0, buffer)
+    return struct.unpack_from("<4q", buffer)
+
+
+def mq_notify(queue: int) -> int:
+    """Be told of the next message, by SIGCHLD, which nobody hears."""
+    return _call(244, queue, struct.pack("<Qii48x", 0, 17, 0))
+
+
 def main() -> None:
     """Do what is ordered, until killed."""
     child = os.fork()

@@ -1,0 +1,89 @@
+"""POSIX message queues that the tree alone has open, with what is in them."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable
+
+import msgpack
+
+from postcopy import roles
+from postcopy.deadline import uninterrupted
+from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
+from postcopy.dump_side.pipes import holder_outside
+from postcopy.dump_side.shared_memory import DELETED
+from postcopy.ipc_kinds import PosixQueue, QueuedMessage, QueueOpening
+from postcopy.kernel import mqueue
+from postcopy.state import Description
+
+
+def collect(table: Table, opened: Opened) -> Description | None:
+    """The description of a message queue; None for other kinds. The queue itself is added to the table once."""
+    if opened.mode != stat.S_IFREG or opened.stat.st_size != mqueue.STATUS_SIZE or opened.flags & O_PATH:
+        return None
+    if opened.stat.st_dev != mqueue.device():
+        return None
+    inode = opened.stat.st_dev << 64 | opened.stat.st_ino
+    if inode not in table.queue_numbers:
+        if inode not in table.trusted_pipes and (holder := holder_outside(table, opened.link)):
+            raise Refused(f"{opened.link}: process {holder}, which is not moved, has this message queue open, too")
+        # Looking fails where a running process closes it meanwhile: then it has no number.
+        found = _look(table, opened)
+        table.queue_numbers[inode] = len(table.descriptors.queues)
+        table.descriptors.queues.append(found)
+    return Description(queue=QueueOpening(table.queue_numbers[inode], opened.flags))
+
+
+def _look(table: Table, opened: Opened) -> PosixQueue:
+    # Opened through /proc, it can be used in every way, whichever way the descriptor is for.
+    own = os.open(f"/proc/{opened.pid}/fd/{opened.fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if pid := mqueue.notified(own):
+            raise Refused(f"{opened.link}: process {pid} is to be told of its next message (mq_notify)")
+        found, is_named = mqueue.attributes(own), not opened.link.endswith(DELETED)
+        return PosixQueue(
+            name=os.path.basename(opened.link) if is_named else "",
+            owner=(opened.stat.st_uid, opened.stat.st_gid),
+            mode=stat.S_IMODE(opened.stat.st_mode) & 0o777,
+            most=found.most,
+            size=found.size,
+            messages=_messages(own, found.size, opened.link) if table.frozen and found.waiting else [],
+        )
+    finally:
+        os.close(own)
+
+
+def _messages(own: int, size: int, name: str) -> list[QueuedMessage]:
+    """By a process of its own, which ends in peace when we are killed: what it takes out, it puts in again."""
+    reading, writing = os.pipe()
+
+    def look() -> None:
+        found: list[tuple[int, bytes]] = []
+        try:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    found.append(mqueue.receive(own, size))
+        finally:
+            for priority, content in found:
+                mqueue.send(own, priority, content)
+        with contextlib.suppress(BrokenPipeError), open(writing, "wb") as stream:
+            stream.write(msgpack.packb(found))
+
+    # The tree must not run while it is at it.
+    with uninterrupted():
+        looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[own, writing])
+        os.close(writing)
+        with open(reading, "rb") as stream:
+            packed = stream.read()
+        failed = looker.wait()
+    if failed or not packed:
+        raise Refused(f"{name}: what is in it could not be read")
+    return [QueuedMessage(priority, content) for priority, content in msgpack.unpackb(packed)]
+
+
+def end(queues: Iterable[PosixQueue]) -> None:
+    """The tree is of no more use here, and so are these."""
+    for each in queues:
+        if each.name:
+            with contextlib.suppress(OSError):
+                mqueue.unlink(each.name)
