@@ -33,14 +33,14 @@ class Adjustment(Struct, frozen=True):
 
 
 class SemaphoreSet(Struct, frozen=True):
-    """A set of System V semaphores; ``users``: of each the process that has used it last, 0 for one outside."""
+    """A set of System V semaphores; ``users``: of each the process that is to have used it last."""
 
     identifier: Identifier
     key: Key
     owner: tuple[Id, Id]
     mode: Mode
     values: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 15)]], msgspec.Meta(min_length=1)]
-    users: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 22)]]
+    users: list[Pid]
     adjustments: list[Adjustment] = []
 
 
@@ -81,7 +81,7 @@ class QueueOpening(Struct, frozen=True):
 
 
 class MessageQueue(Struct, frozen=True):
-    """A System V message queue; ``capacity``: bytes that may wait in it; ``user``: a process that has used it."""
+    """A System V message queue; ``capacity``: bytes that may wait in it; ``user``: who is to have used it last."""
 
     identifier: Identifier
     key: Key

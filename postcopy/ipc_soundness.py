@@ -15,7 +15,7 @@ def tree(found: Tree) -> Iterator[str]:
         where = f"semaphores[{place}]"
         if len(each.users) != len(each.values):
             yield f"{where}.users: {len(each.users)} of {len(each.values)} semaphores"
-        if unknown := {*each.users, *(one.pid for one in each.adjustments)} - pids - {0}:
+        if unknown := {*each.users, *(one.pid for one in each.adjustments)} - pids:
             yield f"{where}.users: {min(unknown)} is none of the processes"
         places = [(one.pid, one.number) for one in each.adjustments]
         if len({*places}) < len(places) or any(number >= len(each.values) for _, number in places):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,55 @@ def test_message_queues_move_with_their_messages(hosts: Pair, program: Program) 
     assert program.parent(f"receive({queue})") == (2, b"\0\n")
     assert program.parent(f"receive({queue})") == "ENOMSG"
     assert program.parent("msgget(77)") == queue
+
+
+def test_queue_that_somebody_waits_for_moves(hosts: Pair, program: Program, tmp_path: Path) -> None:
+    queue, found = program.parent("msgget(0)"), program.parent("semget(0, 1)")
+    with (tmp_path / "orders").open("a") as stream:
+        stream.write(f"child _call(70, {queue}, ctypes.create_string_buffer(64), 50, 0, 0)\n")
+        stream.write(f"parent _call(65, {found}, TAKE, 1)\n")
+    child = int((hosts.a.proc / str(PID) / "task" / str(PID) / "children").read_text())
+    wait_until(partial(waits, hosts.a, PID, 65), SECONDS, "the parent waits")
+    wait_until(partial(waits, hosts.a, child, 70), SECONDS, "the child waits")
+    with pytest.raises(MigrationFailed, match=f"message queue {queue} .* has been used by process"):
+        start_dump(hosts.a, hosts.b, PID)
+    move(hosts.a, hosts.b, PID, dump_options=OPTION).wait_drained()
+    giving = f"semop({found}, (0, 1, 0)), send({queue}, 3, b'abc')"
+    hosts.b.run([sys.executable, "-c", f"from tests.programs.numbered import *; {giving}"], check=True)
+    answers = tmp_path / "answers"
+    wait_until(lambda: sorted(answers.read_text().splitlines()[4:]) == ["0", "3"], SECONDS, "both go on")
+
+
+def waits(host: Host, pid: int, call: int) -> bool:
+    """Whether a process is in this call."""
+    return (host.proc / str(pid) / "syscall").read_text().startswith(f"{call} ")
+
+
+def test_semaphores_of_those_who_have_ended(hosts: Pair, program: Program) -> None:
+    found = program.child("semget(0x77, 1)")
+    program.child(f"setall({found}, 5)")
+    program.parent("os.kill(child, 9)")
+    child = int((hosts.a.proc / str(PID) / "task" / str(PID) / "children").read_text())
+    wait_until(lambda: hosts.a.proc_state(child) == "Z", SECONDS, "there is a zombie")
+    with pytest.raises(MigrationFailed, match="has been used by process"):
+        start_dump(hosts.a, hosts.b, PID)
+    move(hosts.a, hosts.b, PID, dump_options=OPTION).wait_drained()
+    assert program.parent(f"values({found}, 1)") == [5]
+    # From here on it is known whose it is.
+    program.parent("os.waitpid(child, 0)")
+    with pytest.raises(MigrationFailed, match=f"has been used by process {PID}"):
+        start_dump(hosts.b, hosts.a, PID)
+    assert program.parent(f"users({found}, 1)") == [PID]
+
+
+def test_what_nobody_can_tell_is_said(hosts: Pair, program: Program) -> None:
+    found = program.child("semget(0x77, 1)")
+    program.child(f"setall({found}, 5)")
+    program.parent("os.kill(child, 9), os.waitpid(child, 0)")
+    migration = move(hosts.a, hosts.b, PID)
+    log = "".join(text for _, text in migration.logs())
+    assert f"System V semaphore set {found} (key 0x77) has been used last by nobody who lives" in log
+    assert of(hosts.b, "sem") == []
 
 
 @pytest.mark.parametrize("kind", ["sem", "msg"])
@@ -276,7 +326,7 @@ def test_receiver_that_waits_goes_on_waiting(hosts: Pair, program: Program, tmp_
     with orders.open("a") as stream:
         stream.write(f"child mq_receive({inherited})\n")
     child = int((hosts.a.proc / str(PID) / "task" / str(PID) / "children").read_text())
-    wait_until(lambda: "243 " in (hosts.a.proc / str(child) / "syscall").read_text(), SECONDS, "the child waits")
+    wait_until(partial(waits, hosts.a, child, 243), SECONDS, "the child waits")
     move(hosts.a, hosts.b, PID).wait_drained()
     with orders.open("a") as stream:
         stream.write(f"parent mq_send({queue}, 2, b'here')\n")

@@ -111,7 +111,7 @@ def _collect(
     epoll.complete(table, problems)
     inotify.complete(table, problems)
     unix_peers.check(table, problems)
-    numbered.find(frozen.pids, table.choices, problems)
+    numbered.find(frozen.pids, frozen.zombies, table.choices, problems, lambda: ipc.waiting_frozen(frozen.processes))
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")
     processes: list[Process] = []

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from postcopy.dump_side.choices import Choices
+from postcopy.dump_side.freeze import Frozen
 from postcopy.errors import DumpError
 from postcopy.ipc_kinds import Adjustment, IpcName, Message, MessageQueue, SemaphoreSet
 from postcopy.kernel import message_queues, procfs, semaphores
-from postcopy.kernel.calls import call
+from postcopy.kernel.calls import NUMBERS, call
 from postcopy.kernel.executor import Executor
 from postcopy.kernel.ipc import listed
 from postcopy.kernel.semaphores import LEAST_ADJUSTMENT, MOST_VALUE
@@ -20,32 +21,49 @@ _GRACE_SECONDS = 2  # for a wall clock that has been set a little
 _AT_ONCE = 256  # semaphores that are asked after by one list of calls
 
 
+_CALLS = {NUMBERS["semop"]: "sem", NUMBERS["semtimedop"]: "sem", NUMBERS["msgsnd"]: "msg", NUMBERS["msgrcv"]: "msg"}
+
+Waiting = Mapping[tuple[str, int], Collection[int]]
+
+
 class IpcObjects:
-    """Those that a tree uses."""
+    """Those that a tree uses. ``doubtful``: names of others that nobody uses who lives, but that it may know."""
 
     def __init__(self) -> None:
         self._pids: Collection[int] = ()
+        self._zombies: Collection[int] = ()
         self._adjustments: dict[int, list[Adjustment]] = {}
         self.sets: dict[int, semaphores.SemaphoreStatus] = {}
         self.queues: dict[int, message_queues.QueueStatus] = {}
+        self.doubtful: list[str] = []
 
-    def find(self, pids: Collection[int], choices: Choices, problems: list[str]) -> None:
-        """Find those that the processes ``pids`` have used last; what of them cannot be moved is added to ``problems``.
+    def find(
+        self,
+        pids: Collection[int],
+        zombies: Collection[int],
+        choices: Choices,
+        problems: list[str],
+        find_waiting: Callable[[], Waiting],
+    ) -> None:
+        """Find those that the processes ``pids``, or ``zombies`` among them, have used last, or wait for; what of them
+        cannot be moved is added to ``problems``. ``find_waiting``: who waits for what; called if there is anything.
 
         Raises OSError.
         """
-        self._pids = pids
-        for identifier in listed("sem"):
+        self._pids, self._zombies = pids, zombies
+        sets, queues = listed("sem"), listed("msg")
+        self._waiting = find_waiting() if sets or queues else {}
+        for identifier in sets:
             with contextlib.suppress(OSError):  # it has just been removed
                 semaphore_set = semaphores.stat(identifier)
                 users = semaphores.last_users(identifier, semaphore_set.count)
                 times = [(pid, semaphore_set.changed) for pid in {*users} - {0}]
-                if self._is_used(semaphores.name(identifier), semaphore_set.key, times, choices, problems):
+                if self._is_used("sem", identifier, semaphore_set, times, choices, problems):
                     self.sets[identifier] = semaphore_set
-        for identifier in listed("msg"):
+        for identifier in queues:
             with contextlib.suppress(OSError):
                 queue = message_queues.stat(identifier)
-                if self._is_used(message_queues.name(identifier), queue.key, queue.users, choices, problems):
+                if self._is_used("msg", identifier, queue, queue.users, choices, problems):
                     self.queues[identifier] = queue
 
     @property
@@ -57,14 +75,23 @@ class IpcObjects:
         ]
 
     def _is_used(
-        self, name: str, key: int, users: list[tuple[int, int]], choices: Choices, problems: list[str]
+        self,
+        kind: str,
+        identifier: int,
+        status: semaphores.SemaphoreStatus | message_queues.QueueStatus,
+        users: list[tuple[int, int]],
+        choices: Choices,
+        problems: list[str],
     ) -> bool:
-        present = [pid for pid, when in users if _had_begun(pid, when)]
-        mine = [pid for pid in present if pid in self._pids]
+        name = semaphores.name(identifier) if kind == "sem" else message_queues.name(identifier)
+        what = f"{name} (key {status.key:#x})"
+        present = [*self._waiting.get((kind, identifier), ()), *(pid for pid, when in users if _had_begun(pid, when))]
+        mine = [pid for pid in present if pid in self._pids or pid in self._zombies]
+        others = [pid for pid in present if pid not in mine and not _has_ended(pid)]
         if not mine:
+            if not others and status.owner[0] in {os.stat(f"/proc/{pid}").st_uid for pid in self._pids}:
+                self.doubtful.append(what)
             return False
-        what = f"{name} (key {key:#x})"
-        others = [pid for pid in present if pid not in self._pids]
         if others:
             problems.append(f"{what} is used by process {others[0]}, too, which is not moved")
         elif not choices.sysv_ipc:
@@ -90,7 +117,8 @@ class IpcObjects:
         """All of them; ``common``: what a process is called in the state. Raises DumpError."""
 
         def called(pid: int) -> int:
-            return common(pid) if pid in self._pids else 0
+            # What somebody has used who has ended is the tree's now.
+            return common(pid if pid in self._pids else next(iter(self._pids)))
 
         try:
             sets = [
@@ -112,7 +140,7 @@ class IpcObjects:
                     each.owner,
                     each.mode,
                     each.capacity,
-                    next(filter(None, (called(pid) for pid, _ in each.users))),
+                    called(next((pid for pid, _ in each.users if pid in self._pids), 0)),
                     [Message(kind, content) for kind, content in message_queues.messages(identifier, each)],
                 )
                 for identifier, each in self.queues.items()
@@ -127,6 +155,35 @@ class IpcObjects:
             for identifier in identifiers:
                 with contextlib.suppress(OSError):
                     remove(identifier)
+
+
+def waiting(pids: Iterable[int]) -> Waiting:
+    """Who of the running processes ``pids`` waits in a call for which set (``sem``, id) or queue (``msg``, id)."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for tid in procfs.tids(pid):
+                number, *arguments = procfs.read(pid, f"task/{tid}/syscall").split()
+                if arguments and number.isdigit() and (kind := _CALLS.get(int(number))):
+                    found.setdefault((kind, int(arguments[0], 16)), []).append(pid)
+    return found
+
+
+def waiting_frozen(processes: Iterable[Frozen]) -> Waiting:
+    """The same of frozen ones."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for each in processes:
+        for thread in each.threads:
+            if kind := _CALLS.get(thread.registers["orig_rax"]):
+                found.setdefault((kind, thread.registers["rdi"]), []).append(each.pid)
+    return found
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return procfs.stat(pid)[3] in "ZX"
+    except OSError:
+        return True
 
 
 def _had_begun(pid: int, when: int) -> bool:

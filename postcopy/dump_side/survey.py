@@ -4,6 +4,7 @@ Gathers every reason why the tree cannot be moved, and what the destination must
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections import Counter
@@ -38,6 +39,8 @@ from postcopy.kernel import cpu, procfs
 from postcopy.kernel.elf import build_id
 from postcopy.kernel.process_memory import ProcessMemory
 from postcopy.state import Draft, FileIdentity, Manifest
+
+log = logging.getLogger("postcopy")
 
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, include/linux/sched.h
 _LOOKS, _BETWEEN_LOOKS = 4, 0.02
@@ -142,7 +145,10 @@ def _look(faces: dict[int, int], choices: Choices) -> tuple[Manifest, Trusted]:
             draft = sketches.draw((root, *alive), kin, sharing, found.known, found.table, found.vdso)
     inet_sockets.check_loops(found.table, found.problems)
     numbered = ipc.IpcObjects()
-    numbered.find(faces, choices, found.problems)
+    living = [root, *alive]
+    numbered.find(living, faces.keys() - {*living}, choices, found.problems, lambda: ipc.waiting(procfs.pids()))
+    for each in numbered.doubtful:
+        log.warning("%s has been used last by nobody who lives; if the program uses it, it will miss it", each)
     found.problems += shared.problems(set(faces.values()))
     if found.problems:
         raise ProblemsError(found.problems, f"process {root} ({_name(root)}) cannot be moved")

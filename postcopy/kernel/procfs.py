@@ -66,6 +66,11 @@ def link(pid: int, name: str) -> str:
         raise refused(f"reading the link /proc/{pid}/{name}", error.errno) from None
 
 
+def pids() -> list[int]:
+    """All processes."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def exists(pid: int) -> bool:
     """Whether there is such a process, a zombie too."""
     return os.path.exists(f"/proc/{pid}/status")

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 SEM_UNDO, IPC_NOWAIT, IPC_CREAT, IPC_STAT = 0x1000, 0o4000, 0o1000, 2
+TAKE = struct.pack("=Hhh", 0, -1, 0)
 GETPID, GETALL, SETALL = 11, 13, 17
 _libc = ctypes.CDLL(None, use_errno=True)
 
