@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making the two hosts 
 SECONDS = 30
 PID = 4300
 OPTION = ("--sysv-ipc",)
+READ, WRITE, BOTH = os.O_RDONLY, os.O_WRONLY, os.O_RDWR
 
 
 class Program:
@@ -216,10 +217,15 @@ def test_failed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Pat
     script.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ]\n')
     script.chmod(0o755)
     program.parent("setall(semget(0x55, 1), 1), send(msgget(0x66), 1, b'x')")
+    queue = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    program.parent(f"mq_send({queue}, 2, b'first'), mq_send({queue}, 1, b'last'), mq_send({queue}, 2, b'second')")
     migration = start_dump(hosts.a, hosts.b, PID, options=OPTION)
     with pytest.raises(MigrationFailed):
         start_restore(migration, options=("--action-script", str(script)))
     wait_until(lambda: not of(hosts.b, "sem") and not of(hosts.b, "msg"), SECONDS, "nothing is left")
+    assert not exists(hosts.b, "named")
+    received = [program.parent(f"mq_receive({queue})") for _ in range(3)]
+    assert received == [(2, b"first"), (2, b"second"), (1, b"last")]
     assert program.parent("receive(msgget(0x66))") == (1, b"x")
     assert program.child("values(semget(0x55, 0), 1)") == [1]
 
@@ -281,8 +287,6 @@ def test_messages_are_read_without_being_received() -> None:
 
 # -- POSIX message queues ----------------------------------------------------------------------------------------------
 
-READ, WRITE, BOTH = os.O_RDONLY, os.O_WRONLY, os.O_RDWR
-
 
 def test_posix_queues_move_with_their_messages(hosts: Pair, program: Program) -> None:
     both = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
@@ -301,7 +305,7 @@ def test_posix_queues_move_with_their_messages(hosts: Pair, program: Program) ->
         assert program.parent(modes) == shown
         assert exists(destination, "named")
         assert not exists(source, "named")
-        assert not exists(destination, "hidden")
+        assert os.readlink(destination.proc / str(PID) / "fd" / str(hidden)).endswith(" (deleted)")
     assert program.child(f"mq_send({writing}, 0, b'x')") == "EAGAIN"
     assert program.child(f"mq_receive({writing})") == "EBADF"
     assert program.parent(f"mq_receive({both})") == (30000, b"two")
