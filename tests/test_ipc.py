@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from postcopy.kernel import message_queues, semaphores
 from postcopy.kernel.ipc import listed
 from tests.hosts import Host, Pair, wait_until
-from tests.migrate import MigrationFailed, move, start_dump, start_restore
+from tests.migrate import PORT, MigrationFailed, move, start_dump, start_restore
 from tests.programs import numbered
+from tests.sides import Side
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making the two hosts takes root")
 
@@ -228,6 +229,24 @@ def test_failed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Pat
     assert received == [(2, b"first"), (2, b"second"), (1, b"last")]
     assert program.parent("receive(msgget(0x66))") == (1, b"x")
     assert program.child("values(semget(0x55, 0), 1)") == [1]
+
+
+def test_killed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Path) -> None:
+    program.parent("setall(semget(0x55, 1), 1), send(msgget(0x66), 1, b'x')")
+    queue = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    address = ["--address", hosts.a.address, "--port", str(PORT)]
+    command = ["dump", "--lazy-pages", "-t", str(PID), *address, *OPTION]
+    source = Side.start(hosts.a, tmp_path / "dump.err", command)
+    source.await_event("listening")
+    destination = Side.start(hosts.b, tmp_path / "restore.err", ["restore", "--lazy-pages", *address], pause="built")
+    destination.await_pause("built")
+    assert (len(of(hosts.b, "sem")), len(of(hosts.b, "msg")), exists(hosts.b, "named")) == (1, 1, True)
+    destination.process.kill()
+    source.ends(7)
+    wait_until(lambda: not of(hosts.b, "sem") and not of(hosts.b, "msg"), SECONDS, "they are gone")
+    wait_until(lambda: not exists(hosts.b, "named"), SECONDS, "the queue is gone")
+    assert (len(of(hosts.a, "sem")), len(of(hosts.a, "msg")), exists(hosts.a, "named")) == (1, 1, True)
+    assert program.parent(f"mq_attributes({queue})") == (0, 4, 100, 0)
 
 
 # -- what SEM_UNDO keeps, as it is asked for ---------------------------------------------------------------------------
