@@ -33,10 +33,14 @@ class Adjustment(Struct, frozen=True):
 
 
 class SemaphoreSet(Struct, frozen=True):
-    """A set of System V semaphores; ``users``: of each the process that is to have used it last."""
+    """A set of System V semaphores.
+
+    ``creator``, ``owner``: user and group. ``users``: of each semaphore the process that is to have used it last.
+    """
 
     identifier: Identifier
     key: Key
+    creator: tuple[Id, Id]
     owner: tuple[Id, Id]
     mode: Mode
     values: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 15)]], msgspec.Meta(min_length=1)]
@@ -85,6 +89,7 @@ class MessageQueue(Struct, frozen=True):
 
     identifier: Identifier
     key: Key
+    creator: tuple[Id, Id]
     owner: tuple[Id, Id]
     mode: Mode
     capacity: Unsigned

@@ -221,7 +221,7 @@ def _process(
         if pid in table.slots:
             edges.find(table, pid, executors[0])
             socket_changes.read_close_on_exec(table, pid, executors[0])
-        numbered.read_adjustments(executors[0], frozen.pid, kin.common(frozen.pid))
+        numbered.read_adjustments(executors[0], frozen.pid, kin.common(frozen.pid), table.choices)
         locks = memory.future_locks(frozen, arena.range)
         arena.leave()
         yield

@@ -10,7 +10,7 @@ from postcopy.dump_side.choices import Choices
 from postcopy.dump_side.freeze import Frozen
 from postcopy.errors import DumpError
 from postcopy.ipc_kinds import Adjustment, IpcName, Message, MessageQueue, SemaphoreSet
-from postcopy.kernel import message_queues, procfs, semaphores
+from postcopy.kernel import kcmp, message_queues, procfs, semaphores
 from postcopy.kernel.calls import NUMBERS, call
 from postcopy.kernel.executor import Executor
 from postcopy.kernel.ipc import listed
@@ -24,6 +24,7 @@ _AT_ONCE = 256  # semaphores that are asked after by one list of calls
 _CALLS = {NUMBERS["semop"]: "sem", NUMBERS["semtimedop"]: "sem", NUMBERS["msgsnd"]: "msg", NUMBERS["msgrcv"]: "msg"}
 
 Waiting = Mapping[tuple[str, int], Collection[int]]
+_Question = Callable[[int, int, int], tuple[bytes, int]]
 
 
 class IpcObjects:
@@ -36,6 +37,7 @@ class IpcObjects:
         self.sets: dict[int, semaphores.SemaphoreStatus] = {}
         self.queues: dict[int, message_queues.QueueStatus] = {}
         self.doubtful: list[str] = []
+        self._doubtful_sets: dict[int, semaphores.SemaphoreStatus] = {}
 
     def find(
         self,
@@ -91,6 +93,8 @@ class IpcObjects:
         if not mine:
             if not others and status.owner[0] in {os.stat(f"/proc/{pid}").st_uid for pid in self._pids}:
                 self.doubtful.append(what)
+                if isinstance(status, semaphores.SemaphoreStatus):
+                    self._doubtful_sets[identifier] = status
             return False
         if others:
             problems.append(f"{what} is used by process {others[0]}, too, which is not moved")
@@ -103,15 +107,26 @@ class IpcObjects:
 
     # -- of a frozen tree ---------------------------------------------------------------------------------------------
 
-    def read_adjustments(self, executor: Executor, pid: int, number: int) -> None:
+    def read_adjustments(self, executor: Executor, pid: int, number: int, choices: Choices) -> None:
         """Find what SEM_UNDO would add at the end of process ``pid``, called ``number`` in the state.
 
         Raises DumpError, OSError.
         """
-        for identifier, status in self.sets.items():
+        sets = {**self.sets, **self._doubtful_sets}
+        if not sets or kcmp.has_nothing_to_undo(pid):
+            return
+        for identifier, status in sets.items():
             asking = _Asking(executor, pid, identifier, semaphores.values(identifier, status.count))
-            for place, amount in asking.adjustments():
-                self._adjustments.setdefault(identifier, []).append(Adjustment(number, place, amount))
+            found = [Adjustment(number, place, amount) for place, amount in asking.adjustments()]
+            if found and identifier in self._doubtful_sets:
+                # Nobody else has shown whose it is.
+                if not choices.sysv_ipc:
+                    raise DumpError(
+                        f"{semaphores.name(identifier)} is used by process {pid} (SEM_UNDO)",
+                        "if nobody else uses it, it is moved with --sysv-ipc, and removed here",
+                    )
+                self.sets[identifier] = self._doubtful_sets.pop(identifier)
+            self._adjustments.setdefault(identifier, []).extend(found)
 
     def collect(self, common: Callable[[int], int]) -> tuple[list[SemaphoreSet], list[MessageQueue]]:
         """All of them; ``common``: what a process is called in the state. Raises DumpError."""
@@ -125,6 +140,7 @@ class IpcObjects:
                 SemaphoreSet(
                     identifier,
                     each.key,
+                    each.creator,
                     each.owner,
                     each.mode,
                     semaphores.values(identifier, each.count),
@@ -137,6 +153,7 @@ class IpcObjects:
                 MessageQueue(
                     identifier,
                     each.key,
+                    each.creator,
                     each.owner,
                     each.mode,
                     each.capacity,
@@ -146,7 +163,7 @@ class IpcObjects:
                 for identifier, each in self.queues.items()
             ]
         except OSError as error:
-            raise DumpError(str(error)) from None
+            raise DumpError(error.strerror or str(error)) from None
         return sets, queues
 
     def end(self) -> None:
@@ -209,30 +226,33 @@ class _Asking:
         """The semaphores where that is anything, and what. Raises DumpError."""
         for first in range(0, len(self._values), _AT_ONCE):
             some = range(first, min(first + _AT_ONCE, len(self._values)))
-            above = self._try([semaphores.is_above(n, self._values[n], 0) for n in some])
-            below = self._try([semaphores.is_below(n, self._values[n], 0) for n in some])
-            for number, is_above, is_below in zip(some, above, below, strict=True):
-                if is_above or is_below:
-                    yield number, self._amount(number, semaphores.is_above if is_above else semaphores.is_below)
+            above = self._try(semaphores.is_above, dict.fromkeys(some, 0))
+            below = self._try(semaphores.is_below, dict.fromkeys(some, 0))
+            yield from self._amounts(semaphores.is_above, [n for n in some if above[n]], MOST_VALUE)
+            yield from self._amounts(semaphores.is_below, [n for n in some if below[n]], LEAST_ADJUSTMENT)
 
-    def _amount(self, number: int, question: Callable[[int, int, int], tuple[bytes, int]]) -> int:
-        inner, outer = 0, MOST_VALUE if question is semaphores.is_above else LEAST_ADJUSTMENT
-        while abs(outer - inner) > 1:
-            middle = (inner + outer) // 2
-            if self._try([question(number, self._values[number], middle)])[0]:
-                inner = middle
-            else:
-                outer = middle
-        return outer
+    def _amounts(self, question: _Question, numbers: list[int], most: int) -> Iterator[tuple[int, int]]:
+        """By bisection, of all at once: each is beyond the first of its bounds, and not beyond the other."""
+        bounds = dict.fromkeys(numbers, (0, most))
+        while middles := {n: (inner + outer) // 2 for n, (inner, outer) in bounds.items() if abs(outer - inner) > 1}:
+            for number, is_beyond in self._try(question, middles).items():
+                inner, outer = bounds[number]
+                bounds[number] = (middles[number], outer) if is_beyond else (inner, middles[number])
+        for number, (_, outer) in bounds.items():
+            yield number, outer
 
-    def _try(self, operations: list[tuple[bytes, int]]) -> list[bool]:
-        """Have the process try what cannot be done; of each, whether an adjustment would have left its range."""
+    def _try(self, question: _Question, amounts: Mapping[int, int]) -> dict[int, bool]:
+        """Have the process try what cannot be done; whether its adjustment of each semaphore is beyond the amount."""
         batch = self._executor.batch()
-        for content, count in operations:
+        for number, amount in amounts.items():
+            content, count = question(number, self._values[number], amount)
             batch.add(call("semop", self._identifier, batch.place(content), count))
         results = self._executor.run(batch).results
         for result in results:
             if result not in (-errno.ERANGE, -errno.EAGAIN):
                 why, name = errno.errorcode.get(-result, str(result)), semaphores.name(self._identifier)
-                raise DumpError(f"process {self._pid} cannot be asked what it would undo in {name}: {why}")
-        return [result == -errno.ERANGE for result in results]
+                raise DumpError(
+                    f"process {self._pid} may have something to undo in {name}, which it cannot be asked for: {why}",
+                    "let it have write access (semctl(2), IPC_SET)",
+                )
+        return {number: result == -errno.ERANGE for number, result in zip(amounts, results, strict=True)}

@@ -10,10 +10,8 @@ import msgpack
 from postcopy import roles
 from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
-from postcopy.dump_side.pipes import holder_outside
-from postcopy.dump_side.shared_memory import DELETED
 from postcopy.ipc_kinds import PosixQueue, QueuedMessage, QueueOpening
-from postcopy.kernel import mqueue
+from postcopy.kernel import mqueue, procfs
 from postcopy.state import Description
 
 
@@ -21,11 +19,11 @@ def collect(table: Table, opened: Opened) -> Description | None:
     """The description of a message queue; None for other kinds. The queue itself is added to the table once."""
     if opened.mode != stat.S_IFREG or opened.stat.st_size != mqueue.STATUS_SIZE or opened.flags & O_PATH:
         return None
-    if opened.stat.st_dev != mqueue.device():
+    if not mqueue.is_one(f"/proc/{opened.pid}/fd/{opened.fd}"):
         return None
     inode = opened.stat.st_dev << 64 | opened.stat.st_ino
     if inode not in table.queue_numbers:
-        if inode not in table.trusted_pipes and (holder := holder_outside(table, opened.link)):
+        if inode not in table.trusted_pipes and (holder := _holder_outside(table, opened.stat)):
             raise Refused(f"{opened.link}: process {holder}, which is not moved, has this message queue open, too")
         # Looking fails where a running process closes it meanwhile: then it has no number.
         found = _look(table, opened)
@@ -40,9 +38,9 @@ def _look(table: Table, opened: Opened) -> PosixQueue:
     try:
         if pid := mqueue.notified(own):
             raise Refused(f"{opened.link}: process {pid} is to be told of its next message (mq_notify)")
-        found, is_named = mqueue.attributes(own), not opened.link.endswith(DELETED)
+        found = mqueue.attributes(own)
         return PosixQueue(
-            name=os.path.basename(opened.link) if is_named else "",
+            name=os.path.basename(opened.link) if opened.stat.st_nlink else "",
             owner=(opened.stat.st_uid, opened.stat.st_gid),
             mode=stat.S_IMODE(opened.stat.st_mode) & 0o777,
             most=found.most,
@@ -79,6 +77,21 @@ def _messages(own: int, size: int, name: str) -> list[QueuedMessage]:
     if failed or not packed:
         raise Refused(f"{name}: what is in it could not be read")
     return [QueuedMessage(priority, content) for priority, content in msgpack.unpackb(packed)]
+
+
+def _holder_outside(table: Table, found: os.stat_result) -> int:
+    """A process outside of the tree that has the queue open, 0 for none."""
+    # Children may have been born to the tree since its processes were listed.
+    own = {each for pid in table.pids for each in (pid, *procfs.descendants(pid))} | {os.getpid()}
+    for pid in procfs.pids():
+        if pid in own:
+            continue
+        with contextlib.suppress(OSError):
+            for fd in procfs.descriptors(pid):
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), found):
+                        return pid
+    return 0
 
 
 def end(queues: Iterable[PosixQueue]) -> None:

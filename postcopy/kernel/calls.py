@@ -106,6 +106,7 @@ NUMBERS = {
     "exit": 60,
     "tgkill": 234,
     "semtimedop": 220,
+    "fstatfs": 138,
     "mq_open": 240,
     "mq_unlink": 241,
     "mq_timedsend": 242,

@@ -1,6 +1,7 @@
 """What all System V objects have in common (sysvipc(7)): keys and ids, owners, removal."""
 
 import errno
+import os
 import struct
 from pathlib import Path
 
@@ -16,7 +17,10 @@ _OWNER = struct.Struct("<II8xI")
 
 def listed(kind: str) -> dict[int, int]:
     """The keys of all objects of this IPC namespace, by id; ``kind``: ``shm``, ``sem`` or ``msg``. Raises OSError."""
-    lines = Path("/proc/sysvipc", kind).read_text().splitlines()[1:]
+    try:
+        lines = Path("/proc/sysvipc", kind).read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return {}  # a kernel without CONFIG_SYSVIPC, or a /proc of processes alone
     return {int(identifier): int(key) for key, identifier, *_ in map(str.split, lines)}
 
 
@@ -29,6 +33,15 @@ def choose_id(kind: str, identifier: int, what: str) -> None:
             stream.write(str(identifier))
     except OSError as error:
         raise refused(f"{what}: choosing its id by {path}", error.errno) from None
+
+
+def become(creator: tuple[int, int]) -> None:
+    """Be this user, and of this group, from here on: who makes an object is its creator for good, and always has
+    access. Does nothing where that is what we are; else it is for a process of its own. Raises OSError."""
+    uid, gid = creator
+    if (uid, gid) != (os.geteuid(), os.getegid()):
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
 
 
 def check_id(kind: str, got: int, identifier: int, what: str) -> None:

@@ -1,5 +1,6 @@
 """kcmp(2): whether two processes share a kernel object."""
 
+import os
 import struct
 
 from postcopy.kernel.calls import NUMBERS
@@ -7,7 +8,7 @@ from postcopy.kernel.libc import address_of, lib, refused, syscall
 
 _NR_KCMP = NUMBERS["kcmp"]
 _ORDER = (0, -1, 1)
-_KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND, _KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 7
+_KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND, _KCMP_SYSVSEM, _KCMP_EPOLL_TFD = 0, 1, 2, 3, 4, 6, 7
 
 # What processes may share by clone(2) although they are no threads of one another.
 MEMORY, TABLE, PLACES, SIGNAL_ACTIONS = _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_SIGHAND
@@ -55,6 +56,12 @@ def same_table(first: int, second: int) -> bool:
 def same_places(first: int, second: int) -> bool:
     """Whether two tasks share their root, working directory and umask."""
     return _same(_KCMP_FS, first, second)
+
+
+def has_nothing_to_undo(pid: int) -> bool:
+    """Whether a process has no list of what SEM_UNDO is to undo (semop(2)): who makes a thread has one, too. Where we
+    have one, nobody is told apart."""
+    return _same(_KCMP_SYSVSEM, pid, os.getpid())
 
 
 def _same(kind: int, first: int, second: int) -> bool:

@@ -13,6 +13,7 @@ from postcopy.kernel.ipc import (
     IPC_SET,
     IPC_STAT,
     PERM,
+    become,
     check_id,
     choose_id,
     control,
@@ -33,6 +34,7 @@ class QueueStatus(Struct, frozen=True):
     (s since the epoch)."""
 
     key: int
+    creator: tuple[int, int]
     owner: tuple[int, int]
     mode: int
     capacity: int
@@ -44,9 +46,9 @@ class QueueStatus(Struct, frozen=True):
 def stat(identifier: int) -> QueueStatus:
     """msgctl(2), IPC_STAT. Raises OSError: EINVAL (there is none)."""
     found = _MSQID_DS.unpack(_stat(identifier))
-    key, uid, gid, _, _, mode, _, sent, received, _, filled, messages, capacity, sender, receiver = found
+    key, uid, gid, creator, group, mode, _, sent, received, _, filled, messages, capacity, sender, receiver = found
     users = [(pid, time) for pid, time in ((sender, sent), (receiver, received)) if pid]
-    return QueueStatus(key, (uid, gid), mode & 0o777, capacity, filled, messages, users)
+    return QueueStatus(key, (creator, group), (uid, gid), mode & 0o777, capacity, filled, messages, users)
 
 
 def _stat(identifier: int) -> bytearray:
@@ -73,10 +75,12 @@ def messages(identifier: int, status: QueueStatus) -> list[tuple[int, bytes]]:
     return found
 
 
-def create(identifier: int, key: int) -> None:
-    """A new queue with a chosen id, for its owner alone. Raises OSError: EEXIST (the id or key is taken), ENOSPC."""
+def create(identifier: int, key: int, creator: tuple[int, int]) -> None:
+    """A new queue with a chosen id, for its creator alone; as of `ipc.become`. Raises OSError: EEXIST (the id or the
+    key is taken), ENOSPC."""
     what = f"making {name(identifier)} (key {key:#x})"
     choose_id("msg", identifier, what)
+    become(creator)
     got = syscall(what, NUMBERS["msgget"], key, IPC_CREAT | IPC_EXCL | 0o600)
     check_id("msg", got, identifier, what)
 

@@ -1,7 +1,5 @@
 """POSIX message queues: mq_open(2) and its kind, by names without a slash. Errors are OSError."""
 
-import contextlib
-import functools
 import os
 import re
 import struct
@@ -14,6 +12,7 @@ from postcopy.kernel.libc import address_of, syscall
 # struct mq_attr: flags, most messages, bytes of each, messages that are there.
 _ATTRIBUTES = struct.Struct("<4q32x")
 _NOTIFIED = re.compile(rb"NOTIFY_PID:(\d+)")
+_STATFS_SIZE, _MQUEUE_MAGIC = 120, 0x19800202
 STATUS_SIZE = 80  # FILENT_SIZE, ipc/mqueue.c: of the file that a queue is
 
 
@@ -82,15 +81,12 @@ def send(fd: int, priority: int, content: bytes) -> None:
     syscall("filling a message queue", NUMBERS["mq_timedsend"], fd, address_of(content), len(content), priority, 0)
 
 
-@functools.cache
-def device() -> int:
-    """The device number of the files that the queues of this IPC namespace are; 0 where there can be none."""
-    name = f"postcopy.{os.getpid()}.{os.urandom(4).hex()}"
-    with contextlib.suppress(OSError):
-        fd = create(name, 1, 1)
-        try:
-            return os.fstat(fd).st_dev
-        finally:
-            unlink(name)
-            os.close(fd)
-    return 0
+def is_one(path: str) -> bool:
+    """Whether there is a queue at this path of ``/proc`` (fstatfs(2)). Raises OSError."""
+    opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = bytearray(_STATFS_SIZE)
+        syscall(f"looking at {path}", NUMBERS["fstatfs"], opened, address_of(status))
+        return int.from_bytes(status[:8], "little") == _MQUEUE_MAGIC
+    finally:
+        os.close(opened)

@@ -15,6 +15,7 @@ from postcopy.kernel.ipc import (
     IPC_SET,
     IPC_STAT,
     PERM,
+    become,
     check_id,
     choose_id,
     control,
@@ -37,6 +38,7 @@ class SemaphoreStatus(Struct, frozen=True):
     """What IPC_STAT tells of a set; ``changed``: when it was used last, or set (s since the epoch)."""
 
     key: int
+    creator: tuple[int, int]
     owner: tuple[int, int]
     mode: int
     count: int
@@ -45,8 +47,8 @@ class SemaphoreStatus(Struct, frozen=True):
 
 def stat(identifier: int) -> SemaphoreStatus:
     """semctl(2), IPC_STAT. Raises OSError: EINVAL (there is none)."""
-    key, uid, gid, _, _, mode, _, used, _, changed, _, count = _SEMID_DS.unpack(_stat(identifier))
-    return SemaphoreStatus(key, (uid, gid), mode & 0o777, count, max(used, changed))
+    key, uid, gid, creator, group, mode, _, used, _, changed, _, count = _SEMID_DS.unpack(_stat(identifier))
+    return SemaphoreStatus(key, (creator, group), (uid, gid), mode & 0o777, count, max(used, changed))
 
 
 def _stat(identifier: int) -> bytearray:
@@ -73,11 +75,12 @@ def last_users(identifier: int, count: int) -> list[int]:
     return [control("sem", what, identifier, _GETPID, number=number) for number in range(count)]
 
 
-def create(identifier: int, key: int, found: Sequence[int]) -> None:
-    """A new set with a chosen id and these values, for its owner alone. Raises OSError: EEXIST (the id or the key is
-    taken), ENOSPC."""
+def create(identifier: int, key: int, creator: tuple[int, int], found: Sequence[int]) -> None:
+    """A new set with a chosen id and these values, for its creator alone; as of `ipc.become`. Raises OSError: EEXIST
+    (the id or the key is taken), ENOSPC."""
     what = f"making {name(identifier)} (key {key:#x})"
     choose_id("sem", identifier, what)
+    become(creator)
     got = syscall(what, NUMBERS["semget"], key, len(found), IPC_CREAT | IPC_EXCL | 0o600)
     check_id("sem", got, identifier, what)
     initial = array("H", found)

@@ -79,10 +79,18 @@ class Building:
     """
 
     def __init__(
-        self, state: Process, newborn: birth.Newborn, groundwork: Groundwork, nesting: Nesting, parent_stays: bool
+        self,
+        state: Process,
+        newborn: birth.Newborn,
+        groundwork: Groundwork,
+        nesting: Nesting,
+        parent_stays: bool,
+        room: int = 0,
     ) -> None:
-        """``groundwork``: of the new process; ``nesting``: the PID namespaces of the tree."""
+        """``groundwork``: of the new process; ``nesting``: the PID namespaces of the tree; ``room``: `room_to_join`, if
+        that is known."""
         self.built = Built(newborn, state, -1, [newborn.pid])
+        self._room = room
         self._groundwork = groundwork
         self._nesting = nesting
         self._parent_stays = parent_stays
@@ -94,7 +102,7 @@ class Building:
         In steps: after each the process is busy on its own for a while.
         """
         with _errors_named(self.built.state):
-            self._builder = _Builder(self.built, self._groundwork, self._nesting, self._parent_stays)
+            self._builder = _Builder(self.built, self._groundwork, self._nesting, self._parent_stays, self._room)
             yield from self._builder.begin(pages, objects)
 
     def give_up(self) -> None:
@@ -143,7 +151,9 @@ def _errors_named(state: Process) -> Iterator[None]:
 class _Builder:
     _shared: Shared
 
-    def __init__(self, built: Built, groundwork: Groundwork, nesting: Nesting, parent_stays: bool) -> None:
+    def __init__(
+        self, built: Built, groundwork: Groundwork, nesting: Nesting, parent_stays: bool, room_to_join: int
+    ) -> None:
         self._built = built
         self._groundwork = groundwork
         self._nesting = nesting
@@ -154,7 +164,7 @@ class _Builder:
         self._asleep: set[int] = set()
         self._current = own_credentials()
         rooms = [CODE_SIZE + threads.room(thread, self._current) for thread in self._state.threads]
-        rooms[0] += _estimate(self._state)
+        rooms[0] += _estimate(self._state) + room_to_join
         self._rooms = [page_up(room) for room in rooms]
         queued = [*self._state.signals.pending, *(s for thread in self._state.threads for s in thread.pending)]
         pending = sum({signal_bit(int.from_bytes(siginfo[:4], "little")) for siginfo in queued})
@@ -172,8 +182,7 @@ class _Builder:
     def join(self, shared: Shared) -> None:
         """Have room for the calls that make the descriptors, and for these."""
         self._shared = shared
-        wanted = CODE_SIZE + _estimate(self._state) + descriptors.room(self._state, shared)
-        wanted += shared.numbered.room(self._state.pid)
+        wanted = CODE_SIZE + _estimate(self._state) + room_to_join(self._state, shared)
         if wanted > self._rooms[0]:
             more = page_up(wanted - self._rooms[0])
             batch = self._executors[0].batch()
@@ -428,6 +437,11 @@ class _Builder:
 
     def _checked(self, answers: Answers) -> Answers:
         return check(self._state.pid, answers)
+
+
+def room_to_join(state: Process, shared: Shared) -> int:
+    """Bytes that the leader's batches need for what is not of its process alone."""
+    return descriptors.room(state, shared) + shared.numbered.room(state.pid)
 
 
 def _estimate(state: Process) -> int:

@@ -24,6 +24,8 @@ _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _FIXED_ROOM, _PER_VMA, _PER_THREAD = 2 << 20, 768, 8192
 # Bytes that the executor's memory can grow by, wherever there is a hole that large.
 _SPARE = 1 << 40
+# And bytes before it, since what lies there may grow: the heap.
+_DISTANCE = 1 << 34
 # Where a new process has the directory of ``restore``'s descriptors, behind the standard streams; then comes the rest
 # of what it is lent.
 LENDER_AT = 3
@@ -125,7 +127,7 @@ class Groundwork:
         size = page_up(size)
         in_use = [*(range(line.start, line.end) for line in present), *memory.in_use(state)]
         try:
-            base = memory.hole(size + _SPARE, in_use)
+            base = memory.hole(_DISTANCE + size + _SPARE, in_use) + _DISTANCE
             self.spare = range(base + size, base + size + _SPARE)
         except RestoreError:
             base = memory.hole(size + memory.STAGING_SIZE, in_use)

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
+from postcopy import roles
 from postcopy.errors import RestoreError
 from postcopy.ipc_kinds import IpcName, MessageQueue, SemaphoreSet
 from postcopy.kernel import message_queues, semaphores
@@ -44,14 +46,17 @@ class IpcObjects:
         """Make all of it, with the queues still empty, and for us alone. Raises RestoreError."""
         self.sets, self.queues = tree.semaphores, tree.message_queues
         self.queues_by_name.make(tree.descriptors.queues)
-        with _errors():
-            for each in self.sets:
-                semaphores.create(each.identifier, each.key, each.values)
-                self._note("sem", each.identifier)
-            for queue in self.queues:
-                message_queues.create(queue.identifier, queue.key)
-                self._note("msg", queue.identifier)
-                message_queues.set_owner(queue.identifier, (os.geteuid(), os.getegid()), 0o600, queue.capacity)
+        for each in self.sets:
+            _make(each.creator, partial(semaphores.create, each.identifier, each.key, each.creator, each.values))
+            self._note("sem", each.identifier)
+        for queue in self.queues:
+            _make(queue.creator, partial(message_queues.create, queue.identifier, queue.key, queue.creator))
+            self._note("msg", queue.identifier)
+            # It may have been made smaller when these were in it; and each use takes a byte.
+            least = max(sum(len(message.content) for message in queue.messages), len(queue.messages)) + 1
+            with _errors():
+                capacity = max(queue.capacity, least)
+                message_queues.set_owner(queue.identifier, (os.geteuid(), os.getegid()), 0o600, capacity)
 
     def _note(self, kind: str, identifier: int) -> None:
         self._made.append((kind, identifier))
@@ -116,9 +121,24 @@ def remove(kind: str, identifier: int) -> None:
     control(kind, f"removing {_NAMES[kind](identifier)}", identifier, IPC_RMID)
 
 
+def _make(creator: tuple[int, int], make: Callable[[], None]) -> None:
+    """Have it made by its creator. Raises RestoreError."""
+    if creator == (os.geteuid(), os.getegid()):
+        with _errors():
+            make()
+        return
+
+    def body() -> None:
+        with _errors():
+            make()
+
+    if roles.start("postcopy-ipc", body, dies_with_parent=True).wait():
+        raise RestoreError(f"a System V object cannot be made as user {creator[0]}", "the log says why")
+
+
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RestoreError(str(error)) from None
+        raise RestoreError(error.strerror or str(error)) from None

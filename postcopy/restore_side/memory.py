@@ -44,7 +44,8 @@ def hole(size: int, in_use: Iterable[range]) -> int:
     """The address of ``size`` free bytes, below everything in ``in_use`` as far as possible."""
     place = _LOWEST
     for taken in sorted(in_use, key=lambda r: r.start):
-        if taken.start - place >= size:
+        # vsyscall lies beyond what can be mapped.
+        if min(taken.start, _HIGHEST) - place >= size:
             return place
         place = max(place, taken.stop)
     if _HIGHEST - place >= size:

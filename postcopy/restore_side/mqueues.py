@@ -1,7 +1,9 @@
 """POSIX message queues: made and filled before the tree, and opened by name."""
 
 import contextlib
+import errno
 import os
+import resource
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from postcopy.state import Slot
 
 if TYPE_CHECKING:
     from postcopy.restore_side.descriptors import Plan
+
+_RLIMIT_MSGQUEUE = 12
 
 
 def problems(names: Iterable[str]) -> Iterator[str]:
@@ -28,46 +32,67 @@ class PosixQueues:
 
     def __init__(self, leftovers: Leftovers) -> None:
         self._leftovers = leftovers
+        self._queues: list[PosixQueue] = []
         self._names: list[str] = []
-        self._for_a_while: list[str] = []
+        self._fds: list[int] = []
 
-    def make(self, queues: Iterable[PosixQueue]) -> None:
-        """Make all of them. Raises RestoreError."""
-        try:
+    def make(self, queues: list[PosixQueue]) -> None:
+        """Make all of them, for us alone. Raises RestoreError."""
+        self._queues = queues
+        if queues:
+            _raise_limit()
+        with _errors():
             for number, each in enumerate(queues):
                 name = each.name or f"postcopy.{os.getpid()}.{number}"
-                fd = mqueue.create(name, each.most, each.size)
+                self._fds.append(mqueue.create(name, each.most, each.size))
                 self._leftovers.message_queue(name)
                 self._names.append(name)
-                if not each.name:
-                    self._for_a_while.append(name)
-                try:
-                    for message in each.messages:
-                        mqueue.send(fd, message.priority, message.content)
-                    os.fchown(fd, *each.owner)
-                    os.fchmod(fd, each.mode)
-                finally:
-                    os.close(fd)
-        except OSError as error:
-            raise RestoreError(str(error)) from None
+                for message in each.messages:
+                    mqueue.send(self._fds[-1], message.priority, message.content)
 
     def name(self, number: int) -> str:
         """Under which name a queue is found now."""
         return self._names[number]
 
     def finish(self) -> None:
-        """Once all of them are open: those that had no name lose it. Raises RestoreError."""
-        try:
-            for name in self._for_a_while:
-                mqueue.unlink(name)
-        except OSError as error:
-            raise RestoreError(str(error)) from None
+        """Once all of them are open: give each to its owner; those that had no name lose it. Raises RestoreError."""
+        with _errors():
+            for fd, name, each in zip(self._fds, self._names, self._queues, strict=True):
+                os.fchown(fd, *each.owner)
+                os.fchmod(fd, each.mode)
+                if not each.name:
+                    mqueue.unlink(name)
+        self._close()
 
     def undo(self) -> None:
         """Leave nothing behind."""
+        self._close()
         for name in self._names:
             with contextlib.suppress(OSError):
                 mqueue.unlink(name)
+
+    def _close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _raise_limit() -> None:
+    """Have queues take as many bytes as we are allowed to."""
+    _, hard = resource.prlimit(0, _RLIMIT_MSGQUEUE)
+    resource.prlimit(0, _RLIMIT_MSGQUEUE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = ""
+        if error.errno == errno.EMFILE:
+            hint = "queues may take no more bytes (RLIMIT_MSGQUEUE): raise it for restore, ulimit -Hq"
+        elif error.errno == errno.EINVAL:
+            hint = "compare fs.mqueue.msg_max and fs.mqueue.msgsize_max on both hosts"
+        raise RestoreError(error.strerror or str(error), hint) from None
 
 
 def rebuild(plan: "Plan", slot: Slot, state: QueueOpening) -> None:

@@ -278,9 +278,7 @@ class _Takeover:
             _warm_up()
             arrival = Arrival(self._channels.control, self._draft, self._manifest)
             with deadline(self._options.timeout, "waiting for the state of the process"):
-                scheduling()
                 by_turns(self._beginnings(arrival), _AT_ONCE)
-                scheduling(nice=-20)
             tree, pages = arrival.tree, arrival.pages
         self._reporter.event("received", boot_bytes=pages.content.size)
         self._stopped_at = tree.clocks

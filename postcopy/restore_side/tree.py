@@ -13,7 +13,7 @@ from postcopy.nesting import Nesting
 from postcopy.page_ranges import PageRanges
 from postcopy.restore_side import ptys, signals
 from postcopy.restore_side.birth import Newborn
-from postcopy.restore_side.build import Building, Built
+from postcopy.restore_side.build import Building, Built, room_to_join
 from postcopy.restore_side.fault_handler import HandedSpace
 from postcopy.restore_side.groundwork import Groundwork, room_for_state
 from postcopy.restore_side.ipc import IpcObjects
@@ -106,11 +106,13 @@ class Begun:
         }
         _owners_first(layings, self.family)
 
-    def begin(self, process: Process, pages: SentPages, objects: SharedObjects, parent_stays: bool) -> Iterator[None]:
+    def begin(
+        self, process: Process, pages: SentPages, objects: SharedObjects, parent_stays: bool, room: int = 0
+    ) -> Iterator[None]:
         """Begin to build a process (`Building.begin`); ``pages``: those that came with it; ``objects``: as far as they
-        are there. Raises RestoreError."""
+        are there; ``room``: as of `Building`. Raises RestoreError."""
         pid = process.pid
-        building = Building(process, self.newborns[pid], self.groundwork[pid], self._nesting, parent_stays)
+        building = Building(process, self.newborns[pid], self.groundwork[pid], self._nesting, parent_stays, room)
         self.buildings[pid] = building
         return building.begin(pages, objects)
 
@@ -154,7 +156,7 @@ def build_tree(
     of_processes = sum(counts[: len(tree.processes)])
     memory.make(tree.shared_memory, pages.part(of_processes, pages.total), filled_first(tree))
     beginnings = {
-        process.pid: begun.begin(process, pages.part(place, count), memory, parent_stays)
+        process.pid: begun.begin(process, pages.part(place, count), memory, parent_stays, room_to_join(process, shared))
         for process, place, count in zip(tree.processes, accumulate(counts, initial=0), counts, strict=False)
         if process.pid not in begun.buildings
     }
