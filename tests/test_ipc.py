@@ -231,6 +231,54 @@ def test_failed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Pat
     assert program.child("values(semget(0x55, 0), 1)") == [1]
 
 
+def test_set_that_somebody_who_has_ended_has_used_last_is_found_by_what_is_to_be_undone(
+    hosts: Pair, program: Program
+) -> None:
+    found = program.parent("semget(0x93, 1)")
+    program.parent(f"semop({found}, (0, 5, SEM_UNDO))")
+    program.parent(f"worker('semop({found}, (0, 1, 0))')")
+    with pytest.raises(MigrationFailed, match="--sysv-ipc"):
+        move(hosts.a, hosts.b, PID)
+    assert program.parent(f"values({found}, 1)") == [6]
+    move(hosts.a, hosts.b, PID, dump_options=OPTION).wait_drained()
+    assert program.parent(f"values({found}, 1)") == [6]
+
+
+def test_who_has_made_a_set_keeps_access_to_it(hosts: Pair, program: Program) -> None:
+    program.child("os.setgid(1001), os.setuid(1000)")
+    found = program.child("_call(64, 0x79, 1, 0o1600)")
+    program.child(f"semop({found}, (0, 1, SEM_UNDO))")
+    program.parent(f"ipc_set({found}, 66, 4, '<I', 2000)")
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        move(source, destination, PID, dump_options=OPTION).wait_drained()
+        assert program.child(f"values({found}, 1)") == [1]
+    program.parent("os.kill(child, 9), os.waitpid(child, 0)")
+    assert program.parent(f"values({found}, 1)") == [0]
+
+
+def test_hundreds_of_semaphores_with_something_to_undo(hosts: Pair, program: Program) -> None:
+    found = program.parent("semget(0x94, 700)")
+    program.parent(f"[semop({found}, (n, n + 1, SEM_UNDO)) for n in range(700)][0]")
+    move(hosts.a, hosts.b, PID, dump_options=OPTION).wait_drained()
+    assert program.child(f"values({found}, 700)") == list(range(1, 701))
+    hosts.b.run(["kill", "-9", str(PID)])
+    wait_until(lambda: program.child(f"values({found}, 700)") == [0] * 700, SECONDS, "all is undone")
+
+
+def test_queue_that_was_made_smaller_than_what_is_in_it(hosts: Pair, program: Program) -> None:
+    queue = program.parent("msgget(85)")
+    program.parent(f"send({queue}, 2, b'x' * 8192), send({queue}, 1, b'y' * 8192)")
+    program.parent(f"ipc_set({queue}, 71, 88, '<Q', 100)")
+    move(hosts.a, hosts.b, PID, dump_options=OPTION).wait_drained()
+    assert program.parent(f"receive({queue})") == (2, b"x" * 8192)
+    assert program.parent(f"send({queue}, 1, b'z')") == "EAGAIN"
+
+
+def test_host_without_a_list_of_objects(hosts: Pair, program: Program) -> None:
+    hosts.a.run(["mount", "-t", "tmpfs", "none", "/proc/sysvipc"], check=True)
+    move(hosts.a, hosts.b, PID).wait_drained()
+
+
 def test_killed_restore_leaves_none(hosts: Pair, program: Program, tmp_path: Path) -> None:
     program.parent("setall(semget(0x55, 1), 1), send(msgget(0x66), 1, b'x')")
     queue = program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
@@ -377,9 +425,19 @@ def test_posix_queues_of_others_are_refused(hosts: Pair, program: Program) -> No
     assert program.parent(f"mq_receive({queue})") == (2, b"still here")
 
 
-def has_queue(host: Host, pid: int) -> bool:
+def test_queue_that_another_has_open_by_another_path(hosts: Pair, program: Program, tmp_path: Path) -> None:
+    program.parent(f"mq_open('named', {BOTH | os.O_CREAT})")
+    hosts.a.run(["mount", "-t", "mqueue", "none", str(tmp_path)], check=True)
+    with pytest.raises(MigrationFailed, match="has this message queue open, too"):
+        code = f"import os, time; os.open({str(tmp_path / 'named')!r}, os.O_RDONLY); time.sleep(1000)"
+        other = hosts.a.popen([sys.executable, "-c", code])
+        wait_until(partial(has_queue, hosts.a, other.pid, str(tmp_path / "named")), SECONDS, "it is open")
+        start_dump(hosts.a, hosts.b, PID)
+
+
+def has_queue(host: Host, pid: int, link: str = "/named") -> bool:
     """Whether a process has the queue open."""
     descriptors = host.proc / str(pid) / "fd"
     with contextlib.suppress(FileNotFoundError):  # it closes some meanwhile
-        return any(os.readlink(link) == "/named" for link in descriptors.iterdir())
+        return any(os.readlink(each) == link for each in descriptors.iterdir())
     return False

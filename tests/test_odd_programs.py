@@ -31,6 +31,21 @@ MOVED = {
             assert sorted(os.getgroups()) == list(range(3000, 3200))
             go_on.set()
     """,
+    "no large hole left in the address space, and many descriptors": """
+        reserve = libc.mmap
+        reserve.restype = ctypes.c_void_p
+        reserve.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        # PROT_NONE, private, anonymous, without a reserve; until less than 512 GiB are free anywhere.
+        reserved = []
+        while (found := reserve(None, 1 << 39, 0, 0x4022, -1, 0)) != ctypes.c_void_p(-1).value:
+            reserved.append(found)
+        for start in range(1 << 39, 1 << 47, 1 << 39):
+            reserve(start, 1 << 39, 0, 0x104022, -1, 0)
+        opened = [os.open("/etc/passwd", os.O_RDONLY) for _ in range(3000)]
+        def verify():
+            assert len(reserved) > 100
+            assert all(os.lseek(fd, 0, os.SEEK_CUR) == 0 for fd in opened)
+    """,
     "a thread with many pending signals": """
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN})
         found, go_on = [], threading.Event()

@@ -52,8 +52,8 @@ class IpcObjects:
         for queue in self.queues:
             _make(queue.creator, partial(message_queues.create, queue.identifier, queue.key, queue.creator))
             self._note("msg", queue.identifier)
-            # It may have been made smaller when these were in it; and each use takes a byte.
-            least = max(sum(len(message.content) for message in queue.messages), len(queue.messages)) + 1
+            # It may have been made smaller when these were in it.
+            least = max(sum(len(message.content) for message in queue.messages), len(queue.messages), 1)
             with _errors():
                 capacity = max(queue.capacity, least)
                 message_queues.set_owner(queue.identifier, (os.geteuid(), os.getegid()), 0o600, capacity)

@@ -114,11 +114,29 @@ def mq_notify(queue: int) -> int:
     return _call(244, queue, struct.pack("<Qii48x", 0, 17, 0))
 
 
+def ipc_set(identifier: int, number: int, offset: int, form: str, wanted: int) -> int:
+    """Change what stands at an offset of what IPC_STAT tells (semctl(2) is 66, msgctl(2) 71)."""
+    buffer = ctypes.create_string_buffer(256)
+    in_between = [0] if number == 66 else []
+    _call(number, identifier, *in_between, IPC_STAT, buffer)
+    struct.pack_into(form, buffer, offset, wanted)
+    return _call(number, identifier, *in_between, 1, buffer)
+
+
+def worker(expression: str) -> tuple[int, int]:
+    """Have a process evaluate it, and end."""
+    pid = os.fork()
+    if not pid:
+        eval(expression, globals())
+        os._exit(0)
+    return os.waitpid(pid, 0)
+
+
 def main() -> None:
     """Do what is ordered, until killed."""
     child = os.fork()
     own = "parent" if child else "child"
-    with open(sys.argv[1]) as orders:
+    with open(sys.argv[1]) as orders, open(sys.argv[2], "a") as answers:
         while True:
             order = orders.readline()
             if not order.endswith("\n"):
@@ -131,8 +149,8 @@ def main() -> None:
                 answer = repr(eval(expression, {**globals(), "child": child}))
             except OSError as error:
                 answer = errno.errorcode[error.errno or 0]
-            with open(sys.argv[2], "a") as answers:
-                answers.write(f"{answer}\n")
+            answers.write(f"{answer}\n")
+            answers.flush()
 
 
 if __name__ == "__main__":
