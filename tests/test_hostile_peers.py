@@ -22,7 +22,7 @@ from postcopy.restore_side import manifest as manifests
 from postcopy.sent_pages import Content
 from postcopy.soundness import check_message
 from postcopy.state import Clocks, LateSignal, decode, encode
-from postcopy.transport import Channel
+from postcopy.transport import Channel, PeerFailed
 from postcopy.wire import control
 from postcopy.wire import pages as wire
 from postcopy.wire.control import HEADER, MAGIC, PROTOCOL_VERSION, Hello, Kind
@@ -507,6 +507,19 @@ def test_flood_of_greetings_takes_little_memory_and_keeps_nobody_out(scene: Scen
     source.ends(GONE)
     watched.goes_on()
     scene.nothing_is_left()
+
+
+def test_why_the_peer_has_hung_up_is_heard_though_more_is_to_be_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        other, _ = server.accept()
+        channel = Channel(one, "it")
+        channel.send(Kind.READY)
+        Channel(other, "we").send(Kind.FAILED, control.Failed("no room", "make some"))
+        # With something unread, this resets the connection.
+        other.close()
+        with pytest.raises(PeerFailed, match="it gave up: no room"):
+            while True:
+                channel.send(Kind.READY)
 
 
 # -- whatever bytes ----------------------------------------------------------------------------------------------------

@@ -125,6 +125,8 @@ def _collect(
         state, layout = yield from collecting
         _check_death_signals(state, frozen.parent_threads.get(each.pid), each)
         processes.append(state)
+        # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
+        smaps.begin_foreseen(each.face)
         collected(state)
         needed.update((file.path, file) for file in memory.identities(layout, needed))
 
@@ -137,8 +139,6 @@ def _collect(
             with contextlib.suppress(PostcopyError, OSError):
                 work.close()
         raise
-    # Not earlier: who reads smaps holds the lock that mapping the executors' memory waits for.
-    smaps.begin_those_foreseen()
     problems += shared.problems(set(frozen.faces), trusted.memory)
     if problems:
         raise ProblemsError(problems, f"process {frozen.root.pid} cannot be moved any more")

@@ -16,7 +16,7 @@ from postcopy.dump_side.shared_memory import SharedObjects
 from postcopy.errors import DumpError
 from postcopy.kernel import procfs
 from postcopy.kernel.procfs import MapsLine
-from postcopy.kernel.sched import scheduling, set_niceness
+from postcopy.kernel.sched import scheduling
 
 _ASKED = struct.Struct("=Q")
 _ANSWER = struct.Struct("=QQ?")
@@ -48,7 +48,7 @@ class SmapsReader:
     def __init__(self, known: Mapping[int, Known]) -> None:
         """Fork it; it waits for `begin`."""
         self._known = known
-        self._foreseen: list[int] = []
+        self._foreseen: set[int] = set()
         self._found: dict[int, bytes | None] = {}
         asked_read, self._asked = os.pipe()
         self._answers, answers_write = os.pipe()
@@ -76,13 +76,12 @@ class SmapsReader:
 
     def foresee(self, pid: int) -> Known:
         """The mappings of a frozen process as they were known, where ``maps`` says so still; to be `verify`-ed."""
-        self._foreseen.append(pid)
+        self._foreseen.add(pid)
         return self._known[pid]
 
-    def begin_those_foreseen(self) -> None:
-        """Let it read now, of all these. Others come first, until somebody waits for that."""
-        set_niceness(self._role.pid, 0)
-        for pid in self._foreseen:
+    def begin_foreseen(self, pid: int) -> None:
+        """Let it read now, of this process, where that was foreseen."""
+        if pid in self._foreseen:
             self.begin(pid)
 
     def begin(self, pid: int) -> None:
@@ -103,14 +102,13 @@ class SmapsReader:
 
     def verify(self) -> None:
         """That what was foreseen is so. Raises DumpError where a program has changed a flag just before the freeze."""
-        set_niceness(self._role.pid, -20)
         for pid in self._foreseen:
             if self.result(pid) != self._known[pid].lines:
                 raise DumpError(
                     f"process {pid} has changed the flags of its mappings (madvise, mlock) while it was being frozen",
                     "it runs on: try again",
                 )
-        self._foreseen = []
+        self._foreseen.clear()
 
     def close(self) -> None:
         """End it, whether it has read or not."""
