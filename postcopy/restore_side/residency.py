@@ -155,9 +155,10 @@ class AddressSpace:
         from the child too: of these nobody tells.
         """
         known = self._registered
-        for old, new, length in reversed(self._moves):
-            # Told before the fork, but done after it.
-            if known.has(new) and not registered(new) and not known.has(old) and not self._doubtful.has(new):
+        for number, (old, new, length) in reversed(list(enumerate(self._moves))):
+            # Told before the fork, but done after it: the child has it where it was before, or before that.
+            undone = not registered(new) and self._was_before(old, number, registered)
+            if undone and known.has(new) and not known.has(old) and not self._doubtful.has(new):
                 for address, ordinal, pages in self._take(new, new + length):
                     self._insert(address - new + old, ordinal, pages)
                 known.add(old, old + length)
@@ -171,6 +172,15 @@ class AddressSpace:
                 self.unmap(first, second)
             elif registered(first):
                 known.add(first, second)
+
+    def _was_before(self, place: int, moves: int, registered: Callable[[int], bool]) -> bool:
+        """Whether a place is registered, or one where the first so many moves have taken it from."""
+        for old, new, length in reversed(self._moves[:moves]):
+            if registered(place):
+                return True
+            if new <= place < new + length:
+                place += old - new
+        return registered(place)
 
     def give_up(self, places: Iterable[tuple[int, int]]) -> None:
         """Nothing is, nor comes to, where a child has no memory: of that, too, nobody tells (MADV_DONTFORK)."""
@@ -290,8 +300,7 @@ class AddressSpace:
         self._registered.add(new, new + length)
         self._arrived.add(new, new + length)
         self._vacated[old, old + length] = new
-        if moved:
-            self._moves.append((old, new, length))
+        self._moves.append((old, new, length))
         self.unsettled = True
 
     @property
