@@ -11,8 +11,6 @@ Identifier = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Key = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 Mode = Annotated[int, msgspec.Meta(ge=0, le=0o777)]
 Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]  # of a user or a group
-
-
 QueueName = Annotated[str, msgspec.Meta(pattern=r"\A[^/\x00]*\Z", max_length=255)]
 
 

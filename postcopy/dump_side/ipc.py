@@ -19,8 +19,6 @@ from postcopy.kernel.semaphores import LEAST_ADJUSTMENT, MOST_VALUE
 _TICKS = os.sysconf("SC_CLK_TCK")
 _GRACE_SECONDS = 2  # for a wall clock that has been set a little
 _AT_ONCE = 256  # semaphores that are asked after by one list of calls
-
-
 _CALLS = {NUMBERS["semop"]: "sem", NUMBERS["semtimedop"]: "sem", NUMBERS["msgsnd"]: "msg", NUMBERS["msgrcv"]: "msg"}
 
 Waiting = Mapping[tuple[str, int], Collection[int]]

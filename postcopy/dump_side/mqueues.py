@@ -5,11 +5,8 @@ import os
 import stat
 from collections.abc import Iterable
 
-import msgpack
-
-from postcopy import roles
-from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import O_PATH, Opened, Refused, Table
+from postcopy.dump_side.peek import in_peace
 from postcopy.ipc_kinds import PosixQueue, QueuedMessage, QueueOpening
 from postcopy.kernel import mqueue, procfs
 from postcopy.state import Description
@@ -52,10 +49,7 @@ def _look(table: Table, opened: Opened) -> PosixQueue:
 
 
 def _messages(own: int, size: int, name: str) -> list[QueuedMessage]:
-    """By a process of its own, which ends in peace when we are killed: what it takes out, it puts in again."""
-    reading, writing = os.pipe()
-
-    def look() -> None:
+    def look() -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
         try:
             with contextlib.suppress(BlockingIOError):
@@ -64,19 +58,12 @@ def _messages(own: int, size: int, name: str) -> list[QueuedMessage]:
         finally:
             for priority, content in found:
                 mqueue.send(own, priority, content)
-        with contextlib.suppress(BrokenPipeError), open(writing, "wb") as stream:
-            stream.write(msgpack.packb(found))
+        return found
 
-    # The tree must not run while it is at it.
-    with uninterrupted():
-        looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[own, writing])
-        os.close(writing)
-        with open(reading, "rb") as stream:
-            packed = stream.read()
-        failed = looker.wait()
-    if failed or not packed:
+    found = in_peace(look, [own])
+    if found is None:
         raise Refused(f"{name}: what is in it could not be read")
-    return [QueuedMessage(priority, content) for priority, content in msgpack.unpackb(packed)]
+    return [QueuedMessage(priority, content) for priority, content in found]
 
 
 def _holder_outside(table: Table, found: os.stat_result) -> int:

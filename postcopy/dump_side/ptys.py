@@ -8,12 +8,12 @@ import stat
 import termios
 from collections.abc import Iterator
 
-import msgpack
 from msgspec import structs
 
-from postcopy import pty_queues, roles
+from postcopy import pty_queues
 from postcopy.deadline import uninterrupted
 from postcopy.dump_side.opened import Opened, Refused, Table, common
+from postcopy.dump_side.peek import in_peace
 from postcopy.kernel import procfs, pty
 from postcopy.open_kinds import Pty, PtyContent, PtyEnd
 from postcopy.state import Description, OpenFile
@@ -180,29 +180,19 @@ def _is_used(master: int, slave: int) -> bool:
 
 
 def _look_into(master: int, slave: int, settings: bytes, packets: bool, name: str) -> PtyContent | None:
-    """By a process of its own, which ends in peace when we are killed: what it takes out, it puts in again."""
-    reading, writing = os.pipe()
-
-    def look() -> None:
+    def look() -> object:
         pty.set_number(master, pty.TIOCPKT, 0)
         try:
             content = pty_queues.take(master, slave, settings)
             pty_queues.put(master, slave, settings, content)
         finally:
             pty.set_number(master, pty.TIOCPKT, int(packets))
-        with contextlib.suppress(BrokenPipeError), open(writing, "wb") as stream:
-            stream.write(msgpack.packb(structs.astuple(content)))
+        return structs.astuple(content)
 
-    # The tree must not run while it is at it.
-    with uninterrupted():
-        looker = roles.start("postcopy-peek", look, dies_with_parent=False, keep=[master, slave, writing])
-        os.close(writing)
-        with open(reading, "rb") as stream:
-            found = stream.read()
-        failed = looker.wait()
-    if failed or not found:
+    found = in_peace(look, [master, slave])
+    if found is None:
         raise Refused(f"{name}: what is in it could not be read")
-    content = PtyContent(*msgpack.unpackb(found))
+    content = PtyContent(*found)
     if len(content.typed) > _MOST_TYPED:
         raise Refused(_too_much(name, len(content.typed)))
     return content if content != PtyContent(b"", [], b"", False, pty_queues.NOT_STOPPED) else None
