@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.libc import refused, syscall
+from postcopy.kernel.libc import address_of, refused, syscall
 
 IPC_CREAT, IPC_EXCL, IPC_NOWAIT = 0o1000, 0o2000, 0o4000
 IPC_RMID, IPC_SET, IPC_STAT = 0, 1, 2
@@ -44,14 +44,6 @@ def become(creator: tuple[int, int]) -> None:
         os.setresuid(uid, uid, uid)
 
 
-def check_id(kind: str, got: int, identifier: int, what: str) -> None:
-    """That the object which has just been made has the id that was chosen; otherwise it is removed. Raises OSError:
-    EEXIST."""
-    if got != identifier:
-        control(kind, "removing what was made instead", got, IPC_RMID)
-        raise refused(what, errno.EEXIST)
-
-
 def control(kind: str, what: str, identifier: int, command: int, argument: int = 0, number: int = 0) -> int:
     """shmctl(2), semctl(2) (of semaphore ``number``) or msgctl(2). Raises OSError."""
     if kind == "sem":
@@ -59,7 +51,27 @@ def control(kind: str, what: str, identifier: int, command: int, argument: int =
     return syscall(what, NUMBERS[f"{kind}ctl"], identifier, command, argument)
 
 
-def with_owner(status: bytearray, owner: tuple[int, int], mode: int) -> bytearray:
-    """What IPC_STAT has filled, with another user, group and permission bits: for IPC_SET."""
-    _OWNER.pack_into(status, 4, *owner, mode)
+def read_status(kind: str, what: str, identifier: int, size: int) -> bytearray:
+    """IPC_STAT of ``what``: a struct of so many bytes. Raises OSError: EINVAL (there is none)."""
+    status = bytearray(size)
+    control(kind, f"looking at {what}", identifier, IPC_STAT, address_of(status))
     return status
+
+
+def set_owner(kind: str, what: str, identifier: int, status: bytearray, owner: tuple[int, int], mode: int) -> None:
+    """IPC_SET: ``status``, as it was read, with this user, group and permission bits. Raises OSError."""
+    _OWNER.pack_into(status, 4, *owner, mode)
+    control(kind, f"setting the owner of {what}", identifier, IPC_SET, address_of(status))
+
+
+def remove(kind: str, what: str, identifier: int) -> None:
+    """IPC_RMID. Raises OSError."""
+    control(kind, f"removing {what}", identifier, IPC_RMID)
+
+
+def created(kind: str, what: str, identifier: int, got: int) -> None:
+    """That an object which has just been made has the id that was chosen; otherwise it is removed. Raises OSError:
+    EEXIST."""
+    if got != identifier:
+        remove(kind, "what was made instead", got)
+        raise refused(what, errno.EEXIST)

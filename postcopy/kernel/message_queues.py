@@ -4,21 +4,9 @@ import struct
 
 from msgspec import Struct
 
+from postcopy.kernel import ipc
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.ipc import (
-    IPC_CREAT,
-    IPC_EXCL,
-    IPC_NOWAIT,
-    IPC_RMID,
-    IPC_SET,
-    IPC_STAT,
-    PERM,
-    become,
-    check_id,
-    choose_id,
-    control,
-    with_owner,
-)
+from postcopy.kernel.ipc import IPC_CREAT, IPC_EXCL, IPC_NOWAIT, PERM
 from postcopy.kernel.libc import address_of, syscall
 
 _MSG_NOERROR, _MSG_COPY = 0o10000, 0o40000
@@ -52,9 +40,7 @@ def stat(identifier: int) -> QueueStatus:
 
 
 def _stat(identifier: int) -> bytearray:
-    buffer = bytearray(_MSQID_DS.size)
-    control("msg", f"looking at {name(identifier)}", identifier, IPC_STAT, address_of(buffer))
-    return buffer
+    return ipc.read_status("msg", name(identifier), identifier, _MSQID_DS.size)
 
 
 def name(identifier: int) -> str:
@@ -79,10 +65,10 @@ def create(identifier: int, key: int, creator: tuple[int, int]) -> None:
     """A new queue with a chosen id, for its creator alone; as of `ipc.become`. Raises OSError: EEXIST (the id or the
     key is taken), ENOSPC."""
     what = f"making {name(identifier)} (key {key:#x})"
-    choose_id("msg", identifier, what)
-    become(creator)
+    ipc.choose_id("msg", identifier, what)
+    ipc.become(creator)
     got = syscall(what, NUMBERS["msgget"], key, IPC_CREAT | IPC_EXCL | 0o600)
-    check_id("msg", got, identifier, what)
+    ipc.created("msg", what, identifier, got)
 
 
 def set_owner(identifier: int, owner: tuple[int, int], mode: int, capacity: int) -> None:
@@ -90,10 +76,9 @@ def set_owner(identifier: int, owner: tuple[int, int], mode: int, capacity: int)
     kernel.msgmnb)."""
     buffer = _stat(identifier)
     struct.pack_into("<Q", buffer, _CAPACITY_AT, capacity)
-    what = f"setting the owner and the size of {name(identifier)}"
-    control("msg", what, identifier, IPC_SET, address_of(with_owner(buffer, owner, mode)))
+    ipc.set_owner("msg", f"{name(identifier)}, and its size", identifier, buffer, owner, mode)
 
 
 def remove(identifier: int) -> None:
     """msgctl(2), IPC_RMID."""
-    control("msg", f"removing {name(identifier)}", identifier, IPC_RMID)
+    ipc.remove("msg", name(identifier), identifier)

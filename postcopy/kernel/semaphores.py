@@ -6,21 +6,9 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from postcopy.kernel import ipc
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.ipc import (
-    IPC_CREAT,
-    IPC_EXCL,
-    IPC_NOWAIT,
-    IPC_RMID,
-    IPC_SET,
-    IPC_STAT,
-    PERM,
-    become,
-    check_id,
-    choose_id,
-    control,
-    with_owner,
-)
+from postcopy.kernel.ipc import IPC_CREAT, IPC_EXCL, IPC_NOWAIT, PERM
 from postcopy.kernel.libc import address_of, syscall
 
 MOST_VALUE = 32767  # SEMVMX; and SEMAEM, for what SEM_UNDO keeps
@@ -52,9 +40,7 @@ def stat(identifier: int) -> SemaphoreStatus:
 
 
 def _stat(identifier: int) -> bytearray:
-    buffer = bytearray(_SEMID_DS.size)
-    control("sem", f"looking at {name(identifier)}", identifier, IPC_STAT, address_of(buffer))
-    return buffer
+    return ipc.read_status("sem", name(identifier), identifier, _SEMID_DS.size)
 
 
 def name(identifier: int) -> str:
@@ -65,37 +51,36 @@ def name(identifier: int) -> str:
 def values(identifier: int, count: int) -> list[int]:
     """semctl(2), GETALL."""
     found = array("H", bytes(2 * count))
-    control("sem", f"reading {name(identifier)}", identifier, _GETALL, address_of(found))
+    ipc.control("sem", f"reading {name(identifier)}", identifier, _GETALL, address_of(found))
     return found.tolist()
 
 
 def last_users(identifier: int, count: int) -> list[int]:
     """Of each semaphore the PID of who has changed it last, and may have ended since; 0 for nobody."""
     what = f"looking who uses {name(identifier)}"
-    return [control("sem", what, identifier, _GETPID, number=number) for number in range(count)]
+    return [ipc.control("sem", what, identifier, _GETPID, number=number) for number in range(count)]
 
 
 def create(identifier: int, key: int, creator: tuple[int, int], found: Sequence[int]) -> None:
     """A new set with a chosen id and these values, for its creator alone; as of `ipc.become`. Raises OSError: EEXIST
     (the id or the key is taken), ENOSPC."""
     what = f"making {name(identifier)} (key {key:#x})"
-    choose_id("sem", identifier, what)
-    become(creator)
+    ipc.choose_id("sem", identifier, what)
+    ipc.become(creator)
     got = syscall(what, NUMBERS["semget"], key, len(found), IPC_CREAT | IPC_EXCL | 0o600)
-    check_id("sem", got, identifier, what)
+    ipc.created("sem", what, identifier, got)
     initial = array("H", found)
-    control("sem", f"setting {name(identifier)}", identifier, _SETALL, address_of(initial))
+    ipc.control("sem", f"setting {name(identifier)}", identifier, _SETALL, address_of(initial))
 
 
 def set_owner(identifier: int, owner: tuple[int, int], mode: int) -> None:
     """semctl(2), IPC_SET: user, group and permission bits."""
-    changed = with_owner(_stat(identifier), owner, mode)
-    control("sem", f"setting the owner of {name(identifier)}", identifier, IPC_SET, address_of(changed))
+    ipc.set_owner("sem", name(identifier), identifier, _stat(identifier), owner, mode)
 
 
 def remove(identifier: int) -> None:
     """semctl(2), IPC_RMID."""
-    control("sem", f"removing {name(identifier)}", identifier, IPC_RMID)
+    ipc.remove("sem", name(identifier), identifier)
 
 
 # -- what SEM_UNDO keeps for a process: nothing tells of it but an operation by which it would leave its range ---------

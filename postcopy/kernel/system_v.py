@@ -4,20 +4,10 @@ import struct
 
 from msgspec import Struct
 
+from postcopy.kernel import ipc
 from postcopy.kernel.calls import NUMBERS
-from postcopy.kernel.ipc import (
-    IPC_CREAT,
-    IPC_EXCL,
-    IPC_RMID,
-    IPC_SET,
-    IPC_STAT,
-    PERM,
-    check_id,
-    choose_id,
-    control,
-    with_owner,
-)
-from postcopy.kernel.libc import address_of, syscall
+from postcopy.kernel.ipc import IPC_CREAT, IPC_EXCL, PERM
+from postcopy.kernel.libc import syscall
 
 SHM_RDONLY, SHM_EXEC = 0o10000, 0o100000
 
@@ -48,11 +38,12 @@ def stat(identifier: int) -> Segment:
     return Segment(key, size, (uid, gid), mode & 0o777, bool(mode & _SHM_DEST), attachments)
 
 
+def _name(identifier: int) -> str:
+    return f"System V segment {identifier}"
+
+
 def _stat(identifier: int) -> bytearray:
-    buffer = bytearray(_SHMID_DS.size)
-    what = f"looking at System V segment {identifier}"
-    control("shm", what, identifier, IPC_STAT, address_of(buffer))
-    return buffer
+    return ipc.read_status("shm", _name(identifier), identifier, _SHMID_DS.size)
 
 
 def create(identifier: int, key: int, size: int, *, reserved: bool, huge_shift: int = 0) -> None:
@@ -63,22 +54,21 @@ def create(identifier: int, key: int, size: int, *, reserved: bool, huge_shift: 
     Raises OSError: EEXIST (the id or the key is taken), EPERM (CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is missing).
     """
     what = f"making System V segment {identifier} (key {key:#x})"
-    choose_id("shm", identifier, what)
+    ipc.choose_id("shm", identifier, what)
     flags = IPC_CREAT | IPC_EXCL | 0o600 | (0 if reserved else _SHM_NORESERVE)
     flags |= _SHM_HUGETLB | huge_shift << _SHM_HUGE_SHIFT if huge_shift else 0
     got = syscall(what, NUMBERS["shmget"], key, size, flags)
-    check_id("shm", got, identifier, what)
+    ipc.created("shm", what, identifier, got)
 
 
 def set_owner(identifier: int, owner: tuple[int, int], mode: int) -> None:
     """shmctl(2), IPC_SET: user, group and permission bits."""
-    changed = with_owner(_stat(identifier), owner, mode)
-    control("shm", f"setting the owner of System V segment {identifier}", identifier, IPC_SET, address_of(changed))
+    ipc.set_owner("shm", _name(identifier), identifier, _stat(identifier), owner, mode)
 
 
 def remove(identifier: int) -> None:
     """shmctl(2), IPC_RMID: it ends with its last attachment."""
-    control("shm", f"removing System V segment {identifier}", identifier, IPC_RMID)
+    ipc.remove("shm", _name(identifier), identifier)
 
 
 def attach(identifier: int) -> int:

@@ -11,7 +11,7 @@ from postcopy.ipc_kinds import IpcName, MessageQueue, SemaphoreSet
 from postcopy.kernel import message_queues, semaphores
 from postcopy.kernel.batch import Batch
 from postcopy.kernel.calls import call
-from postcopy.kernel.ipc import IPC_NOWAIT, IPC_RMID, control, listed
+from postcopy.kernel.ipc import IPC_NOWAIT, listed, remove
 from postcopy.restore_side.leftovers import Leftovers
 from postcopy.restore_side.mqueues import PosixQueues
 from postcopy.state import Tree
@@ -107,18 +107,13 @@ class IpcObjects:
         self.queues_by_name.undo()
         for kind, identifier in self._made:
             with contextlib.suppress(OSError):
-                remove(kind, identifier)
+                remove(kind, _NAMES[kind](identifier), identifier)
 
 
 def _use(batch: Batch, found: SemaphoreSet, number: int, amount: int) -> None:
     content, count = semaphores.using(number, found.values[number], amount)
     made = call("semop", found.identifier, batch.place(content), count)
     batch.add(made, f"using semaphore {number} of {semaphores.name(found.identifier)}")
-
-
-def remove(kind: str, identifier: int) -> None:
-    """Remove one. Raises OSError."""
-    control(kind, f"removing {_NAMES[kind](identifier)}", identifier, IPC_RMID)
 
 
 def _make(creator: tuple[int, int], make: Callable[[], None]) -> None:

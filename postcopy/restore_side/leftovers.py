@@ -7,7 +7,7 @@ import shutil
 import msgpack
 
 from postcopy.kernel import mqueue, system_v
-from postcopy.kernel.ipc import IPC_RMID, control
+from postcopy.kernel.ipc import remove
 from postcopy.restore_side.root import HERE, Root
 
 _SIZE = 1 << 16  # bytes: what a pipe holds
@@ -57,7 +57,7 @@ class Leftovers:
                     mqueue.unlink(os.fsdecode(name[1]))
                 elif isinstance(name, list):
                     kind, identifier = name
-                    control(kind.decode(), "removing what is left", identifier, IPC_RMID)
+                    remove(kind.decode(), "what is left", identifier)
                 else:
                     with self._root.entered():
                         shutil.rmtree(os.fsdecode(name), ignore_errors=True)
